@@ -42,7 +42,12 @@ from torch.nn import functional as F
 
 BLOCK_SIZE = 64  # weights that share an absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share a nested absmax
-CHUNK = 1 << 18  # weights handled at a time, so that what is in between stays in the CPU's cache
+
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: one sentence that names it and says what to do."""
+
 
 # --------------------------------------------------------------------------------------
 # Code books
@@ -99,6 +104,11 @@ DYNAMIC_CODEBOOK = dynamic_codebook()
 # Block-wise quantization: one function for the weights, and again for their scales
 
 
+def chunk_size(device):
+    """Weights to handle at a time: on a CPU, what is in between should stay in the cache."""
+    return 1 << 18 if device.type == "cpu" else 1 << 26
+
+
 def nearest(values, codebook):
     """Index of the level nearest to each value, as uint8; on a tie, the lower level."""
     levels, order = codebook.sort(stable=True)
@@ -125,13 +135,14 @@ def quantize_blockwise(values, codebook, block_size):
     n = values.numel()
     codes = torch.empty(n, dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-n // block_size), device=values.device)
-    for start in range(0, n, CHUNK):
-        chunk = values[start : start + CHUNK].float()
+    step = chunk_size(values.device)
+    for start in range(0, n, step):
+        chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
         # Multiply by the reciprocal, as bitsandbytes does: dividing breaks ties another way.
         scaled = (blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1)[: len(chunk)]
-        codes[start : start + CHUNK] = nearest(scaled, codebook)
+        codes[start : start + step] = nearest(scaled, codebook)
         absmax[start // block_size :][: len(peak)] = peak
     return codes, absmax
 
@@ -193,10 +204,10 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     kind: "nf4" or "fp4"; name: what to call the tensor when it cannot be quantized
     """
     if kind not in CODEBOOKS:
-        raise ValueError(f"4-bit type {kind!r} is unknown: choose one of {', '.join(CODEBOOKS)}.")
+        raise InputError(f"4-bit type {kind!r} is unknown: choose one of {', '.join(CODEBOOKS)}.")
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
     if not weight.is_meta and not absmax.isfinite().all():
-        raise ValueError(f"{name} has NaN or infinite values and cannot be quantized.")
+        raise InputError(f"{name} has NaN or infinite values and cannot be quantized.")
     codes = F.pad(codes, (0, len(codes) % 2))  # the unused nibble of an odd size is 0, as elsewhere
     codes = codes[::2] << 4 | codes[1::2]
     nested_absmax = offset = None
@@ -218,13 +229,14 @@ def _pair_table(kind, device):
 
 def _dequantize(codes, scales, pairs, out):
     """Write levels times scales to `out`, a flat buffer of len(scales) whole blocks."""
-    words = torch.empty(min(CHUNK, out.numel()) // 2, dtype=torch.int64, device=out.device)
-    for start in range(0, out.numel(), CHUNK):
-        target = out[start : start + CHUNK].view(-1, BLOCK_SIZE)
-        index = codes[start // 2 : (start + CHUNK) // 2].int()
+    step = min(chunk_size(out.device), out.numel())
+    words = torch.empty(step // 2, dtype=torch.int64, device=out.device)
+    for start in range(0, out.numel(), step):
+        target = out[start : start + step].view(-1, BLOCK_SIZE)
+        index = codes[start // 2 : (start + step) // 2].int()
         torch.index_select(pairs, 0, index, out=words[: len(index)])
         levels = words[: target.numel() // 2].view(torch.float32).view(-1, BLOCK_SIZE)
-        scale = scales[start // BLOCK_SIZE : (start + CHUNK) // BLOCK_SIZE].unsqueeze(1)
+        scale = scales[start // BLOCK_SIZE :][: len(target)].unsqueeze(1)
         torch.mul(levels, scale, out=target)
 
 
