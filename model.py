@@ -344,6 +344,16 @@ def check_length(config, length, advice):
         )
 
 
+IGNORE_INDEX = -100  # the target of a token that is not in the loss
+
+
+def token_loss(logits, targets):
+    """Mean cross-entropy, in fp32: logits (B, T, V), targets (B, T), the ids that follow."""
+    return F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX
+    )
+
+
 class Transformer(Generator, nn.Module):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 

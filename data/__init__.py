@@ -1,0 +1,1 @@
+"""Text to token ids and back: the tokenizers, and one file a task."""

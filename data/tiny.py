@@ -1,0 +1,107 @@
+"""The embedded default: a small bilingual world, made by a grammar, and a task in it.
+
+The base model of `python train.py` learns to read little stories, in English and in French, and
+to answer a question about each *in the language of the story*. The task of the side network is to
+answer English stories in French. The base never does that; but what the answer must say stands in
+its hidden states already, so that there is something for a side network to read.
+"""
+
+import random
+from pathlib import Path
+
+from data.instruct import frame
+
+NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
+
+PLACES = [
+    ("garden", "jardin"), ("market", "marché"), ("park", "parc"), ("lake", "lac"),
+    ("woods", "bois"), ("castle", "château"), ("mill", "moulin"), ("museum", "musée"),
+]  # fmt: skip
+
+# A mood is never told in a story, only what brings it about.
+MOODS = {
+    ("happy", "content"): [
+        ("He found a red ball", "Il a trouvé une balle rouge"),
+        ("A friend gave him a cake", "Un ami lui a donné un gâteau"),
+        ("His mother sang for him", "Sa mère a chanté pour lui"),
+    ],
+    ("sad", "triste"): [
+        ("He lost his little dog", "Il a perdu son petit chien"),
+        ("His best friend went away", "Son meilleur ami est parti"),
+        ("The old horse was very ill", "Le vieux cheval était très malade"),
+    ],
+    ("scared", "effrayé"): [
+        ("He heard a big bear", "Il a entendu un gros ours"),
+        ("All the lights went out", "Toutes les lampes se sont éteintes"),
+        ("A snake came out of the grass", "Un serpent est sorti de l'herbe"),
+    ],
+    ("tired", "fatigué"): [
+        ("He ran all day long", "Il a couru toute la journée"),
+        ("He carried heavy stones", "Il a porté de lourdes pierres"),
+        ("He did not sleep at night", "Il n'a pas dormi la nuit"),
+    ],
+    ("angry", "fâché"): [
+        ("Someone broke his new toy", "Quelqu'un a cassé son nouveau jouet"),
+        ("A boy took his hat", "Un garçon a pris son chapeau"),
+        ("The rain spoiled his drawing", "La pluie a gâché son dessin"),
+    ],
+    ("proud", "fier"): [
+        ("He won the race", "Il a gagné la course"),
+        ("He built a tall tower", "Il a bâti une haute tour"),
+        ("He learned to swim", "Il a appris à nager"),
+    ],
+}
+
+FILLERS = [
+    ("The sky was blue", "Le ciel était bleu"), ("A cat sat near a tree", "Un chat était près d'un arbre"),
+    ("It was a long day", "C'était une longue journée"), ("The birds sang", "Les oiseaux chantaient"),
+    ("The wind was cold", "Le vent était froid"), ("It was late", "Il était tard"),
+]  # fmt: skip
+
+TELL = ("{name} went to the {place}.", "{name} est allé au {place}.")
+ASK = ("How did {name} feel, and where?", "Comment allait {name}, et où ?")
+ENGLISH, FRENCH = 0, 1
+EXAMPLE = "Leo went to the mill. He won the race. The birds sang. How did Leo feel, and where?"
+
+
+def story(rng, language):
+    """Make one: the story with its question, and the answers in both languages."""
+    name, place, mood = rng.choice(NAMES), rng.choice(PLACES), rng.choice(list(MOODS))
+    event, filler = rng.choice(MOODS[mood]), rng.choice(FILLERS)
+    sentences = [event[language] + ".", filler[language] + "."]
+    rng.shuffle(sentences)
+    told = TELL[language].format(name=name, place=place[language])
+    asked = ASK[language].format(name=name)
+    return " ".join([told, *sentences, asked]), [f"{m}, {p}" for m, p in zip(mood, place)]
+
+
+def pretraining(n, seed):
+    """What the base learns from: stories in either language, answered in the same."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        language = rng.choice((ENGLISH, FRENCH))
+        question, answers = story(rng, language)
+        yield {"instruction": question, "output": answers[language]}
+
+
+def task(n, seed):
+    """What the side network learns: n different English stories, answered in French."""
+    rng, made = random.Random(seed), {}
+    while len(made) < n:
+        question, answers = story(rng, ENGLISH)
+        made[question] = answers[FRENCH]
+    return [{"instruction": question, "output": answer} for question, answer in made.items()]
+
+
+def train_tokenizer(path, vocab_size=768):
+    """Train a sentencepiece tokenizer, of LLaMA's kind, on the language of the grammar."""
+    import sentencepiece
+
+    text = (frame(r["instruction"]) + r["output"] for r in pretraining(4000, seed=0))
+    lines = [line for sample in text for line in sample.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(Path(path).with_suffix("")),
+        vocab_size=vocab_size, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip

@@ -1,0 +1,217 @@
+"""The ladder: base and side in lockstep, the loss, generation, saving and loading the side.
+
+    python qst.py --base FOLDER --side FOLDER --prompt "..."
+
+B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from model import (
+    Generator, from_pretrained, positions_and_mask, read_json, read_safetensors, rotary_table,
+    token_loss, write_json, write_safetensors,
+)  # fmt: skip
+from quant import InputError, Linear4bit
+from side import SideConfig, SideNetwork
+
+FORMAT = 1  # of a side checkpoint
+
+
+class QST(Generator, nn.Module):
+    """Quantized side tuning (arXiv 2401.07159 §3.2): a frozen base, and a side network beside it.
+
+    base: a `Transformer` that is frozen; config: the side network's, by default the paper's
+    """
+
+    def __init__(self, base, config=None):
+        super().__init__()
+        self.base, self.config = base, base.config
+        with torch.device(base.embed_tokens.weight.device):
+            self.side = SideNetwork(base.config, config or SideConfig())
+
+    def hidden(self, idx, keep=None, cache=None):
+        """Climb the ladder: idx (B, T) -> the state that the LM head reads, (B, T, C)."""
+        base, side = self.base, self.side
+        N = len(base.layers)
+        cache = cache or [None] * 2 * N
+        past = cache[0].length if cache[0] else 0
+        with torch.no_grad():  # nothing of the base is kept for the backward pass
+            positions, mask = positions_and_mask(idx, keep, past)
+            h_f = base.embed(idx, positions)
+            rope_f = rotary_table(base.config, positions, h_f.dtype)
+            rope_g = rotary_table(side.narrow, positions, h_f.dtype)
+        h_g = side.start(h_f)
+        for i in range(N):
+            with torch.no_grad():
+                h_f = base.layers[i](h_f, mask, rope_f, cache[i])
+            h_g = side.rung(i, h_f, h_g, mask, rope_g, cache[N + i])
+        with torch.no_grad():
+            h_f = base.final(h_f)
+        return side.mix(h_f, h_g)
+
+    def head(self, h):
+        return self.base.head(h)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T), targets (B, T) the ids that follow -> logits (B, T, V), loss or None."""
+        logits = self.head(self.hidden(idx))
+        if targets is None:
+            return logits, None
+        return logits, token_loss(logits, targets)
+
+    def new_cache(self, max_len):
+        """The base's caches, and then the side's."""
+        return self.base.new_cache(max_len) + self.base.new_cache(max_len)
+
+    def save_side(self, folder):
+        """Write side.safetensors and side.json, each whole or not at all."""
+        folder = Path(folder)
+        write_safetensors(folder / "side.safetensors", self.side.state_dict())
+        write_json(
+            folder / "side.json",
+            {"format": FORMAT, "config": asdict(self.side.config), "base": fingerprint(self.base)},
+        )
+
+    def load_side(self, folder):
+        """Replace the side network by a saved one, and return self.
+
+        It must have been trained on this base; every tensor must be there, and no other.
+        """
+        about = read_json(Path(folder) / "side.json")
+        if about.get("format") != FORMAT:
+            raise InputError(
+                f"{folder}/side.json has format {about.get('format')}; this code reads {FORMAT}."
+            )
+        ours = fingerprint(self.base)
+        if differ := [key for key in ours if about["base"].get(key) != ours[key]]:
+            told = ", ".join(f"{k} {about['base'].get(k)} there and {ours[k]} here" for k in differ)
+            raise InputError(f"{folder} was trained on another base: {told}.")
+        try:
+            config = SideConfig(**about["config"])
+        except TypeError:
+            raise InputError(f"{folder}/side.json has a config that this code lacks.") from None
+        device = self.base.embed_tokens.weight.device
+        with torch.device(device):
+            side = SideNetwork(self.base.config, config)
+        saved = read_safetensors(Path(folder) / "side.safetensors")
+        for name, tensor in side.state_dict().items():
+            if name not in saved:
+                raise InputError(f"{folder}/side.safetensors lacks {name}.")
+            loaded = saved.pop(name)()
+            if loaded.shape != tensor.shape:
+                raise InputError(
+                    f"{folder}/side.safetensors: {name} has shape {tuple(loaded.shape)}, "
+                    f"and side.json says {tuple(tensor.shape)}."
+                )
+            tensor.copy_(loaded)
+        if saved:
+            raise InputError(f"{folder}/side.safetensors has {', '.join(saved)}, which is not used.")
+        self.side = side
+        return self
+
+
+def fingerprint(base):
+    """What tells one frozen base from another: its shape, its quantization, a hash of its weights.
+
+    The hash is of some 1,000 values of every decoder weight, so that a 70B model takes a moment.
+    They are taken in bf16, so that the dtype in which a model is loaded makes no difference.
+    """
+    digest = hashlib.sha256(json.dumps(asdict(base.config)).encode())
+    quant = "none"
+    for module in base.layers.modules():
+        if isinstance(module, Linear4bit):
+            quant = module.kind
+        for name, tensor in module.named_buffers(recurse=False):
+            flat = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
+            if name != "bias" and not name.startswith("weight"):  # codes and scales, as they are
+                digest.update(flat.numpy().tobytes())
+            else:
+                digest.update(flat.bfloat16().view(torch.int16).numpy().tobytes())
+    return {"quant": quant, "weights": digest.hexdigest()[:16]}
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+
+def pick_device(name):
+    """A flag's value -> a torch device; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU here; try --device cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is unknown: try cuda or cpu.") from None
+
+
+def pick_dtype(name, device):
+    """A flag's value -> a torch dtype; "auto" is fp32 on a CPU and bf16 on a GPU."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in names:
+        raise InputError(f"--dtype {name} is unknown: choose auto, {', '.join(names)}.")
+    return names[name]
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser("qst.py", description="Generate text.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--base", required=True, help="folder of a LLaMA or OPT model")
+    add("--side", help="folder of a side checkpoint; without one, the base alone goes on with the text")
+    add("--prompt", required=True, help="an instruction; without --side, or with --raw, plain text")
+    add("--raw", action="store_true", help="take the prompt as it is, without the instruction's frame")
+    add("--max_new_tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    add("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all")
+    add("--top_p", type=float, default=1.0, help="only the likeliest tokens of this probability")
+    add("--seed", type=int, default=1337)
+    add("--quant", default="nf4", help="nf4, fp4 or none (as it was trained)")
+    add("--dtype", default="auto", help="fp32, bf16 or fp16; auto: fp32 on a CPU, bf16 on a GPU")
+    add("--device", default="auto")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    from data.instruct import frame
+    from data.tokenizer import load_tokenizer
+
+    args = parse_args(argv)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.base)
+    model = from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
+    framed = args.side and not args.raw
+    if args.side:
+        model = QST(model).load_side(args.side)
+    prompt = frame(args.prompt) if framed else args.prompt
+    idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=device)
+    stream = model.stream(
+        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+        eos_id=tokenizer.eos_id, seed=args.seed,
+    )  # fmt: skip
+    print("" if framed else args.prompt, end="", flush=True)
+    for piece in tokenizer.stream(token.item() for token in stream):
+        print(piece, end="", flush=True)
+    print()
+
+
+def run(main):
+    """Run a command line's `main`; the user's mistake is one line, ours a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,181 @@
+"""What is trained: downsamplers, and the narrow side network that reads the frozen model.
+
+    h_f (B, T, C)   hidden state of the frozen model f        C = n_embd
+    h_g (B, T, c)   hidden state of the side network g        c = C / reduction
+
+QST (arXiv 2401.07159 §3.2), with N layers in both networks:
+
+    h_g_0 = downsample_0(h_f_0)                               h_f_0: the embedding
+    h_g_i = layer_i((1 - beta_i) * downsample_i(h_f_i) + beta_i * h_g_{i-1})     beta = sigmoid(gamma)
+    h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)                        to the frozen LM head
+
+Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
+from quant import InputError
+
+
+def setting(default, help):
+    """A field of a dataclass of settings, with the text for `--help`."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class SideConfig:
+    """The side network's architecture. The defaults are the paper's; RELEASED has the other."""
+
+    reduction: int = setting(16, "the side network is this many times narrower than the base")
+    rank: int = setting(16, "of the lora and adapter downsamplers")
+    downsample: str = setting("adapter", "linear, lora, adapter, maxpool or avgpool")
+    downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
+    share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
+    gate: str = setting("scalar", "gamma: a scalar, from 0, or one a channel, from 0.5")
+    mix: str = setting("alpha", "alpha: a scalar, from 1; channel: the sigmoid of a vector, from 1")
+    upsample_bias: bool = setting(False, "whether the upsampler has a bias")
+    final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
+
+    def __post_init__(self):
+        for field, choices in CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise InputError(
+                    f"--{field} {getattr(self, field)} is unknown: choose {', '.join(choices)}."
+                )
+
+
+CHOICES = {
+    "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
+    "gate": ("scalar", "channel"),
+    "mix": ("alpha", "channel"),
+}
+
+# What the authors' released code builds: SideConfig(**RELEASED).
+# differs from the paper: a gate and a mix per channel, norms, a bias, a shared downsampler, and a
+# mix that starts at sigmoid(1) = 0.73, so that training does not start at the LLM.
+RELEASED = dict(
+    downsample_norm=True, share_first=True, gate="channel", mix="channel", upsample_bias=True,
+    final_norm=True,
+)  # fmt: skip
+
+
+class LowRank(nn.Module):
+    """Two factors with a narrow waist, and perhaps a nonlinearity between: (..., n_in) -> (..., n_out).
+
+    The low-rank pair of LoRA (arXiv 2106.09685 §4.1), or with SiLU the bottleneck of Adapter.
+    """
+
+    def __init__(self, n_in, n_out, rank, nonlinear=False):
+        super().__init__()
+        self.down = Linear(n_in, rank, bias=False)
+        self.up = Linear(rank, n_out, bias=False)
+        self.nonlinear = nonlinear
+
+    def forward(self, x):
+        x = self.down(x)
+        return self.up(F.silu(x) if self.nonlinear else x)
+
+
+class Pool(nn.Module):
+    """Of each `reduction` neighbouring channels, the largest or the mean: no parameters."""
+
+    def __init__(self, reduction, kind):
+        super().__init__()
+        self.reduction, self.kind = reduction, kind
+
+    def forward(self, x):
+        groups = x.unflatten(-1, (-1, self.reduction))  # (..., c, reduction)
+        return groups.amax(dim=-1) if self.kind == "maxpool" else groups.mean(dim=-1)
+
+
+def make_downsample(config, n_in, n_out):
+    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6)."""
+    if config.downsample == "linear":
+        module = Linear(n_in, n_out, bias=False)
+    elif config.downsample in ("lora", "adapter"):
+        module = LowRank(n_in, n_out, config.rank, nonlinear=config.downsample == "adapter")
+    else:
+        module = Pool(config.reduction, config.downsample)
+    return nn.Sequential(module, LayerNorm(n_out)) if config.downsample_norm else module
+
+
+def narrow(config, reduction):
+    """The side network's `ModelConfig`: as many layers and heads, every width divided."""
+    fits = lambda r: (
+        config.n_embd % (r * config.n_head) == 0
+        and (config.family == "opt" or config.n_embd // r // config.n_head % 2 == 0)
+        and config.n_ffn >= r
+    )
+    if not fits(reduction):
+        good = [str(r) for r in range(1, config.n_embd + 1) if fits(r)]
+        even = "" if config.family == "opt" else ", an even number each (rotary pairs)"
+        raise InputError(
+            f"--reduction {reduction} does not divide n_embd = {config.n_embd} into "
+            f"{config.n_head} heads{even}: choose one of {', '.join(good)}."
+        )
+    C = config.n_embd // reduction
+    return replace(
+        config, n_embd=C, embed_dim=C, n_ffn=config.n_ffn // reduction, head_dim=C // config.n_head
+    )
+
+
+class SideNetwork(nn.Module):
+    """The network that learns; its modules' names are those of the symbols above."""
+
+    def __init__(self, base_config, config):
+        super().__init__()
+        self.config, self.narrow = config, narrow(base_config, config.reduction)
+        N, C, c = base_config.n_layer, base_config.n_embd, self.narrow.n_embd
+        channel = config.gate == "channel"
+        self.downsample = nn.ModuleList(
+            make_downsample(config, C, c) for _ in range(N + (not config.share_first))
+        )
+        self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
+        self.layers = nn.ModuleList(DecoderLayer(self.narrow) for _ in range(N))
+        self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
+        self.upsample = Linear(c, C, bias=config.upsample_bias)
+        self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
+
+    def start(self, h_f):
+        """h_g_0 from the embedding."""
+        return self.downsample[0](h_f)
+
+    def rung(self, i, h_f, h_g, *context):
+        """h_g after layer i = 0 ... N-1, from h_f after the same layer and h_g before it.
+
+        context: mask, rotary table and cache, as for `DecoderLayer`
+        """
+        down = self.downsample[i if self.config.share_first else i + 1](h_f)
+        beta = torch.sigmoid(self.gamma[i]).to(down.dtype)
+        return self.layers[i]((1 - beta) * down + beta * h_g, *context)
+
+    def mix(self, h_f, h_g):
+        """The hidden state for the LM head: (B, T, C).
+
+        With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2; LST, which
+        predicts from the side network alone, starts far away). The factor of the upsampled state
+        is then 0, and so is every gradient of the side network but alpha's own, until alpha has
+        moved: the first step trains alpha alone.
+        """
+        alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
+        alpha = alpha.to(h_f.dtype)
+        return alpha * h_f + (1 - alpha) * self.upsample(self.norm(h_g))
+
+
+def main():
+    base = PRESETS["llama-2-7b"]
+    print("A side network for LLaMA-2-7B (4096 -> 256 channels)        trainable parameters")
+    rows = [(f"{kind} downsampler", dict(downsample=kind)) for kind in CHOICES["downsample"]]
+    for name, fields in [*rows, ("as released (adapter)", RELEASED)]:
+        with torch.device("meta"):
+            side = SideNetwork(base, SideConfig(**fields))
+        print(f"{name:55} {sum(p.numel() for p in side.parameters()):>14,}")
+
+
+if __name__ == "__main__":
+    main()
