@@ -453,6 +453,8 @@ def read_safetensors(path):
     The tensor is a view of a memory map of its own: its pages are freed when it goes.
     """
     path = Path(path)
+    if not path.exists():
+        raise InputError(f"{path} is missing.")
     size = path.stat().st_size
     bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
     with open(path, "rb") as file:

@@ -80,42 +80,54 @@ class QST(Generator, nn.Module):
             {"format": FORMAT, "config": asdict(self.side.config), "base": fingerprint(self.base)},
         )
 
+    @classmethod
+    def from_side(cls, base, folder):
+        """A base with the side network that `save_side` left in a folder."""
+        return cls(base, read_side(folder)[0]).load_side(folder)
+
     def load_side(self, folder):
-        """Replace the side network by a saved one, and return self.
+        """Replace the side network, config and all, by a saved one, and return self.
 
         It must have been trained on this base; every tensor must be there, and no other.
         """
-        about = read_json(Path(folder) / "side.json")
-        if about.get("format") != FORMAT:
-            raise InputError(
-                f"{folder}/side.json has format {about.get('format')}; this code reads {FORMAT}."
-            )
+        config, trained_on = read_side(folder)
         ours = fingerprint(self.base)
-        if differ := [key for key in ours if about["base"].get(key) != ours[key]]:
-            told = ", ".join(f"{k} {about['base'].get(k)} there and {ours[k]} here" for k in differ)
+        if differ := [key for key in ours if trained_on.get(key) != ours[key]]:
+            told = ", ".join(f"{k} {trained_on.get(k)} there and {ours[k]} here" for k in differ)
             raise InputError(f"{folder} was trained on another base: {told}.")
-        try:
-            config = SideConfig(**about["config"])
-        except TypeError:
-            raise InputError(f"{folder}/side.json has a config that this code lacks.") from None
-        device = self.base.embed_tokens.weight.device
-        with torch.device(device):
-            side = SideNetwork(self.base.config, config)
-        saved = read_safetensors(Path(folder) / "side.safetensors")
+        path = Path(folder) / "side.safetensors"
+        saved = read_safetensors(path)
+        side = QST(self.base, config).side
         for name, tensor in side.state_dict().items():
             if name not in saved:
-                raise InputError(f"{folder}/side.safetensors lacks {name}.")
+                raise InputError(f"{path} lacks {name}.")
             loaded = saved.pop(name)()
             if loaded.shape != tensor.shape:
                 raise InputError(
-                    f"{folder}/side.safetensors: {name} has shape {tuple(loaded.shape)}, "
-                    f"and side.json says {tuple(tensor.shape)}."
+                    f"{path}: {name} has shape {tuple(loaded.shape)}, and side.json says "
+                    f"{tuple(tensor.shape)}."
                 )
             tensor.copy_(loaded)
         if saved:
-            raise InputError(f"{folder}/side.safetensors has {', '.join(saved)}, which is not used.")
+            raise InputError(f"{path} has {', '.join(saved)}, which its side.json does not.")
         self.side = side
         return self
+
+
+def read_side(folder):
+    """Read side.json: the `SideConfig`, and the fingerprint of the base."""
+    path = Path(folder) / "side.json"
+    if not path.exists():
+        raise InputError(f"{path} is missing: give the --out_dir of a run of train.py.")
+    about = read_json(path)
+    try:
+        if about["format"] != FORMAT:
+            raise InputError(f"{path} has format {about['format']}; this code reads {FORMAT}.")
+        return SideConfig(**about["config"]), dict(about["base"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is damaged, or of another version ({error}).") from None
 
 
 def fingerprint(base):
@@ -164,8 +176,18 @@ def pick_dtype(name, device):
     return names[name]
 
 
+class Parser(argparse.ArgumentParser):
+    """Flags in full, and a mistake in one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        sys.exit(f"error: {message}; --help lists the flags")
+
+
 def parse_args(argv):
-    parser = argparse.ArgumentParser("qst.py", description="Generate text.", allow_abbrev=False)
+    parser = Parser("qst.py", description="Generate text.")
     add = parser.add_argument
     add("--base", required=True, help="folder of a LLaMA or OPT model")
     add("--side", help="folder of a side checkpoint; without one, the base alone goes on with the text")
@@ -192,7 +214,7 @@ def main(argv=None):
     model = from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
     framed = args.side and not args.raw
     if args.side:
-        model = QST(model).load_side(args.side)
+        model = QST.from_side(model, args.side)
     prompt = frame(args.prompt) if framed else args.prompt
     idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=device)
     stream = model.stream(

@@ -128,21 +128,26 @@ def nearest(values, codebook):
 def quantize_blockwise(values, codebook, block_size):
     """Quantize to the nearest of `codebook`'s levels times each block's largest magnitude.
 
-    values: any shape, taken as one row of blocks, of which the last may be short
-    returns codes, uint8 (values.numel(),), and absmax, fp32 (number of blocks,)
+    values: any shape, taken as one row of n values in blocks, of which the last may be short
+    returns codes, uint8 (n,), or (ceil(n / 2),) two a byte for a code book of 16 levels,
+    and absmax, fp32 (number of blocks,)
     """
     values = values.reshape(-1)
-    n = values.numel()
-    codes = torch.empty(n, dtype=torch.uint8, device=values.device)
+    n, per_byte = values.numel(), 2 if len(codebook) == 16 else 1
+    codes = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-n // block_size), device=values.device)
     step = chunk_size(values.device)
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
-        # Multiply by the reciprocal, as bitsandbytes does: dividing breaks ties another way.
-        scaled = (blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1)[: len(chunk)]
-        codes[start : start + step] = nearest(scaled, codebook)
+        # Times the reciprocal, as in bitsandbytes: dividing, as it does in a last, short block on
+        # the CPU, breaks exact ties another way.
+        index = nearest((blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1), codebook)
+        if per_byte == 2:  # of an odd n, the last nibble is padding and stands for 0
+            index = index[::2] << 4 | index[1::2]
+        part = codes[start // per_byte : (start + step) // per_byte]
+        part.copy_(index[: len(part)])
         absmax[start // block_size :][: len(peak)] = peak
     return codes, absmax
 
@@ -208,8 +213,6 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
     if not weight.is_meta and not absmax.isfinite().all():
         raise InputError(f"{name} has NaN or infinite values and cannot be quantized.")
-    codes = F.pad(codes, (0, len(codes) % 2))  # the unused nibble of an odd size is 0, as elsewhere
-    codes = codes[::2] << 4 | codes[1::2]
     nested_absmax = offset = None
     if double_quant:
         offset = absmax.mean()

@@ -8,7 +8,6 @@ A run leaves in --out_dir: side.safetensors and side.json (the side network that
 held-out examples), last/ (the same of the last iteration), log.csv and result.json.
 """
 
-import argparse
 import csv
 import hashlib
 import json
@@ -32,11 +31,11 @@ from model import (
     IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
     model_bytes, pad_left, read_config, save_pretrained, token_loss, write_json,
 )  # fmt: skip
-from qst import QST, pick_device, pick_dtype, run
+from qst import QST, Parser, pick_device, pick_dtype, run
 from quant import InputError, Linear4bit
 from side import SideConfig, setting
 
-CACHE = Path(__file__).parent / "data" / "cache"  # the embedded default's base, git-ignored
+CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
 
 @dataclass
@@ -487,18 +486,17 @@ def main(cfg):
 # The command line
 
 
+def true_or_false(text):
+    return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
+
+
 def parse_args(argv=None):
     """Flags, one a field of `TrainConfig`, -> a TrainConfig."""
-    parser = argparse.ArgumentParser(
-        "train.py", description="Finetune a frozen 4-bit model through a side network.",
-        allow_abbrev=False,
-    )  # fmt: skip
-    parser.error = lambda message: sys.exit(f"error: {message}; --help lists the flags")
-    yes_or_no = lambda text: {"true": True, "false": False}[text.lower()]
+    parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     for f in fields(TrainConfig):
         real, embedded = DEFAULTS.get(f.name, (f.default, f.default))
         default = f"{real}, or {embedded} for the embedded default" if real != embedded else real
-        kind = dict(type=yes_or_no, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
         parser.add_argument(
             f"--{f.name}", default=f.default, **kind,
             help=f"{f.metadata['help']} (default: {default!s})".replace("%", "%%"),

@@ -1,0 +1,55 @@
+"""What the tests share: the path, small models, and where the oracles are."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model import ModelConfig, Transformer  # noqa: E402
+
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED = ROOT.parent / "shared"  # more of the same, on the machine where this was written
+
+
+def small_config(family="llama", **changes):
+    sizes = dict(vocab_size=61, n_layer=3, n_head=4, n_embd=32, n_ffn=48, max_positions=64)
+    opt = dict(attention_bias=True, mlp_bias=True, tied=True) if family == "opt" else {}
+    return ModelConfig(**(sizes | opt | dict(family=family, bos_id=1, eos_id=2) | changes))
+
+
+def small_base(quant="nf4", seed=0, **changes):
+    """A frozen model with random weights, which are not all small."""
+    torch.manual_seed(seed)
+    model = Transformer(small_config(**changes))
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return model.freeze(quant, torch.float32)
+
+
+@pytest.fixture
+def base():
+    return small_base()
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(3, 61, (3, 10), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A folder as from the Hub: an untrained LLaMA and the embedded default's tokenizer."""
+    from data import tiny
+    from data.tokenizer import load_tokenizer
+    from model import save_pretrained
+
+    folder = tmp_path_factory.mktemp("model")
+    tiny.train_tokenizer(folder / "tokenizer.model")
+    torch.manual_seed(0)
+    size = load_tokenizer(folder).vocab_size
+    save_pretrained(Transformer(small_config(vocab_size=size, max_positions=128)), folder)
+    return folder

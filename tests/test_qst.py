@@ -1,0 +1,277 @@
+"""side.py and qst.py: the equations, the gradients, generation and the side checkpoint."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import small_base, small_config
+from torch.nn import functional as F
+
+import train
+from model import IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left
+from qst import QST, fingerprint
+from quant import InputError
+from side import RELEASED, SideConfig, SideNetwork
+
+KINDS = ["linear", "lora", "adapter", "maxpool", "avgpool"]
+
+
+def shaken(model, seed=1):
+    """Move every parameter of the side network away from its start."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_training_starts_exactly_at_the_base(family, kind, idx):
+    """With alpha at 1, the logits are the base's, bit for bit, whatever the side network holds."""
+    base = small_base(family=family)
+    logits, loss = QST(base, SideConfig(reduction=4, downsample=kind))(idx)
+    assert torch.equal(logits, base(idx)) and loss is None
+
+
+def test_at_step_0_only_alpha_has_a_gradient(base, idx):
+    """The side network's gradients are all zero until alpha moves, and none is once it has."""
+    model = QST(base, SideConfig(reduction=4))
+    gradients = lambda: {
+        n: p.grad.abs().max().item() for n, p in model.named_parameters() if p.grad is not None
+    }
+    model(idx, idx)[1].backward()
+    nonzero = [name for name, g in gradients().items() if g > 0]
+    assert nonzero == ["side.alpha"]
+    with torch.no_grad():
+        model.side.alpha -= 0.1
+    model.zero_grad()
+    model(idx, idx)[1].backward()
+    assert all(g > 0 for g in gradients().values())
+    assert len(gradients()) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_ladder_is_the_papers_equations(kind, idx):
+    """The forward pass equals QST §3.2, written out layer by layer from the base's states."""
+    base = small_base()
+    model = shaken(QST(base, SideConfig(reduction=4, downsample=kind)))
+    side = model.side
+
+    def down(i, h):
+        d = side.downsample[i]
+        if kind == "linear":
+            return h @ d.weight.T
+        if kind == "lora":
+            return h @ d.down.weight.T @ d.up.weight.T
+        if kind == "adapter":
+            return F.silu(h @ d.down.weight.T) @ d.up.weight.T
+        groups = h.reshape(*h.shape[:-1], 8, 4)
+        return groups.max(dim=-1).values if kind == "maxpool" else groups.mean(dim=-1)
+
+    from model import positions_and_mask, rotary_table
+
+    positions, mask = positions_and_mask(idx)
+    states = [base.embed_tokens(idx)]
+    for layer in base.layers:
+        states.append(layer(states[-1], mask, rotary_table(base.config, positions, torch.float32)))
+    h_g = down(0, states[0])
+    for i in range(3):
+        beta = 1 / (1 + math.exp(-side.gamma[i].item()))
+        mixed = (1 - beta) * down(i + 1, states[i + 1]) + beta * h_g
+        h_g = side.layers[i](mixed, mask, rotary_table(side.narrow, positions, torch.float32))
+    h = side.alpha * base.norm(states[-1]) + (1 - side.alpha) * (h_g @ side.upsample.weight.T)
+    expected = h @ base.lm_head.weight.T
+    assert torch.allclose(model(idx)[0], expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_start_values():
+    """gamma 0 and alpha 1 as in the paper; as released, 0.5 and 1 through a sigmoid."""
+    paper = SideNetwork(small_config(), SideConfig(reduction=4))
+    assert paper.alpha.shape == () and paper.alpha == 1
+    assert paper.gamma.shape == (3,) and paper.gamma.eq(0).all()
+    released = SideNetwork(small_config(), SideConfig(reduction=4, **RELEASED))
+    assert released.alpha.shape == (32,) and released.alpha.eq(1).all()
+    assert released.gamma.shape == (3, 8) and released.gamma.eq(0.5).all()
+    h_f, h_g = torch.randn(2, 32), torch.randn(2, 8)
+    part = 1 / (1 + math.exp(-1))
+    expected = part * h_f + (1 - part) * released.upsample(released.norm(h_g))
+    assert torch.allclose(released.mix(h_f, h_g), expected, atol=1e-6)
+
+
+def test_the_base_is_frozen_and_keeps_nothing(base, idx):
+    """No base weight is a parameter, and backward keeps nothing of the base's width but the hidden
+    states that a downsampler or alpha reads, once each."""
+    model = shaken(QST(base, SideConfig(reduction=4)))
+    assert not list(base.parameters())
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert model.hidden(idx).requires_grad
+    sizes = [t.untyped_storage().nbytes() // 4 for key, t in kept.items() if key not in own]
+    # the embedding, each layer's output, the normed last one, and the upsampled side state
+    assert sizes.count(3 * 10 * 32) == 1 + 3 + 1 + 1
+    assert not any(size % (3 * 10 * 48) == 0 for size in sizes)  # the base's MLP
+    assert max(sizes) == 3 * 10 * 32
+
+
+@pytest.mark.parametrize("preset, released", [
+    ("llama-2-7b", 28_623_104), ("llama-2-13b", 54_756_160), ("llama-2-70b", 282_944_000),
+    ("opt-1.3b", 5_869_824), ("opt-2.7b", 11_720_000), ("opt-6.7b", 28_582_400),
+])  # fmt: skip
+def test_trainable_parameters_of_the_released_variant(preset, released):
+    """SideConfig(**RELEASED) has exactly as many parameters as the released code."""
+    with torch.device("meta"):
+        side = SideNetwork(PRESETS[preset], SideConfig(**RELEASED))
+    assert sum(p.numel() for p in side.parameters()) == released
+
+
+def test_trainable_parameters_of_the_papers_variant():
+    """The paper's own architecture on LLaMA-2-7B: 0.42 % (Table 6 says 0.41, 0.85, 0.38)."""
+    total, percent = count_weights(PRESETS["llama-2-7b"]), {}
+    for kind in KINDS:
+        with torch.device("meta"):
+            side = SideNetwork(PRESETS["llama-2-7b"], SideConfig(downsample=kind))
+        trainable = sum(p.numel() for p in side.parameters())
+        percent[kind] = 100 * trainable / (total + trainable)
+        if kind == "adapter":
+            assert trainable == 28_659_745
+    paper = dict(linear=0.85, lora=0.41, adapter=0.41, maxpool=0.38, avgpool=0.38)
+    assert percent == pytest.approx(paper, abs=0.06)
+
+
+def test_a_training_step_on_meta_tensors():
+    """A whole step of LLaMA-2-7B runs on the meta device: no tensor is made on another one."""
+    with torch.device("meta"):
+        base = Transformer(PRESETS["llama-2-7b"])
+    model = QST(base.freeze("nf4", torch.bfloat16, "meta"))
+    optimizer = train.make_optimizer(model, train.complete(train.TrainConfig()))
+    idx = torch.zeros(4, 384, dtype=torch.long, device="meta")
+    logits, loss = model(idx, idx)
+    loss.backward()
+    optimizer.step()
+    assert logits.shape == (4, 384, 32000) and loss.device.type == "meta"
+    assert all(p.grad is not None and p.dtype == torch.float32 for p in model.parameters())
+    assert logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_master_weights_stay_in_fp32(dtype, idx):
+    """The side network computes in the base's dtype and keeps fp32 weights and gradients."""
+    torch.manual_seed(0)
+    base = Transformer(small_config()).freeze("nf4", dtype)
+    model = shaken(QST(base, SideConfig(reduction=4)))
+    logits, loss = model(idx, idx)
+    loss.backward()
+    assert logits.dtype == dtype and loss.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_loss_counts_the_targets_only(base, idx):
+    """The loss is the mean over targets that are not IGNORE_INDEX."""
+    targets = idx.clone()
+    targets[:, :6] = IGNORE_INDEX
+    logits, loss = QST(base, SideConfig(reduction=4))(idx, targets)
+    log_p = logits[:, 6:].log_softmax(dim=-1).gather(2, idx[:, 6:].unsqueeze(2))
+    assert loss.item() == pytest.approx(-log_p.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, RELEASED], ids=["paper", "released"])
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_generation_with_two_caches(family, changes, idx):
+    """Generating through the caches of base and side gives what recomputing everything gives."""
+    model = shaken(QST(small_base(family=family), SideConfig(reduction=4, **changes)))
+    expected = idx
+    for _ in range(8):
+        token = model(expected)[0][:, -1].argmax(dim=-1, keepdim=True)
+        expected = torch.cat([expected, token], dim=1)
+    assert torch.equal(model.generate(idx, 8), expected)
+
+
+def test_padded_batch_equals_single_prompts():
+    """Prompts of unequal length in one batch are answered as each is alone."""
+    model = shaken(QST(small_base(), SideConfig(reduction=4)))
+    prompts = [[5, 9, 3], [7, 8, 4, 11, 30, 2], [12]]
+    idx, keep = pad_left(prompts)
+    together = model.generate(idx, 8, keep=keep)[:, idx.shape[1] :]
+    for prompt, row in zip(prompts, together):
+        assert torch.equal(model.generate(torch.tensor([prompt]), 8)[0, len(prompt) :], row)
+
+
+def test_sampling_depends_on_the_seed_alone(idx):
+    model = QST(small_base(), SideConfig(reduction=4))
+    draw = lambda seed: model.generate(idx, 10, 1.5, top_k=20, top_p=0.95, seed=seed)
+    assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
+
+
+@pytest.mark.parametrize("changes", [{}, RELEASED], ids=["paper", "released"])
+def test_a_saved_side_is_the_same_side(changes, tmp_path, idx):
+    """What is loaded into a fresh model gives the same logits, bit for bit."""
+    model = shaken(QST(small_base(), SideConfig(reduction=4, **changes)))
+    model.save_side(tmp_path)
+    again = QST.from_side(small_base(), tmp_path)
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    assert again.side.config == model.side.config
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+@pytest.mark.parametrize("other, told", [
+    (dict(seed=5), "weights"), (dict(quant="fp4"), "quant nf4 there and fp4 here"),
+    (dict(quant="none"), "quant nf4 there and none here"), (dict(rope_theta=5e5), "weights"),
+])  # fmt: skip
+def test_a_side_refuses_another_base(other, told, tmp_path):
+    """A checkpoint loads only beside the base that it was trained on."""
+    QST(small_base(), SideConfig(reduction=4)).save_side(tmp_path)
+    with pytest.raises(InputError, match=f"another base: .*{told}"):
+        QST.from_side(small_base(**other), tmp_path)
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype():
+    """The same checkpoint, loaded to compute in fp32 or in bf16, is the same base."""
+    torch.manual_seed(0)
+    state = Transformer(small_config()).bfloat16().state_dict()
+    prints = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for quant in ("nf4", "none"):
+            model = Transformer(small_config()).bfloat16()
+            model.load_state_dict(state)
+            prints.append(fingerprint(model.freeze(quant, dtype)))
+    assert prints[0] == prints[2] and prints[1] == prints[3] and prints[0] != prints[1]
+
+
+def test_a_tensor_missing_or_left_over_is_named(tmp_path):
+    """Loading a side network is strict in both directions, and about shapes and formats."""
+    from model import read_safetensors, write_safetensors
+
+    base, path = small_base(), tmp_path / "side.safetensors"
+    QST(base, SideConfig(reduction=4)).save_side(tmp_path)
+    whole = {name: read() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, {k: v for k, v in whole.items() if k != "upsample.weight"})
+    with pytest.raises(InputError, match="lacks upsample.weight"):
+        QST.from_side(base, tmp_path)
+    write_safetensors(path, whole | {"extra": torch.zeros(1)})
+    with pytest.raises(InputError, match="has extra"):
+        QST.from_side(base, tmp_path)
+    write_safetensors(path, whole | {"gamma": torch.zeros(7)})
+    with pytest.raises(InputError, match="gamma has shape"):
+        QST.from_side(base, tmp_path)
+    about = json.loads((tmp_path / "side.json").read_text())
+    (tmp_path / "side.json").write_text(json.dumps(about | {"format": 99}))
+    with pytest.raises(InputError, match="format 99"):
+        QST.from_side(base, tmp_path)
+
+
+def test_reductions_that_do_not_fit_are_refused():
+    """The message says which reductions do."""
+    with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):
+        SideNetwork(small_config(), SideConfig(reduction=3))
+    with pytest.raises(InputError, match="--downsample sum is unknown"):
+        SideConfig(downsample="sum")
+    SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
+    with pytest.raises(InputError, match="rotary"):
+        SideNetwork(small_config(), SideConfig(reduction=8))

@@ -1,0 +1,174 @@
+"""quant.py, against what bitsandbytes gives (tests/fixtures, made by make_fixtures.py)."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, SHARED
+from torch.nn import functional as F
+
+from quant import (
+    CODEBOOKS, DYNAMIC_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK, InputError, Linear4bit, Quantized4bit,
+    dequantize_blockwise, nearest, normal_codebook, quantize_4bit, quantize_blockwise,
+)  # fmt: skip
+
+ORACLE = {k: torch.from_numpy(v) for k, v in np.load(FIXTURES / "quantized.npz").items()}
+NAMES = ["normal", "odd", "zeros", "ties"]
+GRID = 2 / 65535  # bitsandbytes finds a level for the nearest point of a grid this fine
+
+
+def test_code_books_are_exact():
+    """The tables are the published ones in full fp32 precision."""
+    assert torch.equal(NF4_CODEBOOK, ORACLE["nf4"])
+    assert torch.equal(FP4_CODEBOOK, ORACLE["fp4"])
+    assert torch.equal(DYNAMIC_CODEBOOK, ORACLE["dynamic"])
+
+
+def test_nf4_is_derived_from_normal_quantiles():
+    """The function beside the table gives the table."""
+    assert (normal_codebook() - NF4_CODEBOOK).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_equal_bitsandbytes(name, kind):
+    """Packed codes and absmax are the same bits, also with ties, zero blocks and odd sizes."""
+    q = quantize_4bit(ORACLE[f"{name}.x"], kind, double_quant=False)
+    assert torch.equal(q.codes, ORACLE[f"{name}.{kind}.single.codes"])
+    assert torch.equal(q.absmax, ORACLE[f"{name}.{kind}.single.absmax"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", ["single", "double"])
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_bitsandbytes(name, kind, scale, dtype):
+    """What bitsandbytes quantized dequantizes to exactly its result."""
+    key, x = f"{name}.{kind}.{scale}", ORACLE[f"{name}.x"]
+    nested = [ORACLE.get(f"{key}.nested"), ORACLE.get(f"{key}.offset")]
+    q = Quantized4bit(ORACLE[f"{key}.codes"], ORACLE[f"{key}.absmax"], *nested, x.shape, kind)
+    expected = ORACLE[f"{key}.{str(dtype)[6:]}"].to(dtype)
+    if name == "odd":  # there it multiplies in the output's dtype, and so rounds twice
+        assert torch.allclose(q.dequantize(dtype), expected, rtol=1e-2 if dtype != torch.float32 else 0)
+    else:
+        assert torch.equal(q.dequantize(dtype), expected)
+
+
+def test_absmax_codes_are_the_nearest():
+    """Ours are true nearest levels; those of bitsandbytes differ in few, by one step."""
+    x = ORACLE["many_blocks.x"]
+    q = quantize_4bit(x)
+    theirs = ORACLE["many_blocks.nf4.double.absmax"]
+    assert torch.equal(q.nested_absmax, ORACLE["many_blocks.nf4.double.nested"])
+    assert torch.equal(q.offset, ORACLE["many_blocks.nf4.double.offset"])
+    step = (q.absmax.int() - theirs.int()).abs()
+    assert step.max() <= 1 and (step > 0).float().mean() <= 0.01
+    scaled = quantize_4bit(x, double_quant=False).absmax - q.offset
+    scaled /= q.nested_absmax.repeat_interleave(256)[: len(scaled)]
+    error = lambda codes: (DYNAMIC_CODEBOOK[codes.int()] - scaled).abs()
+    best = (DYNAMIC_CODEBOOK - scaled.unsqueeze(1)).abs().amin(dim=1)
+    assert (error(q.absmax) - best).max() < 1e-7
+    assert (error(theirs) - best).max() <= GRID
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="more oracles, not part of the project")
+@pytest.mark.parametrize("path", sorted((SHARED / "oracle/nf4").glob("*.npz")), ids=lambda p: p.stem)
+def test_larger_oracles(path):
+    """The same properties on the larger files, and the dynamic map on ties and normal values."""
+    z = {k: torch.from_numpy(v) for k, v in np.load(path).items() if v.dtype.kind != "U"}
+    if "code" in z:
+        codes, absmax = quantize_blockwise(z["x"], DYNAMIC_CODEBOOK, z["blocksize"].item())
+        assert torch.equal(absmax, z["absmax"])
+        per_value = absmax.repeat_interleave(z["blocksize"].item())[: len(codes)]
+        error = lambda c: (DYNAMIC_CODEBOOK[c.int()] - z["x"] / per_value).abs()
+        assert (error(codes) <= error(z["q"]) + 1e-7).all()
+        assert (error(z["q"]) - error(codes)).max() <= GRID
+        read = dequantize_blockwise(z["q"], DYNAMIC_CODEBOOK, absmax, z["blocksize"].item())
+        assert torch.equal(read, z["deq"])
+        return
+    q = quantize_4bit(z["input_f32"], double_quant=False)
+    assert torch.equal(q.codes, z["packed"]) and torch.equal(q.absmax, z["absmax"])
+    assert torch.equal(q.dequantize(), z["dequant"])
+    theirs = Quantized4bit(q.codes, z["dq_absmax_q"], z["dq_absmax2"], z["dq_offset"], q.shape)
+    assert torch.equal(theirs.scales(), z["dq_absmax_dequant"])
+    assert torch.equal(theirs.dequantize(), z["dq_dequant"])
+    ours = quantize_4bit(z["input_f32"])
+    step = (ours.absmax.int() - theirs.absmax.int()).abs()
+    if z["absmax"].unique().numel() > 1:  # else all scales are equal, and any code times 0 is right
+        assert step.max() <= 1 and (step > 0).float().mean() <= 0.003
+
+
+def test_bits_per_weight():
+    """4 + 8 / 64 + 32 / (64 * 256) bits per weight, and one offset a tensor."""
+    weight = torch.randn(1024, 1024)
+    assert quantize_4bit(weight).nbytes == 2**20 // 2 + 2**14 + 4 * 2**6 + 4
+    assert 8 * quantize_4bit(weight).nbytes / 2**20 == pytest.approx(4.127, abs=5e-4)
+    assert 8 * quantize_4bit(weight, double_quant=False).nbytes / 2**20 == 4.5
+
+
+def test_error_on_normal_weights():
+    """The mean error of NF4 on N(0, 1) is 0.0728; a uniform code book's, 0.0853, does not pass."""
+    x = torch.randn(1 << 14, 64, generator=torch.Generator().manual_seed(0))
+    peak = x.abs().amax(dim=1, keepdim=True)
+    error = lambda book: (book[nearest(x / peak, book).int()] * peak - x).abs().mean()
+    assert error(NF4_CODEBOOK) == pytest.approx(0.0728, abs=0.0003)
+    assert error(torch.linspace(-1, 1, 16)) > 0.08
+    assert (quantize_4bit(x, double_quant=False).dequantize() - x).abs().mean() == pytest.approx(
+        error(NF4_CODEBOOK).item(), abs=1e-6
+    )
+
+
+def test_nearest_is_nearest():
+    """Every index is that of the closest level, in both ways of searching."""
+    x = torch.rand(5000, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    for book in (NF4_CODEBOOK, FP4_CODEBOOK, DYNAMIC_CODEBOOK):
+        chosen = (book[nearest(x, book).int()] - x).abs()
+        assert torch.equal(chosen, (book - x.unsqueeze(1)).abs().amin(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (33, 130), (5, 7)])
+def test_linear(shape, bias, dtype):
+    """Linear4bit is F.linear with the dequantized weight, in any dtype, also for the gradient."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(shape[1], shape[0], bias=bias).requires_grad_(False)
+    layer = Linear4bit.from_linear(linear)
+    x = torch.randn(2, 3, shape[1], dtype=dtype, requires_grad=True)
+    weight = quantize_4bit(linear.weight).dequantize(dtype)
+    expected = F.linear(x, weight, linear.bias.to(dtype) if bias else None)
+    y = layer(x)
+    assert y.dtype == dtype and torch.equal(y, expected)
+    seed = torch.randn_like(y)
+    grads = [torch.autograd.grad(out, x, seed)[0] for out in (y, expected)]
+    assert torch.allclose(*grads, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2 if dtype.itemsize == 2 else 1e-6)
+    assert not list(layer.parameters())
+
+
+def test_layers_share_the_scratch_buffer():
+    """A second layer overwrites the first one's weight, and backward still finds the right one."""
+    torch.manual_seed(0)
+    first, second = (Linear4bit.from_linear(torch.nn.Linear(64, 64)) for _ in range(2))
+    assert first.unpack(torch.float32).data_ptr() == second.unpack(torch.float32).data_ptr()
+    x = torch.randn(2, 64, requires_grad=True)
+    second(first(x)).sum().backward()
+    dense = [layer.quantized.dequantize() for layer in (first, second)]
+    assert torch.allclose(x.grad, (torch.ones(2, 64) @ dense[1]) @ dense[0], atol=1e-5)
+
+
+def test_dequantize_into_a_buffer():
+    """`out` is filled and returned, whether it is just the weight's size or larger."""
+    q = quantize_4bit(torch.randn(5, 7))
+    exact, large = torch.empty(5, 7), torch.empty(200)
+    assert torch.equal(q.dequantize(out=exact), q.dequantize()) and torch.equal(exact, q.dequantize())
+    assert q.dequantize(out=large).data_ptr() == large.data_ptr()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_numbers_are_refused(value):
+    """NaN and infinite weights are refused by the tensor's name."""
+    weight = torch.randn(100, 100)
+    weight[70, 3] = value
+    with pytest.raises(InputError, match="layers.3.mlp.up_proj.weight"):
+        quantize_4bit(weight, name="layers.3.mlp.up_proj.weight")
+    with pytest.raises(InputError, match="int3.*nf4"):
+        quantize_4bit(torch.zeros(4), "int3")
