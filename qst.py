@@ -54,6 +54,8 @@ class QST(Generator, nn.Module):
                 h_f = base.layers[i](h_f, mask, rope_f, cache[i])
             h_g = side.rung(i, h_f, h_g, mask, rope_g, cache[N + i])
         with torch.no_grad():
+            # differs from the paper: mixed after the final norm, as in the released code. That is
+            # what the frozen head was trained to read; the paper says no more than "h_f_N".
             h_f = base.final(h_f)
         return side.mix(h_f, h_g)
 
@@ -193,7 +195,7 @@ def parse_args(argv):
     add("--side", help="folder of a side checkpoint; without one, the base alone goes on with the text")
     add("--prompt", required=True, help="an instruction; without --side, or with --raw, plain text")
     add("--raw", action="store_true", help="take the prompt as it is, without the instruction's frame")
-    add("--max_new_tokens", type=int, default=128)
+    add("--max_new_tokens", type=int, help="default: 128, or as many as the model has room for")
     add("--temperature", type=float, default=0.0, help="0: always the most likely token")
     add("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="only the likeliest tokens of this probability")
@@ -217,8 +219,9 @@ def main(argv=None):
         model = QST.from_side(model, args.side)
     prompt = frame(args.prompt) if framed else args.prompt
     idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=device)
+    room = model.config.max_positions - idx.shape[1] + 1
     stream = model.stream(
-        idx, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+        idx, args.max_new_tokens or max(1, min(128, room)), args.temperature, args.top_k, args.top_p,
         eos_id=tokenizer.eos_id, seed=args.seed,
     )  # fmt: skip
     print("" if framed else args.prompt, end="", flush=True)

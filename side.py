@@ -55,9 +55,10 @@ CHOICES = {
     "mix": ("alpha", "channel"),
 }
 
-# What the authors' released code builds: SideConfig(**RELEASED).
-# differs from the paper: a gate and a mix per channel, norms, a bias, a shared downsampler, and a
-# mix that starts at sigmoid(1) = 0.73, so that training does not start at the LLM.
+# What the authors' released code builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and
+# a mix per channel, norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73,
+# so that training does not start at the LLM.
+# differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
 RELEASED = dict(
     downsample_norm=True, share_first=True, gate="channel", mix="channel", upsample_bias=True,
     final_norm=True,

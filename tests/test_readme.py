@@ -1,0 +1,83 @@
+"""The README: its commands run, its figures of the code itself hold, its links lead somewhere."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from data import tiny
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
+COMMANDS = [
+    line.strip()
+    for block in BLOCKS
+    for line in re.split(r"\n|&&", block.replace("\\\n", " "))
+    if line.strip().startswith("python")
+]
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """Where a user would stand: the files that the commands name."""
+    folder = tmp_path_factory.mktemp("user")
+    records = "\n".join(json.dumps(record) for record in tiny.task(40, seed=2))
+    for name in ("FILE.jsonl", "dolly_3k.json"):
+        (folder / name).write_text(records)
+    for name in ("FOLDER", "stories260K"):
+        (folder / name).symlink_to(tiny_model)
+    return folder
+
+
+def run(words, place):
+    done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_there_are_commands():
+    assert "python train.py" in COMMANDS and "python -m pytest -q" in COMMANDS
+    assert len(COMMANDS) >= 8
+
+
+def test_commands_run(place):
+    """Every command, in the README's order, but the tests themselves; the longer ones cut short."""
+    for command in COMMANDS:
+        program, *words = shlex.split(command)
+        script = ROOT / words[0]
+        if words[0] == "-m" or script.parent.name == "tests" or command == "python train.py":
+            continue  # the last has a test of its own, test_the_embedded_default_learns
+        if script.name == "train.py" and "--help" not in words:
+            words += ["--max_iters", "2", "--reduction", "4", "--sequence_len", "100", "--dtype", "fp32"]
+        run([str(script), *words[1:]], place)
+
+
+def test_the_python_example_runs(place):
+    """The example generates from the folder and the side network of the commands before."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = code.replace("cuda", "cpu").replace("torch.bfloat16", "torch.float32")
+    flags = ["--max_iters", "2", "--reduction", "4", "--sequence_len", "100"]
+    run([str(ROOT / "train.py"), "--base", "FOLDER", "--data", "FILE.jsonl", *flags], place)
+    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+    run(["-c", path + code], place)
+
+
+def test_line_counts():
+    """The table's line counts are right within a tenth."""
+    for name, told in re.findall(r"\| \[([\w/.]+)\]\([\w/.]+\) \| (\d+) \|", README):
+        files = [ROOT / name] if name.endswith(".py") else list((ROOT / name).glob("*.py"))
+        lines = sum(len(path.read_text().split("\n")) for path in files)
+        assert abs(lines - int(told)) <= lines / 10, (name, lines)
+
+
+def test_flags_exist():
+    """Every flag that the README names is one of train.py or qst.py or a benchmark."""
+    known = "".join(
+        run([str(ROOT / script), "--help"], ROOT) for script in ("train.py", "qst.py")
+    )
+    for flag in set(re.findall(r"(--\w+)", README)):
+        assert flag in known, flag
