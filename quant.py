@@ -32,6 +32,7 @@ What we give up: other block sizes, 8-bit weights, storage types other than byte
 Run `python quant.py` to see the code books, the errors and the bits per weight.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -42,7 +43,6 @@ from torch.nn import functional as F
 
 BLOCK_SIZE = 64  # weights that share an absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share a nested absmax
-
 
 
 class InputError(ValueError):
@@ -101,12 +101,29 @@ DYNAMIC_CODEBOOK = dynamic_codebook()
 
 
 # --------------------------------------------------------------------------------------
+# Buffers that live on: fresh memory costs more than the arithmetic that fills it
+
+_scratch = {}
+
+
+def scratch(use, numel, dtype, device):
+    """Return the first `numel` values of the one buffer that there is for this use, dtype and device.
+
+    What it holds is good until the next call with the same use.
+    """
+    buffer = _scratch.get((use, dtype, device))
+    if buffer is None or buffer.numel() < numel:
+        buffer = _scratch[use, dtype, device] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel]
+
+
+# --------------------------------------------------------------------------------------
 # Block-wise quantization: one function for the weights, and again for their scales
 
 
 def chunk_size(device):
     """Weights to handle at a time: on a CPU, what is in between should stay in the cache."""
-    return 1 << 18 if device.type == "cpu" else 1 << 26
+    return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
 def nearest(values, codebook):
@@ -153,9 +170,11 @@ def quantize_blockwise(values, codebook, block_size):
 
 
 def dequantize_blockwise(codes, codebook, absmax, block_size):
-    """Undo `quantize_blockwise`: fp32 (codes.numel(),)."""
-    levels = codebook.to(codes.device).index_select(0, codes.int())
-    return levels * absmax.repeat_interleave(block_size)[: codes.numel()]
+    """Undo `quantize_blockwise` of a code book with one code a byte: fp32 (codes.numel(),)."""
+    values = codes.new_empty(len(absmax) * block_size, dtype=torch.float32)
+    torch.index_select(codebook, 0, codes.int(), out=values[: len(codes)])
+    values.view(-1, block_size).mul_(absmax.unsqueeze(1))
+    return values[: len(codes)]
 
 
 # --------------------------------------------------------------------------------------
@@ -183,24 +202,28 @@ class Quantized4bit:
         """Each block's absmax in fp32, (blocks,)."""
         if self.nested_absmax is None:
             return self.absmax
-        centred = dequantize_blockwise(
-            self.absmax, DYNAMIC_CODEBOOK, self.nested_absmax, ABSMAX_BLOCK_SIZE
-        )
-        return centred + self.offset
+        _, dynamic = code_books(self.kind, self.absmax.device)
+        centred = dequantize_blockwise(self.absmax, dynamic, self.nested_absmax, ABSMAX_BLOCK_SIZE)
+        return centred.add_(self.offset)
+
+    @property
+    def parts(self):
+        """What the operators below take."""
+        return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
 
     def dequantize(self, dtype=torch.float32, out=None):
         """Return the weights, rounded once, from the fp32 product to `dtype`.
 
         out: optional buffer of that dtype to write to; what is returned is a view of it
         """
-        n, blocks = self.shape.numel(), len(self.absmax)
-        if out is None or out.numel() < blocks * BLOCK_SIZE:
-            out, small = torch.empty(blocks * BLOCK_SIZE, dtype=dtype, device=self.codes.device), out
+        n, whole = self.shape.numel(), len(self.absmax) * BLOCK_SIZE
+        if out is None or out.numel() < whole:
+            buffer = torch.empty(whole, dtype=dtype, device=self.codes.device)
         else:
-            out, small = out.view(-1)[: blocks * BLOCK_SIZE], None
-        _dequantize(self.codes, self.scales(), _pair_table(self.kind, self.codes.device), out)
-        weight = out[:n].view(self.shape)
-        return weight if small is None else small.copy_(weight)
+            buffer, out = out.view(-1)[:whole], None
+        torch.ops.qst.dequantize(*self.parts, buffer)
+        weight = buffer[:n].view(self.shape)
+        return weight if out is None else out.copy_(weight)
 
 
 def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
@@ -222,40 +245,198 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     return Quantized4bit(codes, absmax, nested_absmax, offset, weight.shape, kind)
 
 
+# --------------------------------------------------------------------------------------
+# The two operators, in plain torch: the reference, and what a CPU runs
+
+
 @cache
-def _pair_table(kind, device):
+def code_books(kind, device):
+    return CODEBOOKS[kind].to(device), DYNAMIC_CODEBOOK.to(device)
+
+
+@cache
+def pair_table(kind, device):
     """The two levels that each byte stands for, as one 64-bit word: int64 (256,)."""
     byte = torch.arange(256)
     levels = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)]
     return levels.view(torch.int64).view(256).to(device)
 
 
-def _dequantize(codes, scales, pairs, out):
+def unpack(codes, scales, pairs, out):
     """Write levels times scales to `out`, a flat buffer of len(scales) whole blocks."""
     step = min(chunk_size(out.device), out.numel())
-    words = torch.empty(step // 2, dtype=torch.int64, device=out.device)
+    indices = scratch("index", step // 2, torch.int64, out.device)
     for start in range(0, out.numel(), step):
-        target = out[start : start + step].view(-1, BLOCK_SIZE)
-        index = codes[start // 2 : (start + step) // 2].int()
-        torch.index_select(pairs, 0, index, out=words[: len(index)])
-        levels = words[: target.numel() // 2].view(torch.float32).view(-1, BLOCK_SIZE)
-        scale = scales[start // BLOCK_SIZE :][: len(target)].unsqueeze(1)
-        torch.mul(levels, scale, out=target)
+        target = out[start : start + step]
+        part = codes[start // 2 : (start + step) // 2]
+        index = indices[: len(part)].copy_(part)
+        if out.dtype == torch.float32:
+            levels = target
+        else:
+            levels = scratch("levels", target.numel(), torch.float32, out.device)
+        words = levels.view(torch.int64)[: len(part)]
+        rows = 32 if len(part) % 32 == 0 else 1  # a gather is shared out among threads by rows
+        torch.gather(pairs.expand(rows, 256), 1, index.view(rows, -1), out=words.view(rows, -1))
+        scale = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
+        torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=target.view(-1, BLOCK_SIZE))
+
+
+def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
+    """Unpack a weight into `out`, (number of blocks * 64,), which sets the dtype to round to."""
+    quantized = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind)
+    unpack(codes, quantized.scales(), pair_table(kind, codes.device), out)
+
+
+def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
+    """x (rows, in_features) -> x @ W.T (rows, out_features), never holding all of W.
+
+    A few rows of W at a time are unpacked into a buffer that stays in the CPU's cache, so that of
+    the weight only the 4-bit codes come from memory.
+    """
+    in_features = x.shape[1]
+    scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
+    pairs, y = pair_table(kind, codes.device), x.new_empty(len(x), out_features)
+    whole = BLOCK_SIZE // math.gcd(in_features, BLOCK_SIZE)  # so many rows are whole blocks
+    step = max(1, chunk_size(x.device) // (whole * in_features)) * whole
+    most = min(step, -(-out_features // whole) * whole) * in_features
+    buffer = scratch("rows", most, x.dtype, x.device)
+    for start in range(0, out_features, step):
+        stop = min(start + step, out_features)
+        first, last = start * in_features // BLOCK_SIZE, -(-stop * in_features // BLOCK_SIZE)
+        part = codes[first * BLOCK_SIZE // 2 : last * BLOCK_SIZE // 2]
+        unpack(part, scales[first:last], pairs, buffer[: (last - first) * BLOCK_SIZE])
+        weight = buffer[: (stop - start) * in_features].view(-1, in_features)
+        torch.mm(x, weight.T, out=y[:, start:stop])
+    return y
+
+
+# `Library` and not `custom_op`: a call takes 2 us and not 17.
+library = torch.library.Library("qst", "DEF")
+PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str kind"
+library.define(f"dequantize({PARTS}, Tensor(a!) out) -> ()")
+library.define(f"matvec(Tensor x, {PARTS}, int out_features) -> Tensor")
+library.impl("dequantize", plain_dequantize, "CompositeExplicitAutograd")
+library.impl("matvec", plain_matvec, "CompositeExplicitAutograd")
+torch.library.register_fake("qst::dequantize", lambda *args: None, lib=library)
+torch.library.register_fake(
+    "qst::matvec", lambda x, *args: x.new_empty(len(x), args[-1]), lib=library
+)
+
+# --------------------------------------------------------------------------------------
+# The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
+#
+# dequantize   decodes a tile of blocks and stores it: one pass over the memory.
+# matvec       decodes a tile and multiplies it with x. A row of the matrix may begin and end inside
+#              of a block: the block is decoded whole, and what is not of the row meets zeros.
+#
+# A product of many rows needs tensor cores, which `F.linear` has, and is long enough to hide the
+# unpacking. Generating a token has one row and reads each weight once: what counts is its bytes.
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_ROWS = 8  # of x, for matvec
+# No fusion: else a scale's product and sum become one instruction with one rounding, and the result
+# is not bit for bit the plain version's.
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def tile_blocks(dtype):
+    """Blocks in a tile: 16 bytes to store for each of 128 threads, the widest access there is.
+
+    With more, the tile goes through shared memory, and eight rows of x need more registers than
+    there are.
+    """
+    return 32 // dtype.itemsize
+
+
+if triton:
+    BLOCK, HALF = tl.constexpr(BLOCK_SIZE), tl.constexpr(BLOCK_SIZE // 2)
+    NESTED = tl.constexpr(ABSMAX_BLOCK_SIZE)
+
+    @triton.jit
+    def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes):
+        """The fp32 weights of the blocks with numbers `block`, int64 (n,): (n, 64)."""
+        at = block[:, None] * HALF + tl.arange(0, HALF)
+        byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (n, 32)
+        # Each thread looks up both levels of a byte, and so has neighbours to store.
+        level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
+        scale = tl.load(absmax + block, mask=block < blocks, other=0)  # (n,)
+        if nested_absmax is not None:
+            nested = tl.load(nested_absmax + block // NESTED, mask=block < blocks, other=0)
+            scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
+        return level.reshape(block.shape[0], BLOCK) * scale[:, None]
+
+    @triton.jit
+    def dequantize_kernel(
+        codes, absmax, nested_absmax, offset, codebook, dynamic, out, blocks, nbytes,
+        BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        # 64 bits from the first product on: a weight may have more than 2^31 values.
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes)
+        at = block[:, None] * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at, weight.to(out.dtype.element_ty), mask=block[:, None] < blocks)
+
+    @triton.jit
+    def matvec_kernel(
+        x, codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows, in_features,
+        out_features, blocks, nbytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        feature = tl.program_id(0).to(tl.int64)  # of y: one program each, for all rows of x
+        start, stop = feature * in_features, (feature + 1) * in_features  # in the flat weight
+        row = tl.arange(0, ROWS).to(tl.int64)
+        total = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
+        for first in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            weight = decode(
+                codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
+            )
+            weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
+            column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
+            inside = (column >= 0) & (column < in_features)
+            # Zeros on both sides: what is in the block and not in the row may be infinite.
+            weight = tl.where(inside, weight, 0.0).to(tl.float32)
+            at = row[:, None] * in_features + column
+            value = tl.load(x + at, mask=inside & (row[:, None] < rows), other=0)
+            total = tl.fma(value.to(tl.float32), weight, total)
+        y_row = tl.sum(total, axis=1).to(y.dtype.element_ty)
+        tl.store(y + row * out_features + feature, y_row, mask=row < rows)
+
+
+def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
+    books, tile = code_books(kind, codes.device), tile_blocks(out.dtype)
+    with torch.cuda.device_of(codes):  # Triton launches on the current device, not on the tensors'
+        dequantize_kernel[(triton.cdiv(len(absmax), tile),)](
+            codes, absmax, nested_absmax, offset, *books, out, len(absmax), len(codes),
+            BLOCKS=tile, **LAUNCH,
+        )  # fmt: skip
+    # The buffer has new contents: autograd must not take it for what it was.
+    torch.autograd.graph.increment_version(out)
+
+
+def launch_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
+    books, (rows, in_features) = code_books(kind, codes.device), x.shape
+    y = x.new_empty(rows, out_features)
+    with torch.cuda.device_of(codes):
+        matvec_kernel[(out_features,)](
+            x.contiguous(), codes, absmax, nested_absmax, offset, *books, y, rows, in_features,
+            out_features, len(absmax), len(codes), ROWS=triton.next_power_of_2(rows),
+            BLOCKS=tile_blocks(x.dtype), **LAUNCH,
+        )  # fmt: skip
+    return y
+
+
+if triton:
+    library.impl("dequantize", launch_dequantize, "CUDA")
+    library.impl("matvec", launch_matvec, "CUDA")
 
 
 # --------------------------------------------------------------------------------------
 # A frozen linear layer
-
-_scratch = {}
-
-
-def scratch(numel, dtype, device):
-    """Return the one buffer that every 4-bit weight of this dtype and device is unpacked into."""
-    buffer = _scratch.get((dtype, device))
-    if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[dtype, device] = torch.empty(numel, dtype=dtype, device=device)
-    return buffer
-
 
 class _Linear4bitFunction(torch.autograd.Function):
     """`F.linear` that keeps nothing for backward: the 4-bit weight is simply unpacked again."""
@@ -264,7 +445,13 @@ class _Linear4bitFunction(torch.autograd.Function):
     def forward(ctx, x, layer):
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, layer.unpack(x.dtype), bias)
+        rows = x.numel() // layer.in_features
+        if rows > MAX_ROWS:
+            return F.linear(x, layer.unpack(x.dtype), bias)
+        y = torch.ops.qst.matvec(
+            x.reshape(rows, -1), *layer.quantized.parts, layer.out_features
+        ).view(*x.shape[:-1], -1)
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx, grad):
@@ -301,7 +488,7 @@ class Linear4bit(nn.Module):
         """The weight in the shared scratch buffer: (out_features, in_features), good until the
         next call of any layer."""
         numel = len(self.absmax) * BLOCK_SIZE
-        return self.quantized.dequantize(dtype, scratch(numel, dtype, self.codes.device))
+        return self.quantized.dequantize(dtype, scratch("weight", numel, dtype, self.codes.device))
 
     def forward(self, x):
         return _Linear4bitFunction.apply(x, self)
