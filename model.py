@@ -9,13 +9,15 @@ Module attributes carry the names of Hugging Face's checkpoints (`q_proj`, `inpu
 LLaMA's where the two families differ, so that loading is one strict pass; the few other names of
 OPT are in `OPT_NAMES`. The same `DecoderLayer`, narrower, makes the side network in side.py.
 
-Run `python model.py` to see what some of them weigh in 16 and in 4 bits.
+Run `python model.py` to see what some of them weigh in 16 and in 4 bits, and `python model.py
+quantize IN OUT` to write a folder in 4 bits.
 """
 
 import json
 import math
 import mmap
 import os
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,7 +25,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from quant import InputError, Linear4bit, quantize_4bit
+from quant import (
+    ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Linear4bit,
+    Quantized4bit, quantize_4bit,
+)  # fmt: skip
 
 
 @dataclass
@@ -414,7 +419,8 @@ class Transformer(Generator, nn.Module):
         """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
 
         One tensor is in memory beside the 4-bit model at any time.
-        read: function of (name, shape) that gives the tensor; default: the weights of this model
+        read: function of (name, shape) that gives the tensor, or a `Quantized4bit` to be taken as
+        it is; default: the weights of this model
         """
         if quant not in ("nf4", "fp4", "none"):
             raise InputError(f"--quant {quant} is unknown: choose nf4, fp4 or none.")
@@ -424,16 +430,19 @@ class Transformer(Generator, nn.Module):
             if module is self.lm_head and self.config.tied:
                 continue
             names = {a: f"{path}.{a}" for a, _ in module.named_parameters(recurse=False)}
-            get = lambda a: read(names[a], getattr(module, a).shape).to(device)
-            if quant != "none" and isinstance(module, Linear) and module is not self.lm_head:
-                weight = quantize_4bit(get("weight"), quant, name=names["weight"])
-                bias = get("bias").to(dtype) if "bias" in names else None
-                self.set_submodule(path, Linear4bit(weight, bias))
-                continue
-            for attribute in names:
-                tensor = get(attribute).to(dtype)
+            for attribute, name in names.items():
+                tensor = read(name, getattr(module, attribute).shape).to(device)
+                if attribute == "weight" and isinstance(module, Linear):
+                    if quant != "none" and module is not self.lm_head:
+                        tensor = quantize_4bit(tensor, quant, name=name)
+                    if isinstance(tensor, Quantized4bit):
+                        module.weight = None
+                        layer = Linear4bit(tensor, module.bias)
+                        self.set_submodule(path, layer)
+                        module = layer
+                        continue
                 delattr(module, attribute)
-                module.register_buffer(attribute, tensor)
+                module.register_buffer(attribute, tensor.to(dtype))
         if self.config.tied:
             del self.lm_head.weight
             self.lm_head.register_buffer("weight", self.embed_tokens.weight)
@@ -444,7 +453,9 @@ class Transformer(Generator, nn.Module):
 # Safetensors: 8 bytes of header length (little endian), a JSON header that gives each tensor's
 # dtype, shape and place, and then nothing but the tensors' bytes.
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
+}  # fmt: skip
 
 
 def read_safetensors(path):
@@ -644,7 +655,11 @@ def read_config(folder):
     family = need("model_type", None, "llama", "mistral", "opt")
     if family is None:
         raise InputError(f"{path} has no model_type; llama, mistral and opt are supported.")
-    need("quantization_config", None)
+    method = (c.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or (c.get("quantization_config") or {}).get("load_in_8bit"):
+        raise InputError(
+            f"{path}: quantization_config is of {method}; only bitsandbytes' 4 bits are supported."
+        )
     try:
         common = dict(
             vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"],
@@ -697,10 +712,15 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     quant: "nf4" or "fp4", always double-quantized, or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
     Peak memory is the 4-bit model and the largest tensor. Every tensor of the model must be in
-    the folder, and every tensor of the folder in the model, or the names are told.
+    the folder, and every tensor of the folder in the model, or the names are told. A folder that
+    bitsandbytes has quantized is taken as it is, straight from the memory map.
     """
     config = read_config(folder)
     tensors = {n.removeprefix("model."): read for n, read in open_checkpoint(folder).items()}
+    parts = [n for n in tensors if n.rpartition(".weight.")[2].startswith(BNB_PARTS)]
+    tensors, parts = {n: r for n, r in tensors.items() if n not in parts}, {
+        n: tensors[n] for n in parts
+    }
     with torch.device("meta"):
         model = Transformer(config)
 
@@ -713,14 +733,105 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
         raise InputError(f"{folder} has {_some(left)}, which this architecture does not use.")
 
     def read(name, shape):
-        tensor = tensors[checkpoint_name(config, name)]()
+        theirs = checkpoint_name(config, name)
+        tensor = tensors[theirs]()
+        if any(part.startswith(theirs + ".") for part in parts):
+            tensor = read_bnb(folder, theirs, tensor, parts, quant)
+        elif not tensor.is_floating_point():
+            raise InputError(f"{folder}: {name} is of type {tensor.dtype}, and no scales are with it.")
         if tensor.shape != shape:
             raise InputError(
                 f"{folder}: {name} has shape {tuple(tensor.shape)}, and config.json says {tuple(shape)}."
             )
         return tensor
 
-    return model.freeze(quant, dtype, device, read)
+    return model.freeze("none" if parts else quant, dtype, device, read)
+
+
+# --------------------------------------------------------------------------------------
+# The 4-bit format of bitsandbytes: beside each weight (codes, (n / 2, 1)) its scales and a small
+# JSON text, as bytes, with what else one must know
+
+BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
+
+
+def read_bnb(folder, name, codes, parts, quant):
+    """Put one weight together from its parts, {name: function that reads it}."""
+    mine = {n.removeprefix(name + "."): r for n, r in parts.items() if n.startswith(name + ".")}
+    refuse = lambda why: InputError(f"{folder}: {name} {why}.")
+    states = [n for n in mine if n.startswith(BNB_PARTS[-1])]
+    if len(states) != 1 or not {"absmax", "quant_map"} <= set(mine):
+        raise refuse("lacks one of its quant_state, absmax and quant_map")
+    kind = states[0].removeprefix(BNB_PARTS[-1])
+    if kind != quant:
+        raise refuse(f"is already quantized to {kind}: give --quant {kind}")
+    try:
+        state = json.loads(bytes(mine[states[0]]().tolist()))
+        shape, block_size = torch.Size(state["shape"]), state["blocksize"]
+        nested = [state["nested_blocksize"], state["nested_offset"]] if "nested_absmax" in mine else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise refuse(f"has a quant_state that cannot be read ({error})") from None
+    if block_size != BLOCK_SIZE or nested and nested[0] != ABSMAX_BLOCK_SIZE:
+        raise refuse("has other block sizes than 64 and 256")
+    absmax = mine["absmax"]()
+    blocks, n = -(-shape.numel() // BLOCK_SIZE), shape.numel()
+    fits = codes.dtype == torch.uint8 and codes.numel() == -(-n // 2) and absmax.shape == (blocks,)
+    books = [(mine["quant_map"](), CODEBOOKS[kind])]
+    offset = nested_absmax = None
+    if nested:
+        nested_absmax, offset = mine["nested_absmax"](), torch.tensor(float(nested[1]))
+        fits = fits and nested_absmax.shape == (-(-blocks // ABSMAX_BLOCK_SIZE),)
+        books.append((mine["nested_quant_map"](), DYNAMIC_CODEBOOK))
+    if not fits or absmax.dtype != (torch.uint8 if nested else torch.float32):
+        raise refuse(f"has codes or scales that do not fit its shape {tuple(shape)}")
+    if not all(torch.equal(theirs, ours) for theirs, ours in books):
+        raise refuse("has another code book than ours")
+    return Quantized4bit(codes.view(-1), absmax, nested_absmax, offset, shape, kind)
+
+
+def bnb_parts(name, weight, dtype):
+    """The tensors that bitsandbytes stores for a `Quantized4bit`: {name: tensor}."""
+    state = dict(quant_type=weight.kind, blocksize=BLOCK_SIZE, dtype=dtype, shape=list(weight.shape))
+    parts = {"": weight.codes.view(-1, 1), ".absmax": weight.absmax}
+    parts[".quant_map"] = CODEBOOKS[weight.kind].clone()
+    if weight.nested_absmax is not None:
+        state |= dict(nested_blocksize=ABSMAX_BLOCK_SIZE, nested_dtype="float32")
+        state |= dict(nested_offset=weight.offset.item())
+        parts[".nested_absmax"] = weight.nested_absmax
+        parts[".nested_quant_map"] = DYNAMIC_CODEBOOK.clone()
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    parts[f".quant_state.bitsandbytes__{weight.kind}"] = text
+    return {name + suffix: tensor for suffix, tensor in parts.items()}
+
+
+def quantize_folder(source, target, quant="nf4"):
+    """Write a folder's model in the 4-bit format of bitsandbytes, which transformers reads too."""
+    source, target = Path(source), Path(target)
+    settings = read_json(source / "config.json")
+    kind = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
+    model = from_pretrained(source, quant, getattr(torch, kind))
+    skip = {"lm_head.weight"} if model.config.tied else set()
+    tensors = {}
+    for path, module in model.named_modules():
+        stored = lambda attribute: "model." * (path != "lm_head") + checkpoint_name(
+            model.config, f"{path}.{attribute}"
+        )
+        if isinstance(module, Linear4bit):
+            tensors |= bnb_parts(stored("weight"), module.quantized, kind)
+            own = {"bias": module.bias} if module.bias is not None else {}
+        else:
+            own = dict(module.named_buffers(recurse=False))
+        tensors |= {stored(a): t for a, t in own.items() if f"{path}.{a}" not in skip}
+    settings["quantization_config"] = dict(
+        quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
+        bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="uint8",
+        bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip
+    write_safetensors(target / "model.safetensors", tensors)
+    for path in source.iterdir():  # the tokenizer, and what else is not weights
+        if path.suffix in (".json", ".model", ".txt", ".jinja") and "index" not in path.name:
+            write_atomically(target / path.name, lambda file: file.write(path.read_bytes()))
+    write_json(target / "config.json", settings)
 
 
 def save_pretrained(model, folder):
@@ -758,6 +869,13 @@ def count_weights(config):
 
 
 def main():
+    if len(sys.argv) > 1:
+        if len(sys.argv) != 4 or sys.argv[1] != "quantize":
+            sys.exit("error: it is `python model.py`, or `python model.py quantize IN OUT`")
+        try:
+            return quantize_folder(*sys.argv[2:])
+        except InputError as error:
+            sys.exit(f"error: {error}")
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
         config = PRESETS[name]

@@ -206,6 +206,11 @@ class Quantized4bit:
         centred = dequantize_blockwise(self.absmax, dynamic, self.nested_absmax, ABSMAX_BLOCK_SIZE)
         return centred.add_(self.offset)
 
+    def to(self, device):
+        tensors = (self.codes, self.absmax, self.nested_absmax, self.offset)
+        moved = [None if t is None else t.to(device) for t in tensors]
+        return Quantized4bit(*moved, self.shape, self.kind)
+
     @property
     def parts(self):
         """What the operators below take."""

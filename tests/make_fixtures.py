@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
+    BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
 )  # fmt: skip
 
 HERE = Path(__file__).parent / "fixtures"
@@ -92,6 +92,28 @@ def make_model(name, kind, config):
         extra.unlink()
 
 
+def make_bnb(name, kind, config, compute, **options):
+    """A folder that transformers and bitsandbytes have quantized, and its logits on a CPU."""
+    plain, folder = HERE / "plain", HERE / name
+    torch.manual_seed(0)
+    model = kind(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    model.to(compute).save_pretrained(plain)
+    options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **options)
+    model = kind.from_pretrained(plain, quantization_config=options, dtype=compute, device_map="cpu")
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    shutil.rmtree(plain)
+    # Its own product on a CPU is in bf16; dequantized, the same weights give exact logits.
+    model = kind.from_pretrained(folder, dtype=compute, device_map="cpu").dequantize()
+    idx = torch.randint(3, 48, (2, 12))
+    with torch.no_grad():
+        logits = model(idx).logits
+    np.savez_compressed(folder / "expected.npz", idx=idx.numpy(), logits=logits.numpy())
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
 def make_quantized():
     torch.manual_seed(1)
     ties = (bnb.get_4bit_type("nf4", "cpu")[:-1] + bnb.get_4bit_type("nf4", "cpu")[1:]) / 2
@@ -124,5 +146,12 @@ if __name__ == "__main__":
     for name, (kind, config) in MODELS.items():
         make_model(name, kind, config)
     make_quantized()
+    # bitsandbytes on a CPU wants multiples of 64
+    llama = SMALL | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    double = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    single = dict(bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["lm_head", "fc2"])
+    make_bnb("bnb_llama", LlamaForCausalLM, LlamaConfig(**llama), torch.float32, **double)
+    opt = OPT | dict(hidden_size=64, ffn_dim=128, num_hidden_layers=1, word_embed_proj_dim=64)
+    make_bnb("bnb_opt", OPTForCausalLM, OPTConfig(**opt), torch.float32, **single)
     for path in sorted(HERE.rglob("*.*")):
         print(f"{path.stat().st_size:8,} {path.relative_to(HERE)}")

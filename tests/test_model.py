@@ -13,9 +13,10 @@ from conftest import FIXTURES, SHARED, small_base, small_config
 from torch import nn
 
 from model import (
-    PRESETS, KVCache, Transformer, count_weights, from_pretrained, pad_left, read_config,
+    PRESETS, KVCache, Transformer, count_weights, from_pretrained, pad_left, quantize_folder, read_config,
     read_safetensors, sample, save_pretrained, write_safetensors,
 )  # fmt: skip
+from qst import fingerprint
 from quant import InputError, Linear4bit
 
 FOLDERS = [FIXTURES / name for name in (
@@ -307,3 +308,77 @@ def test_the_known_story():
     idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("Once upon a time")]])
     text = tokenizer.decode(model.generate(idx, 40)[0].tolist())
     assert text.startswith("Once upon a time, there was a little girl named Lily. She loved to play")
+
+
+@pytest.mark.parametrize("name, kind", [("bnb_llama", "nf4"), ("bnb_opt", "fp4")])
+def test_folders_of_bitsandbytes(name, kind):
+    """A folder that transformers wrote in 4 bits gives the logits that it has there; what it
+    skipped stays as it is, and nothing is quantized anew: the codes lie in the memory map."""
+    folder = FIXTURES / name
+    z, model = oracle(folder), from_pretrained(folder, kind, torch.float32)
+    assert (model(z["idx"]) - z["logits"]).abs().max() < 1e-5 * z["logits"].abs().max()
+    layer = model.layers[0]
+    assert isinstance(layer.self_attn.q_proj, Linear4bit)
+    assert isinstance(layer.mlp.down_proj, Linear4bit) == (name == "bnb_llama")
+    wanted = "model.layers.0.self_attn.q_proj.weight" if name == "bnb_llama" else None
+    if wanted:
+        codes = read_safetensors(folder / "model.safetensors")[wanted]()
+        assert torch.equal(layer.self_attn.q_proj.codes, codes.view(-1))
+    with pytest.raises(InputError, match=f"already quantized to {kind}: give --quant {kind}"):
+        from_pretrained(folder, "none")
+
+
+@pytest.mark.parametrize("name", ["llama_linear_bias_tied", "opt_350m"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_quantized_folder(name, kind, tmp_path, idx):
+    """`model.py quantize` writes what quantizing while loading gives, bit for bit."""
+    quantize_folder(FIXTURES / name, tmp_path / "out", kind)
+    ours = from_pretrained(tmp_path / "out", kind, torch.float32)
+    direct = from_pretrained(FIXTURES / name, kind, torch.float32)
+    idx = idx % 48
+    assert torch.equal(ours(idx), direct(idx))
+    assert fingerprint(ours) == fingerprint(direct)
+    settings = json.loads((tmp_path / "out/config.json").read_text())
+    assert settings["quantization_config"]["bnb_4bit_quant_type"] == kind
+
+
+def test_transformers_reads_our_folder(tmp_path, idx):
+    """transformers with bitsandbytes loads it, and gets our logits (where both are installed)."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    save_pretrained(Transformer(small_config(n_embd=64, n_ffn=128)), tmp_path / "in")
+    quantize_folder(tmp_path / "in", tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, device_map="cpu"
+    )
+    assert any("4bit" in type(module).__name__ for module in theirs.modules())
+    ours = from_pretrained(tmp_path / "out", "nf4", torch.float32)
+    with torch.no_grad():
+        expected = theirs.dequantize()(idx).logits
+    assert (ours(idx) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"blocksize": 128}, "other block sizes"), ({"shape": [64, 65]}, "do not fit its shape"),
+    ({"shape": None}, "cannot be read"), ("quant_map", "another code book"),
+    ("absmax", "lacks one of its"),
+])  # fmt: skip
+def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, told, tmp_path):
+    """A quant_state that we cannot follow exactly is refused by the name of the tensor."""
+    folder = copy("bnb_llama", tmp_path)
+    tensors = {n: r().clone() for n, r in read_safetensors(folder / "model.safetensors").items()}
+    name = "model.layers.0.mlp.up_proj.weight"
+    if change == "absmax":
+        del tensors[f"{name}.absmax"]
+    elif change == "quant_map":
+        tensors[f"{name}.quant_map"] += 0.001
+    else:
+        key = f"{name}.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[key].tolist())) | change
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    write_safetensors(folder / "model.safetensors", tensors)
+    with pytest.raises(InputError, match=f"layers.0.mlp.up_proj.weight.*{told}"):
+        from_pretrained(folder)
+    other = copy("llama_rope3", tmp_path / "2", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(InputError, match="quantization_config is of gptq"):
+        from_pretrained(other)
