@@ -126,17 +126,40 @@ def chunk_size(device):
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
-def nearest(values, codebook):
-    """Index of the level nearest to each value, as uint8; on a tie, the lower level."""
-    levels, order = codebook.sort(stable=True)
+def lookup(table, index, out=None):
+    """table[index] for one-dimensional int64 `index`, by rows, which are shared out among threads."""
+    rows = 32 if len(index) % 32 == 0 else 1
+    out = out if out is None else out.view(rows, -1)
+    return torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=out).view(-1)
+
+
+@cache
+def search_cells(levels, device):
+    """Cut [-1, 1] into cells so narrow that each meets at most one bound between two levels.
+
+    levels: the sorted code book, as a tuple
+    returns for each cell that bound, and the number of bounds below it
+    """
+    levels = torch.tensor(levels)
     bounds = (levels[1:] + levels[:-1]) / 2
-    if len(bounds) > 15:
+    cells = 64
+    while 2 / cells > bounds.diff().min() / 2:
+        cells *= 2
+    centres = (2 * torch.arange(cells + 1) + 1) / cells - 1
+    below = (centres.unsqueeze(1) - bounds).abs().argmin(dim=1)  # the bound nearest to the cell
+    return bounds[below].to(device), below.to(device, torch.uint8)
+
+
+def nearest(values, codebook):
+    """Index of the level nearest to each of the values, (n,), in [-1, 1]; on a tie, the lower one."""
+    levels, order = codebook.sort(stable=True)
+    if len(levels) > 16:
+        bounds = (levels[1:] + levels[:-1]) / 2
         return torch.bucketize(values, bounds.to(values.device), out_int32=True).to(torch.uint8)
-    # Count the bounds below each value: 15 comparisons are vectorized, a search is not.
-    index = torch.zeros_like(values, dtype=torch.uint8)
-    above = torch.empty_like(values, dtype=torch.bool)
-    for bound in bounds.tolist():
-        index += torch.gt(values, bound, out=above).view(torch.uint8)
+    bound, below = search_cells(tuple(levels.tolist()), values.device)
+    half = (len(bound) - 1) / 2
+    cell = (values * half).add_(half).long().clamp_(0, len(bound) - 1)  # NaN included
+    index = lookup(below, cell).add_((values > lookup(bound, cell)).view(torch.uint8))
     if torch.equal(levels, codebook):
         return index
     return order.to(values.device, torch.uint8)[index.int()]
@@ -280,8 +303,7 @@ def unpack(codes, scales, pairs, out):
         else:
             levels = scratch("levels", target.numel(), torch.float32, out.device)
         words = levels.view(torch.int64)[: len(part)]
-        rows = 32 if len(part) % 32 == 0 else 1  # a gather is shared out among threads by rows
-        torch.gather(pairs.expand(rows, 256), 1, index.view(rows, -1), out=words.view(rows, -1))
+        lookup(pairs, index, out=words)
         scale = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
         torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=target.view(-1, BLOCK_SIZE))
 
