@@ -592,7 +592,7 @@ def open_checkpoint(folder):
                 tensors |= _open_file(folder / shard)
             differ = sorted(set(tensors) ^ set(weight_map))
             if differ:
-                raise InputError(f"{index} and its files disagree about {_some(differ)}.")
+                raise InputError(f"{index} and its files disagree about {some(differ)}.")
             return tensors
     raise InputError(
         f"{folder} has no weights: model.safetensors, pytorch_model.bin or an index of either."
@@ -610,7 +610,8 @@ def _open_file(path):
     return {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
-def _some(names):
+def some(names):
+    """A few of a list of names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
@@ -728,9 +729,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     surplus = {"lm_head.weight"} if config.tied else set()  # some folders store the tied head too
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - surplus
     if missing := sorted(expected - found):
-        raise InputError(f"{folder} lacks {_some(missing)}: is its config.json another model's?")
+        raise InputError(f"{folder} lacks {some(missing)}: is its config.json another model's?")
     if left := sorted(found - expected):
-        raise InputError(f"{folder} has {_some(left)}, which this architecture does not use.")
+        raise InputError(f"{folder} has {some(left)}, which this architecture does not use.")
 
     def read(name, shape):
         theirs = checkpoint_name(config, name)

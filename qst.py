@@ -1,6 +1,7 @@
 """The ladder: base and side in lockstep, the loss, generation, saving and loading the side.
 
     python qst.py --base FOLDER --side FOLDER --prompt "..."
+    python qst.py import-released FOLDER --base FOLDER --out FOLDER
 
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
@@ -16,11 +17,11 @@ import torch
 from torch import nn
 
 from model import (
-    Generator, from_pretrained, positions_and_mask, read_json, read_safetensors, rotary_table,
-    token_loss, write_json, write_safetensors,
+    OPT_NAMES, Generator, from_pretrained, positions_and_mask, read_json, read_safetensors,
+    rotary_table, some, token_loss, write_json, write_safetensors,
 )  # fmt: skip
 from quant import InputError, Linear4bit
-from side import SideConfig, SideNetwork
+from side import RELEASED, SideConfig, SideNetwork
 
 FORMAT = 1  # of a side checkpoint
 
@@ -98,22 +99,26 @@ class QST(Generator, nn.Module):
             told = ", ".join(f"{k} {trained_on.get(k)} there and {ours[k]} here" for k in differ)
             raise InputError(f"{folder} was trained on another base: {told}.")
         path = Path(folder) / "side.safetensors"
-        saved = read_safetensors(path)
         side = QST(self.base, config).side
-        for name, tensor in side.state_dict().items():
-            if name not in saved:
-                raise InputError(f"{path} lacks {name}.")
-            loaded = saved.pop(name)()
-            if loaded.shape != tensor.shape:
-                raise InputError(
-                    f"{path}: {name} has shape {tuple(loaded.shape)}, and side.json says "
-                    f"{tuple(tensor.shape)}."
-                )
-            tensor.copy_(loaded)
-        if saved:
-            raise InputError(f"{path} has {', '.join(saved)}, which its side.json does not.")
+        fill(side, {name: read() for name, read in read_safetensors(path).items()}, path)
         self.side = side
         return self
+
+
+def fill(module, tensors, where):
+    """Copy tensors into a module, strictly: every one must be there, fit, and no other."""
+    own = module.state_dict()
+    if missing := sorted(set(own) - set(tensors)):
+        raise InputError(f"{where} lacks {some(missing)}.")
+    if left := sorted(set(tensors) - set(own)):
+        raise InputError(f"{where} has {some(left)}, which the side network does not.")
+    for name, tensor in own.items():
+        if tensors[name].shape != tensor.shape:
+            raise InputError(
+                f"{where}: {name} has shape {tuple(tensors[name].shape)}, and not "
+                f"{tuple(tensor.shape)}."
+            )
+        tensor.copy_(tensors[name])
 
 
 def read_side(folder):
@@ -150,6 +155,56 @@ def fingerprint(base):
             else:
                 digest.update(flat.bfloat16().view(torch.int16).numpy().tobytes())
     return {"quant": quant, "weights": digest.hexdigest()[:16]}
+
+
+# --------------------------------------------------------------------------------------
+# Side checkpoints of the released research code: files of state dicts, with no config
+
+RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
+    "layers": ("qst_layers_parameters.pt", OPT_NAMES),
+    "downsample": (
+        "qst_downsample_parameters.pt",
+        {"0.down.": "adapter_A.", "0.up.": "adapter_B.", "1.": "post_layer_norm."},
+    ),
+    "gamma": ("qst_z_parameters.pt", {}),
+    "norm": ("qst_norm_parameters.pt", {}),
+    "upsample": ("qst_upsample_parameters.pt", {}),
+}
+
+
+def import_released(base, folder):
+    """Read a side checkpoint of the released code into a `QST` with the same architecture.
+
+    Its sizes are those of the tensors. The mix of its OPT variant, which gives the side network
+    the weight sigmoid(z) where LLaMA's gives it 1 - sigmoid(z), is ours with alpha = -z.
+    """
+    opt = base.config.family == "opt"
+    released = {}
+    for ours, (file, names) in RELEASED_FILES.items():
+        for name, tensor in read_pt(Path(folder) / file).items():
+            for our_part, their_part in names.items() if ours != "layers" or opt else ():
+                name = name.replace(their_part, our_part)
+            released[f"{ours}.{name}"] = tensor
+    gates = [released.pop(f"gamma.{i}", None) for i in range(base.config.n_layer)]
+    if any(gate is None for gate in gates) or "downsample.0.0.down.weight" not in released:
+        raise InputError(f"{folder} is not of a model with {base.config.n_layer} layers like {base.config.family}.")
+    mix = read_pt(Path(folder) / f"lm_head_z_{'parameters' if opt else 'path'}.pt")
+    released |= {"gamma": torch.stack(gates), "alpha": -mix if opt else mix}
+    rank, width = len(released["downsample.0.0.down.weight"]), len(gates[0])
+    reduction = base.config.n_embd // width
+    model = QST(base, SideConfig(**RELEASED, reduction=reduction, rank=rank))
+    fill(model.side, released, folder)
+    return model
+
+
+def read_pt(path):
+    if not path.exists():
+        raise InputError(f"{path} is missing: a released side checkpoint has six .pt files.")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the unpickler meets in a foreign file
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} cannot be read as a file of plain tensors ({reason}).") from None
 
 
 # --------------------------------------------------------------------------------------
@@ -200,34 +255,64 @@ def parse_args(argv):
     add("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="only the likeliest tokens of this probability")
     add("--seed", type=int, default=1337)
-    add("--quant", default="nf4", help="nf4, fp4 or none (as it was trained)")
-    add("--dtype", default="auto", help="fp32, bf16 or fp16; auto: fp32 on a CPU, bf16 on a GPU")
-    add("--device", default="auto")
+    add_base_flags(parser)
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def add_base_flags(parser):
+    parser.add_argument("--quant", default="nf4", help="nf4, fp4 or none (as it was trained)")
+    parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; auto: by the device")
+    parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
+
+
+def load_base(args):
+    device = pick_device(args.device)
+    return from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
+
+
+def generate(argv):
+    """Stream the answer to one prompt."""
     from data.instruct import frame
     from data.tokenizer import load_tokenizer
 
     args = parse_args(argv)
-    device = pick_device(args.device)
-    tokenizer = load_tokenizer(args.base)
-    model = from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
+    tokenizer, model = load_tokenizer(args.base), load_base(args)
     framed = args.side and not args.raw
     if args.side:
         model = QST.from_side(model, args.side)
     prompt = frame(args.prompt) if framed else args.prompt
-    idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]], device=device)
+    idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]])
+    idx = idx.to(pick_device(args.device))
     room = model.config.max_positions - idx.shape[1] + 1
     stream = model.stream(
-        idx, args.max_new_tokens or max(1, min(128, room)), args.temperature, args.top_k, args.top_p,
-        eos_id=tokenizer.eos_id, seed=args.seed,
+        idx, args.max_new_tokens or max(1, min(128, room)), args.temperature, args.top_k,
+        args.top_p, eos_id=tokenizer.eos_id, seed=args.seed,
     )  # fmt: skip
     print("" if framed else args.prompt, end="", flush=True)
     for piece in tokenizer.stream(token.item() for token in stream):
         print(piece, end="", flush=True)
     print()
+
+
+def import_command(argv):
+    """Turn a released side checkpoint into one of ours."""
+    parser = Parser("qst.py import-released", description=import_command.__doc__)
+    parser.add_argument("folder", help="with the six .pt files")
+    parser.add_argument("--base", required=True, help="folder of the model that it was trained on")
+    parser.add_argument("--out", required=True, help="where to write side.safetensors and side.json")
+    add_base_flags(parser)
+    args = parser.parse_args(argv)
+    model = import_released(load_base(args), args.folder)
+    model.save_side(args.out)
+    config = model.side.config
+    print(f"{args.out}: reduction {config.reduction}, rank {config.rank}, as released")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["import-released"]:
+        return import_command(argv[1:])
+    return generate(argv)
 
 
 def run(main):

@@ -127,7 +127,7 @@ def chunk_size(device):
 
 
 def lookup(table, index, out=None):
-    """table[index] for one-dimensional int64 `index`, by rows, which are shared out among threads."""
+    """table[index] for one-dimensional int64 `index`: by rows, which are shared out among threads."""
     rows = 32 if len(index) % 32 == 0 else 1
     out = out if out is None else out.view(rows, -1)
     return torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=out).view(-1)
@@ -292,32 +292,28 @@ def pair_table(kind, device):
 
 def unpack(codes, scales, pairs, out):
     """Write levels times scales to `out`, a flat buffer of len(scales) whole blocks."""
-    step = min(chunk_size(out.device), out.numel())
-    indices = scratch("index", step // 2, torch.int64, out.device)
-    for start in range(0, out.numel(), step):
-        target = out[start : start + step]
-        part = codes[start // 2 : (start + step) // 2]
-        index = indices[: len(part)].copy_(part)
-        if out.dtype == torch.float32:
-            levels = target
-        else:
-            levels = scratch("levels", target.numel(), torch.float32, out.device)
-        words = levels.view(torch.int64)[: len(part)]
-        lookup(pairs, index, out=words)
-        scale = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
-        torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=target.view(-1, BLOCK_SIZE))
+    index = scratch("index", len(codes), torch.int64, out.device).copy_(codes)
+    levels = out
+    if out.dtype != torch.float32:
+        levels = scratch("levels", out.numel(), torch.float32, out.device)
+    lookup(pairs, index, out=levels.view(torch.int64)[: len(codes)])
+    torch.mul(levels.view(-1, BLOCK_SIZE), scales.unsqueeze(1), out=out.view(-1, BLOCK_SIZE))
 
 
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
     """Unpack a weight into `out`, (number of blocks * 64,), which sets the dtype to round to."""
-    quantized = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind)
-    unpack(codes, quantized.scales(), pair_table(kind, codes.device), out)
+    scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
+    pairs, step = pair_table(kind, codes.device), chunk_size(codes.device)
+    for start in range(0, out.numel(), step):
+        stop = start + step
+        part = scales[start // BLOCK_SIZE : stop // BLOCK_SIZE]
+        unpack(codes[start // 2 : stop // 2], part, pairs, out[start:stop])
 
 
 def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
     """x (rows, in_features) -> x @ W.T (rows, out_features), never holding all of W.
 
-    A few rows of W at a time are unpacked into a buffer that stays in the CPU's cache, so that of
+    Some rows of W at a time are unpacked into a buffer that stays in the CPU's cache, so that of
     the weight only the 4-bit codes come from memory.
     """
     in_features = x.shape[1]
@@ -325,15 +321,14 @@ def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
     pairs, y = pair_table(kind, codes.device), x.new_empty(len(x), out_features)
     whole = BLOCK_SIZE // math.gcd(in_features, BLOCK_SIZE)  # so many rows are whole blocks
     step = max(1, chunk_size(x.device) // (whole * in_features)) * whole
-    most = min(step, -(-out_features // whole) * whole) * in_features
-    buffer = scratch("rows", most, x.dtype, x.device)
     for start in range(0, out_features, step):
-        stop = min(start + step, out_features)
-        first, last = start * in_features // BLOCK_SIZE, -(-stop * in_features // BLOCK_SIZE)
-        part = codes[first * BLOCK_SIZE // 2 : last * BLOCK_SIZE // 2]
-        unpack(part, scales[first:last], pairs, buffer[: (last - first) * BLOCK_SIZE])
-        weight = buffer[: (stop - start) * in_features].view(-1, in_features)
-        torch.mm(x, weight.T, out=y[:, start:stop])
+        rows = min(step, out_features - start)
+        first = start * in_features // BLOCK_SIZE
+        part = scales[first : first + -(-rows * in_features // BLOCK_SIZE)]
+        buffer = scratch("rows", len(part) * BLOCK_SIZE, x.dtype, x.device)
+        unpack(codes[first * BLOCK_SIZE // 2 :][: buffer.numel() // 2], part, pairs, buffer)
+        weight = buffer[: rows * in_features].view(rows, in_features)
+        torch.mm(x, weight.T, out=y[:, start : start + rows])
     return y
 
 
@@ -471,14 +466,7 @@ class _Linear4bitFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        rows = x.numel() // layer.in_features
-        if rows > MAX_ROWS:
-            return F.linear(x, layer.unpack(x.dtype), bias)
-        y = torch.ops.qst.matvec(
-            x.reshape(rows, -1), *layer.quantized.parts, layer.out_features
-        ).view(*x.shape[:-1], -1)
-        return y if bias is None else y + bias
+        return layer.product(x)
 
     @staticmethod
     def backward(ctx, grad):
@@ -517,8 +505,19 @@ class Linear4bit(nn.Module):
         numel = len(self.absmax) * BLOCK_SIZE
         return self.quantized.dequantize(dtype, scratch("weight", numel, dtype, self.codes.device))
 
+    def product(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        rows = x.numel() // self.in_features
+        if rows > MAX_ROWS:
+            return F.linear(x, self.unpack(x.dtype), bias)
+        x, shape = x.reshape(rows, -1), (*x.shape[:-1], self.out_features)
+        y = torch.ops.qst.matvec(x, *self.quantized.parts, self.out_features).view(shape)
+        return y if bias is None else y + bias
+
     def forward(self, x):
-        return _Linear4bitFunction.apply(x, self)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _Linear4bitFunction.apply(x, self)
+        return self.product(x)
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
