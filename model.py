@@ -317,7 +317,13 @@ class Generator:
         temperature, top_k, top_p: see `sample`; eos_id: one id or several
         A row that has ended goes on with its end token.
         """
+        check_length(self.config, idx.shape[1], "shorten the prompt")
         check_length(self.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
+        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+            raise InputError(
+                f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} and "
+                f"top_p {top_p} must be at least 1, at least 0, at least 0, and in (0, 1]."
+            )
         cache = self.new_cache(idx.shape[1] + max_new_tokens)
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)

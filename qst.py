@@ -11,6 +11,7 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -140,20 +141,18 @@ def read_side(folder):
 def fingerprint(base):
     """What tells one frozen base from another: its shape, its quantization, a hash of its weights.
 
-    The hash is of some 1,000 values of every decoder weight, so that a 70B model takes a moment.
-    They are taken in bf16, so that the dtype in which a model is loaded makes no difference.
+    The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
+    and scales of what is in 4 bits, and of the rest the signs, which are the same in every dtype.
     """
-    digest = hashlib.sha256(json.dumps(asdict(base.config)).encode())
-    quant = "none"
-    for module in base.layers.modules():
-        if isinstance(module, Linear4bit):
-            quant = module.kind
+    shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
+    digest, quant = hashlib.sha256(json.dumps(shape).encode()), "none"
+    for module in base.modules():
+        packed = isinstance(module, Linear4bit)
+        quant = module.kind if packed else quant
         for name, tensor in module.named_buffers(recurse=False):
-            flat = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
-            if name != "bias" and not name.startswith("weight"):  # codes and scales, as they are
-                digest.update(flat.numpy().tobytes())
-            else:
-                digest.update(flat.bfloat16().view(torch.int16).numpy().tobytes())
+            some = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
+            some = some if packed and name != "bias" else some.signbit()
+            digest.update(some.numpy().tobytes())
     return {"quant": quant, "weights": digest.hexdigest()[:16]}
 
 
@@ -285,11 +284,11 @@ def generate(argv):
     idx = idx.to(pick_device(args.device))
     room = model.config.max_positions - idx.shape[1] + 1
     stream = model.stream(
-        idx, args.max_new_tokens or max(1, min(128, room)), args.temperature, args.top_k,
-        args.top_p, eos_id=tokenizer.eos_id, seed=args.seed,
+        idx, max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens,
+        args.temperature, args.top_k, args.top_p, eos_id=tokenizer.eos_id, seed=args.seed,
     )  # fmt: skip
-    print("" if framed else args.prompt, end="", flush=True)
-    for piece in tokenizer.stream(token.item() for token in stream):
+    new = (token.item() for token in stream)  # plain text is shown with what it is made to go on
+    for piece in tokenizer.stream(new if framed else chain(idx[0].tolist(), new)):
         print(piece, end="", flush=True)
     print()
 
@@ -321,6 +320,8 @@ def run(main):
         main()
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
 
 
 if __name__ == "__main__":

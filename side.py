@@ -152,8 +152,9 @@ class SideNetwork(nn.Module):
         context: mask, rotary table and cache, as for `DecoderLayer`
         """
         down = self.downsample[i if self.config.share_first else i + 1](h_f)
-        beta = torch.sigmoid(self.gamma[i]).to(down.dtype)
-        return self.layers[i]((1 - beta) * down + beta * h_g, *context)
+        beta = torch.sigmoid(self.gamma[i])
+        mixed = (1 - beta).to(down.dtype) * down + beta.to(down.dtype) * h_g
+        return self.layers[i](mixed, *context)
 
     def mix(self, h_f, h_g):
         """The hidden state for the LM head: (B, T, C).
@@ -164,8 +165,9 @@ class SideNetwork(nn.Module):
         moved: the first step trains alpha alone.
         """
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        alpha = alpha.to(h_f.dtype)
-        return alpha * h_f + (1 - alpha) * self.upsample(self.norm(h_g))
+        up = self.upsample(self.norm(h_g))
+        # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
+        return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
 
 
 def main():

@@ -56,7 +56,7 @@ class TrainConfig(SideConfig):
     max_examples: int = setting(0, "use only so many examples of the data; 0: all")
     held_out: float = setting(0.1, "fraction of the examples to hold out")
     batch_size: int = setting(None, "sequences in a batch")
-    gradient_accumulation_steps: int = setting(1, "batches in an iteration")
+    gradient_accumulation_steps: int = setting(1, "batches whose mean gradient makes a step")
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer")
     learning_rate: float = setting(None, "of AdamW, for all but alpha")
     alpha_lr_factor: float = setting(25.0, "alpha's learning rate is this many times larger")
@@ -102,8 +102,17 @@ def complete(cfg):
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} {getattr(cfg, name)} must be at least 1.")
-    if not 0 < cfg.held_out < 1:
-        raise InputError(f"--held_out {cfg.held_out} must lie between 0 and 1.")
+    for name in ("max_examples", "warmup_iters", "grad_clip", "weight_decay", "threads", "seed"):
+        if getattr(cfg, name) < 0:
+            raise InputError(f"--{name} {getattr(cfg, name)} must not be negative.")
+    for name in ("held_out", "beta1", "beta2"):
+        if not 0 < getattr(cfg, name) < 1:
+            raise InputError(f"--{name} {getattr(cfg, name)} must lie between 0 and 1.")
+    for name in ("learning_rate", "alpha_lr_factor"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise InputError(f"--{name} {getattr(cfg, name)} must be positive.")
+    if cfg.threads > (os.cpu_count() or 1):
+        raise InputError(f"--threads {cfg.threads} is more than this machine's {os.cpu_count()}.")
     return cfg
 
 
@@ -118,7 +127,7 @@ SCHEDULES = {  # the part of the learning rate that is left after a part of the 
 
 
 def learning_rate_at(iteration, cfg):
-    """The learning rate of iteration 0, 1, ...: a linear warm-up, then the schedule, down to 0."""
+    """The learning rate of iteration 0, 1, ...: a linear warm-up, and then the schedule."""
     if iteration < cfg.warmup_iters:
         return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
     left = max(1, cfg.max_iters - cfg.warmup_iters)
@@ -132,6 +141,7 @@ def make_optimizer(model, cfg):
     factor 1 - alpha, 0 at the start, so that it learns only as fast as alpha moves.
     """
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    device = next(iter(parameters.values())).device
     alpha = [parameters.pop(n) for n in list(parameters) if n.endswith("alpha")]
     matrix = lambda name, p: p.dim() == 2 and name.endswith("weight")
     groups = [
@@ -142,7 +152,7 @@ def make_optimizer(model, cfg):
     ]  # fmt: skip
     return torch.optim.AdamW(
         [g for g in groups if g["params"]], lr=cfg.learning_rate, weight_decay=0.0,
-        betas=(cfg.beta1, cfg.beta2), fused=alpha[0].device.type in ("cpu", "cuda") if alpha else None,
+        betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"),
     )  # fmt: skip
 
 
@@ -292,14 +302,15 @@ def load_examples(cfg, tokenizer, config):
     else:
         parts = [instruct.turns(record) for record in tiny.task(2200, cfg.seed)]
     halves = []
-    for half in instruct.split(parts, cfg.held_out, cfg.seed, cfg.max_examples):
+    names = ("training", "held-out")
+    for name, half in zip(names, instruct.split(parts, cfg.held_out, cfg.seed, cfg.max_examples)):
         pairs = [(turns, instruct.encode(turns, tokenizer, cfg.sequence_len)) for turns in half]
         halves.append([(turns, *pair) for turns, pair in pairs if pair])
         if lost := len(half) - len(halves[-1]):
-            print(f"{lost} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
+            print(f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
     if not all(halves):
         raise InputError(
-            f"{cfg.data} leaves {len(halves[0])} examples to train on and {len(halves[1])} held "
+            f"{cfg.data or 'The data'} leaves {len(halves[0])} examples to train on and {len(halves[1])} held "
             f"out: give more data, or raise --sequence_len or --max_examples."
         )
     return halves
@@ -326,9 +337,17 @@ def fit(model, optimizer, train, held_out, device, cfg, result):
     batches = instruct.batches(pairs(train), cfg.batch_size, cfg.seed)
     held_out = pairs(held_out)[: cfg.eval_examples]
     out_dir = Path(cfg.out_dir)
+    best, best_iteration, step_ms, seen, evaluated = math.inf, 0, [], 0, 0
     loss_before = held_out_loss = evaluate(model, held_out, cfg.batch_size, device)
-    best, best_iteration, step_ms, seen = math.inf, 0, [], 0
-    interrupted = False
+
+    def look():
+        """Evaluate, and keep the side network if it is the best so far."""
+        nonlocal best, best_iteration, held_out_loss, evaluated
+        held_out_loss, evaluated = evaluate(model, held_out, cfg.batch_size, device), len(step_ms)
+        if held_out_loss < best:
+            best, best_iteration = held_out_loss, evaluated
+            model.save_side(out_dir)
+
     bar = progress(range(1, cfg.max_iters + 1), "side network")
     with open(out_dir / "log.csv", "w", newline="", buffering=1) as file:
         log = csv.writer(file)
@@ -344,21 +363,17 @@ def fit(model, optimizer, train, held_out, device, cfg, result):
                 step_ms.append(1000 * (time.perf_counter() - start))
                 seen += tokens
                 if not math.isfinite(loss):
+                    kept = f"{out_dir} holds that of iteration {best_iteration}"
                     raise InputError(
-                        f"The loss is {loss} at iteration {iteration}: lower --learning_rate, or "
-                        f"try --dtype bf16 or fp32. {out_dir} holds the best side network so far."
+                        f"The loss is {loss} at iteration {iteration}: lower --learning_rate, or try "
+                        f"--dtype bf16 or fp32. {kept if best_iteration else 'No side network is kept'}."
                     )
-                last = iteration == cfg.max_iters
-                evaluated = last or iteration % cfg.eval_interval == 0
-                if evaluated:
-                    held_out_loss = evaluate(model, held_out, cfg.batch_size, device)
-                    if held_out_loss < best:
-                        best, best_iteration = held_out_loss, iteration
-                        model.save_side(out_dir)
+                if iteration == cfg.max_iters or iteration % cfg.eval_interval == 0:
+                    look()
                 rate = 1000 * seen / sum(step_ms)
-                if evaluated or iteration % cfg.log_interval == 0:
+                if evaluated == iteration or iteration % cfg.log_interval == 0:
                     log.writerow(
-                        [iteration, f"{loss:.5f}", f"{held_out_loss:.5f}" if evaluated else "",
+                        [iteration, f"{loss:.5f}", f"{held_out_loss:.5f}" * (evaluated == iteration),
                          f"{learning_rate_at(iteration - 1, cfg):.3e}", f"{rate:.0f}",
                          f"{step_ms[-1]:.1f}"]
                     )  # fmt: skip
@@ -366,24 +381,26 @@ def fit(model, optimizer, train, held_out, device, cfg, result):
                     f"loss {loss:.3f}, held out {held_out_loss:.3f}, {rate:.0f} tokens/s, "
                     f"peak {show_bytes(peak_memory(device))}", refresh=False
                 )  # fmt: skip
+            interrupted = False
         except KeyboardInterrupt:
             interrupted = True
             bar.close()
-            print(f"Interrupted. The side network as it is now: {out_dir / 'last'}")
     model.save_side(out_dir / "last")
-    if best_iteration:
-        model.load_side(out_dir)
-    else:
-        model.save_side(out_dir)
+    if interrupted:
+        print(f"Interrupted. The side network as it is now: {out_dir / 'last'}", flush=True)
+    if evaluated < len(step_ms) or not step_ms:
+        look()
+    loss_last = held_out_loss
+    model.load_side(out_dir)
     result |= dict(
-        loss_before=loss_before, loss_after=best if best_iteration else loss_before,
-        loss_last=held_out_loss, best_iteration=best_iteration, iterations=len(step_ms),
-        interrupted=interrupted, tokens_per_second=1000 * seen / sum(step_ms) if seen else 0.0,
+        loss_before=loss_before, loss_after=best, loss_last=loss_last,
+        best_iteration=best_iteration, iterations=len(step_ms), interrupted=interrupted,
+        tokens_per_second=1000 * seen / sum(step_ms) if seen else 0.0,
         step_ms=statistics.median(step_ms) if seen else 0.0, peak_memory_bytes=peak_memory(device),
     )  # fmt: skip
 
 
-def introduce(folder, model, cfg, tokens, result):
+def introduce(folder, model, cfg, batch, result):
     """Print what a reader wants to know before the run."""
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
@@ -398,7 +415,7 @@ def introduce(folder, model, cfg, tokens, result):
         f"frozen      {total - trainable:,} weights{bits}\n"
         f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): a side network "
         f"{cfg.reduction} times narrower, {cfg.downsample} downsamplers\n"
-        f"iteration   at most {tokens * steps:,} tokens: {cfg.batch_size} sequences"
+        f"iteration   at most {batch.numel() * steps:,} tokens: {len(batch)} sequences"
         f"{f' x {steps} batches' if steps > 1 else ''}\n"
         f"memory      weights {show_bytes(result['weights_bytes'])}, "
         f"optimizer {show_bytes(result['optimizer_bytes'])}, "
@@ -409,6 +426,8 @@ def introduce(folder, model, cfg, tokens, result):
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     print(f"\nheld-out loss   {result['loss_before']:.3f} before, {result['loss_after']:.3f} after")
+    if result["loss_after"] >= result["loss_before"]:
+        print("It has not learned: train longer, or with another --learning_rate.")
     if "exact_match_after" in result:
         before, after = result["exact_match_before"], result["exact_match_after"]
         print(f"exact match     {before:.1%} base, {after:.1%} QST (held-out questions)")
@@ -417,12 +436,13 @@ def conclude(folder, cfg, result):
             f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}\n"
             f"   base      {sample['before']}\n   QST       {sample['after']}"
         )
-    prompt = "..." if cfg.data else tiny.EXAMPLE
+    prompt = "YOUR QUESTION" if cfg.data else tiny.EXAMPLE
+    script = os.path.relpath(Path(__file__).parent / "qst.py")
     quant = "" if cfg.quant == "nf4" else f" --quant {cfg.quant}"
     print(
         f"\n{result['iterations']} iterations, {result['seconds']:.0f} s in all, "
         f"peak memory {show_bytes(result['peak_memory_bytes'])}. Ask it yourself:\n"
-        f"python qst.py --base {shlex.quote(str(folder))} --side {shlex.quote(cfg.out_dir)}{quant} "
+        f"python {script} --base {shlex.quote(str(folder))} --side {shlex.quote(cfg.out_dir)}{quant} "
         f"--prompt {shlex.quote(prompt)}"
     )
 
@@ -436,8 +456,9 @@ def main(cfg):
     cfg = complete(cfg)
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+        (Path(cfg.out_dir) / "log.csv").open("a").close()
     except OSError as error:
-        raise InputError(f"--out_dir {cfg.out_dir} cannot be a folder ({error.strerror}).") from None
+        raise InputError(f"--out_dir {cfg.out_dir} cannot be written to ({error.strerror}).") from None
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.threads:
@@ -461,7 +482,7 @@ def main(cfg):
         optimizer_bytes=2 * 4 * trainable,  # AdamW's two moments, in fp32
         activations_bytes=activation_bytes(model, idx, targets),
     )
-    introduce(folder, model, cfg, idx.numel(), result)
+    introduce(folder, model, cfg, idx, result)
 
     asked = held_out[: 2 if cfg.data else cfg.eval_examples]
     before = answers(model, tokenizer, asked, device)

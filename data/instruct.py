@@ -59,23 +59,25 @@ def read_records(path):
     """Read a file of either kind: [(where it stands, for messages, and the record), ...]."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give --data a .json or .jsonl file.") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: give --data a .json or .jsonl file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+    where = "as a list"
     try:
         if text.lstrip().startswith("["):
-            records = [(f"entry {i}", r) for i, r in enumerate(json.loads(text), 1)]
+            records = [(f"entry {i}", record) for i, record in enumerate(json.loads(text), 1)]
         else:
-            lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
             records = []
-            for i, line in lines:
+            for i, line in enumerate(text.split("\n"), 1):
                 where = f"line {i}"
-                records.append((where, json.loads(line)))
+                if line.strip():
+                    records.append((where, json.loads(line)))
     except ValueError as error:
-        where = f"{path}, {where}" if "where" in locals() else str(path)
-        raise InputError(f"{where} is not JSON ({error}).") from None
+        raise InputError(f"{path}, {where} is not JSON ({error}).") from None
     if not records:
         raise InputError(f"{path} holds no instructions.")
     return records

@@ -1,10 +1,13 @@
-"""Measurements, each in a process of its own: memory of loading, ...
+"""Measurements, each in a process of its own; medians of runs side by side.
 
-    python tests/bench.py load          peak memory of `from_pretrained`, and its parts
+    python tests/bench.py load          peak memory of `from_pretrained`
+    python tests/bench.py quant         speed of quantizing and dequantizing, beside bitsandbytes
+    python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
 """
 
 import argparse
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,7 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from model import ModelConfig, Transformer, from_pretrained, model_bytes, save_pretrained  # noqa: E402
+from model import (  # noqa: E402
+    PRESETS, ModelConfig, Transformer, from_pretrained, model_bytes, save_pretrained,
+)  # fmt: skip
+from quant import quantize_4bit  # noqa: E402
 
 
 def peak():
@@ -62,7 +68,80 @@ def load():
             )
 
 
+def medians(functions, repeats):
+    """Seconds of each function, side by side: one call of each in turn, and the medians."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return [statistics.median(seconds[2:]) for seconds in times.values()]
+
+
+def quant_once(threads):
+    """Print, for each size: ours and bitsandbytes', dequantizing and quantizing, in seconds."""
+    torch.set_num_threads(threads)
+    try:
+        import bitsandbytes.functional as bnb
+    except ImportError:
+        bnb = None
+    for shape in SHAPES:
+        weight = torch.randn(shape)
+        ours, buffer = quantize_4bit(weight), torch.empty(shape)
+        read, make = {"ours": lambda: ours.dequantize(out=buffer)}, {"ours": lambda: quantize_4bit(weight)}
+        if bnb:
+            codes, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            read["theirs"] = lambda: bnb.dequantize_4bit(codes, state)
+            make["theirs"] = lambda: bnb.quantize_4bit(
+                weight, quant_type="nf4", compress_statistics=True
+            )
+        print(*(medians(read, 21) + ([] if bnb else [0])), *(medians(make, 7) + ([] if bnb else [0])))
+
+
+SHAPES = ((768, 768), (2816, 1024), (4096, 4096))
+
+
+def quant():
+    """Million weights a second, double-quantized NF4 and fp32, beside bitsandbytes where it is."""
+    print("million weights/s          dequantize              quantize")
+    print("threads  shape           ours  theirs  ratio    ours  theirs  ratio")
+    for threads in (1, 2):
+        figures = iter(alone("quant_once", threads))
+        for shape in SHAPES:
+            row = [next(figures) for _ in range(4)]
+            rate = [shape[0] * shape[1] / 1e6 / s if s else float("nan") for s in row]
+            print(
+                f"{threads:7}  {f'{shape[0]} x {shape[1]}':12} {rate[0]:7.0f} {rate[1]:7.0f} {rate[0] / rate[1]:6.2f} "
+                f"{rate[2]:7.0f} {rate[3]:7.0f} {rate[2] / rate[3]:6.2f}"
+            )
+
+
+def tokens_once(threads, folder):
+    """Print milliseconds per token of the fp32 and of the 4-bit base."""
+    torch.set_num_threads(threads)
+    models = {quant: from_pretrained(folder, quant, torch.float32) for quant in ("none", "nf4")}
+    idx = torch.arange(5, 13).unsqueeze(0)
+    runs = {name: lambda model=model: model.generate(idx, 16) for name, model in models.items()}
+    print(*(1000 * seconds / 16 for seconds in medians(runs, 7)))
+
+
+def tokens():
+    """Milliseconds per generated token, one prompt; a random LLaMA of the shape of SmolLM2-135M."""
+    with tempfile.TemporaryDirectory() as folder:
+        alone("make_smollm2", folder)
+        print("ms per token   fp32   4 bits   ratio")
+        for threads in (1, 2):
+            plain, packed = alone("tokens_once", threads, folder)
+            print(f"{threads} threads {plain:10.1f} {packed:8.1f} {packed / plain:7.2f}")
+
+
+def make_smollm2(folder):
+    torch.manual_seed(0)
+    save_pretrained(Transformer(PRESETS["smollm2-135m"]).half(), folder)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["load"])
+    parser.add_argument("what", choices=["load", "quant", "tokens"])
     globals()[parser.parse_args().what]()

@@ -275,8 +275,18 @@ def test_a_sequence_longer_than_the_positions():
     model = small_base()
     with pytest.raises(InputError, match="65 tokens.*64 positions"):
         model(torch.zeros(1, 65, dtype=torch.long))
-    with pytest.raises(InputError, match="max_new_tokens"):
+    with pytest.raises(InputError, match="lower max_new_tokens"):
         model.generate(torch.zeros(1, 60, dtype=torch.long), 10)
+    with pytest.raises(InputError, match="shorten the prompt"):
+        model.generate(torch.zeros(1, 70, dtype=torch.long), 10)
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_k=-3), dict(top_p=0.0)
+])  # fmt: skip
+def test_sampling_settings_that_make_no_sense(wrong):
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        small_base().generate(torch.zeros(1, 3, dtype=torch.long), **dict(max_new_tokens=2) | wrong)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path):

@@ -232,16 +232,25 @@ def test_a_side_refuses_another_base(other, told, tmp_path):
 
 
 def test_the_fingerprint_does_not_depend_on_the_dtype():
-    """The same checkpoint, loaded to compute in fp32 or in bf16, is the same base."""
+    """The same checkpoint, loaded to compute in fp32 or in fp16, is the same base."""
     torch.manual_seed(0)
-    state = Transformer(small_config()).bfloat16().state_dict()
+    state = Transformer(small_config()).state_dict()
     prints = []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float16):
         for quant in ("nf4", "none"):
-            model = Transformer(small_config()).bfloat16()
+            model = Transformer(small_config())
             model.load_state_dict(state)
             prints.append(fingerprint(model.freeze(quant, dtype)))
     assert prints[0] == prints[2] and prints[1] == prints[3] and prints[0] != prints[1]
+
+
+def test_a_factor_near_0_is_not_lost_in_bf16():
+    """1 - alpha is taken in fp32: with alpha just below 1 the side network still counts in bf16."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4))
+    side.alpha.data.fill_(0.999)
+    h_f, h_g = torch.zeros(2, 32).bfloat16(), torch.randn(2, 8).bfloat16()
+    expected = 0.001 * side.upsample(h_g).float()
+    assert torch.allclose(side.mix(h_f, h_g).float(), expected, rtol=0.02, atol=1e-6)
 
 
 def test_a_tensor_missing_or_left_over_is_named(tmp_path):

@@ -160,7 +160,8 @@ def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_step", interrupted)
     result = train.main(TrainConfig(**cfg))
     out = tmp_path / "out"
-    assert result["interrupted"] and result["iterations"] == 2
+    assert result["interrupted"] and result["iterations"] == result["best_iteration"] == 2
+    assert result["loss_after"] == result["loss_last"] < result["loss_before"]
     assert f"Interrupted. The side network as it is now: {out / 'last'}" in capsys.readouterr().out
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     for folder in (out, out / "last"):
@@ -169,7 +170,7 @@ def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cfg):
-    with pytest.raises(InputError, match="--learning_rate"):
+    with pytest.raises(InputError, match="--learning_rate.* No side network is kept"):
         train.main(TrainConfig(**cfg | dict(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)))
 
 
@@ -209,6 +210,10 @@ def test_defaults_are_the_papers():
     (["train.py", "--data", "x"], "--data needs --base"),
     (["train.py", "--batch_size", "0"], "--batch_size 0"),
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
+    (["train.py", "--threads", "1000"], "--threads 1000"),
+    (["train.py", "--learning_rate=-1"], "--learning_rate -1"),
+    (["train.py", "--max_examples=1"], "The data leaves 0 examples"),
+    (["train.py", "--beta1", "1.5"], "--beta1 1.5"),
     (["train.py", "--downsample", "sum"], "--downsample sum"),
     (["train.py", "--lr_schedule", "up"], "--lr_schedule up"),
     (["train.py", "--device", "gpu"], "--device gpu"),
