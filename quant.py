@@ -127,10 +127,20 @@ def chunk_size(device):
 
 
 def lookup(table, index, out=None):
-    """table[index] for one-dimensional int64 `index`: by rows, which are shared out among threads."""
-    rows = 32 if len(index) % 32 == 0 else 1
-    out = out if out is None else out.view(rows, -1)
-    return torch.gather(table.expand(rows, -1), 1, index.view(rows, -1), out=out).view(-1)
+    """table[index], from uint8 or int64 `index`, (n,); out: optional, (n,)
+
+    A selection is the fastest on one thread; a gather is shared out among threads, by rows.
+    """
+    use = "index of a lookup"
+    if index.device.type != "cpu" or torch.get_num_threads() == 1 or len(index) % 32:
+        if index.dtype == torch.uint8:
+            index = scratch(use, len(index), torch.int32, index.device).copy_(index)
+        return torch.index_select(table, 0, index, out=out)
+    if index.dtype == torch.uint8:
+        index = scratch(use, len(index), torch.int64, index.device).copy_(index)
+    out = torch.empty_like(index, dtype=table.dtype) if out is None else out
+    torch.gather(table.expand(32, -1), 1, index.view(32, -1), out=out.view(32, -1))
+    return out
 
 
 @cache
@@ -292,11 +302,10 @@ def pair_table(kind, device):
 
 def unpack(codes, scales, pairs, out):
     """Write levels times scales to `out`, a flat buffer of len(scales) whole blocks."""
-    index = scratch("index", len(codes), torch.int64, out.device).copy_(codes)
     levels = out
     if out.dtype != torch.float32:
         levels = scratch("levels", out.numel(), torch.float32, out.device)
-    lookup(pairs, index, out=levels.view(torch.int64)[: len(codes)])
+    lookup(pairs, codes, out=levels.view(torch.int64)[: len(codes)])
     torch.mul(levels.view(-1, BLOCK_SIZE), scales.unsqueeze(1), out=out.view(-1, BLOCK_SIZE))
 
 
