@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from test_qst import released_state
 
 from data import tiny
+from model import from_pretrained
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -30,6 +33,10 @@ def place(tiny_model, tmp_path_factory):
         (folder / name).write_text(records)
     for name in ("FOLDER", "stories260K"):
         (folder / name).symlink_to(tiny_model)
+    (folder / "RELEASED").mkdir()
+    base = from_pretrained(tiny_model, "nf4", torch.float32)
+    for name, content in released_state(base, reduction=4, rank=2).items():
+        torch.save(content, folder / "RELEASED" / name)
     return folder
 
 
@@ -77,7 +84,8 @@ def test_line_counts():
 def test_flags_exist():
     """Every flag that the README names is one of train.py or qst.py or a benchmark."""
     known = "".join(
-        run([str(ROOT / script), "--help"], ROOT) for script in ("train.py", "qst.py")
-    )
+        run([str(ROOT / words[0]), *words[1:]], ROOT)
+        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"])
+    )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag
