@@ -285,7 +285,7 @@ def generate(argv):
     room = model.config.max_positions - idx.shape[1] + 1
     stream = model.stream(
         idx, max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens,
-        args.temperature, args.top_k, args.top_p, eos_id=tokenizer.eos_id, seed=args.seed,
+        args.temperature, args.top_k, args.top_p, eos_id=tokenizer.eos_ids, seed=args.seed,
     )  # fmt: skip
     new = (token.item() for token in stream)  # plain text is shown with what it is made to go on
     for piece in tokenizer.stream(new if framed else chain(idx[0].tolist(), new)):

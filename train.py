@@ -325,7 +325,7 @@ def answers(model, tokenizer, examples, device):
     prompts = [instruct.encode_prompt(turns, tokenizer) for turns, *_ in examples]
     idx, keep = pad_left(prompts, device=device)
     room = min(64, model.config.max_positions - idx.shape[1])
-    out = model.generate(idx, room, eos_id=tokenizer.eos_id, keep=keep)
+    out = model.generate(idx, room, eos_id=tokenizer.eos_ids, keep=keep)
     return [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
 
 

@@ -8,12 +8,16 @@ logits, also under padding, and their greedy text; and tensors quantized by bits
 """
 
 import json
+import random
 import shutil
+import unicodedata
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import numpy as np
+import tokenizers
 import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import (
     BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
@@ -114,6 +118,85 @@ def make_bnb(name, kind, config, compute, **options):
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
+# As the models' files have them
+QWEN2_WORDS = (
+    "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}"
+    "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
+)
+LLAMA3_WORDS = QWEN2_WORDS.replace("|\\p{N}|", "|\\p{N}{1,3}|")
+SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+
+
+def nasty_text():
+    """A long text with everything that has broken a tokenizer."""
+    rng = random.Random(0)
+    planes = [chr(p) for plane in range(17) for p in rng.sample(
+        range(plane << 16, (plane + 1) << 16), 200) if not 0xD800 <= p < 0xE000]  # fmt: skip
+    # not given a meaning after this Python's Unicode (planes 4 to 13 are without any)
+    settled = lambda c: unicodedata.category(c) != "Cn" or 4 <= ord(c) >> 16 <= 13
+    known = [c for c in planes if settled(c)]
+    return "".join(known) + " ".join(known) + "\n".join(known[::7]) + "".join(
+        f"{c}a{c}1 {c}" for c in known[::5]
+    ) + (
+        "👩‍👩‍👧‍👦 🏳️‍🌈🏴󠁧󠁢󠁥󠁮󠁧󠁿 👍🏽é e\u0301 Å A\u030a ﬁ Ǆ 각 ᄀ\u1161\u11a8 क्ष ชั้น مرحباً\t\t\ttabs\t x \t y"
+        "       runs      of   spaces  \n   \n\n\n  \r\n\r\nCRLF\r\n \r mix\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2003"
+        "\u2028\u3000\u200b\ufeff end   \n 1 12 123 1234 12345 1234567 3.14 1,000,000 ٣٤٥ ½ Ⅷ 二〇二四 ²³ x2y3 "
+        "I'm you're he's we'll they'd I've don't I'M YOU'RE HE'S WE'LL THEY'D I'VE DON'T 'ſ 'S's''s 'Ll "
+        "<|im_start|>user\nHi<|im_end|> <s></s> <|endoftext|><|eot_id|><|begin_of_text|>< |im_end|> <pad><unk>"
+        "\x00\x01\x7f��  !?!?...——“”‘’ _snake_case_ __init__ a_b CamelCase https://x.y/z?a=b&c=%20#d "
+        "    def f(x):\n        return x  # café\n" + "a" * 3000 + " " * 3000 + "\n" * 300 + "é" * 500
+        + "ab" * 2000 + "!" * 1000 + "日本語" * 300 + "１２３" + "<|im_end|>\u0338" + " "
+    )  # fmt: skip
+
+
+def make_tokenizer(name):
+    """A small byte-level BPE in one model's way, the nasty text, and the library's ids of it."""
+    words = {"llama3": LLAMA3_WORDS, "qwen2": QWEN2_WORDS}.get(name)
+    made = tokenizers.Tokenizer(models.BPE(ignore_merges=name == "llama3"))
+    if name == "qwen2":
+        made.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    first = [pre_tokenizers.Digits(individual_digits=True)] if name == "smollm2" else []
+    if words:
+        first = [pre_tokenizers.Split(tokenizers.Regex(words), "isolated")]
+    made.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
+    made.decoder = decoders.ByteLevel()
+    text = nasty_text()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator([(HERE.parent / "make_fixtures.py").read_text(), text], trainer)
+    spec = json.loads(made.to_str())
+    if name == "llama3":  # words that no merge makes
+        for word in ("Ġxylophonic", "zzzz"):
+            spec["model"]["vocab"][word] = len(spec["model"]["vocab"])
+    made = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    made.add_special_tokens([tokenizers.AddedToken(t, normalized=False) for t in SPECIAL])
+    if words:
+        made.add_tokens([tokenizers.AddedToken("<tool_call>", normalized=False)])
+    folder = HERE / "tokenizers" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    if name == "opt":
+        vocab, merges = made.get_vocab(), json.loads(made.to_str())["model"]["merges"]
+        (folder / "vocab.json").write_text(json.dumps(vocab))
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+        (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        ends = {"bos_token_id": vocab[SPECIAL[0]], "eos_token_id": vocab[SPECIAL[1]]}
+        (folder / "config.json").write_text(json.dumps(ends))
+    else:
+        made.save(str(folder / "tokenizer.json"), pretty=False)
+        config = dict(bos_token=SPECIAL[0], eos_token={"content": SPECIAL[1]})
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = {}
+    for special in (False, True):
+        made.encode_special_tokens = not special
+        ids = made.encode(text, add_special_tokens=False).ids
+        expected[f"special_{special}"] = np.array(ids, dtype=np.int16)
+    np.savez_compressed(folder / "expected.npz", **expected)
+    (HERE / "tokenizers" / "text.json").write_text(json.dumps(text))
+
+
 def make_quantized():
     torch.manual_seed(1)
     ties = (bnb.get_4bit_type("nf4", "cpu")[:-1] + bnb.get_4bit_type("nf4", "cpu")[1:]) / 2
@@ -146,6 +229,8 @@ if __name__ == "__main__":
     for name, (kind, config) in MODELS.items():
         make_model(name, kind, config)
     make_quantized()
+    for name in ("smollm2", "opt", "llama3", "qwen2"):
+        make_tokenizer(name)
     # bitsandbytes on a CPU wants multiples of 64
     llama = SMALL | dict(hidden_size=64, intermediate_size=128, num_hidden_layers=1)
     double = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
