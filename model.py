@@ -724,10 +724,8 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     """
     config = read_config(folder)
     tensors = {n.removeprefix("model."): read for n, read in open_checkpoint(folder).items()}
-    parts = [n for n in tensors if n.rpartition(".weight.")[2].startswith(BNB_PARTS)]
-    tensors, parts = {n: r for n, r in tensors.items() if n not in parts}, {
-        n: tensors[n] for n in parts
-    }
+    is_part = lambda name: name.rpartition(".weight.")[2].startswith(BNB_PARTS)
+    parts = {name: tensors.pop(name) for name in list(tensors) if is_part(name)}
     with torch.device("meta"):
         model = Transformer(config)
 
