@@ -571,13 +571,19 @@ def write_safetensors(path, tensors, metadata=None):
     write_atomically(path, write)
 
 
-def read_json(path):
+def read_json(path, optional=False):
+    """Read a file that holds one JSON object; {} if it is optional and not there."""
+    if optional and not Path(path).exists():
+        return {}
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} is missing: give a folder in Hugging Face's layout.") from None
     except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}).") from None
+        raise InputError(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object.")
+    return content
 
 
 def open_checkpoint(folder):

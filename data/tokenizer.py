@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 
 from data import bpe
+from model import read_json
 from quant import InputError
 
 
@@ -140,19 +141,6 @@ def read_text(path):
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
 
 
-def read_object(path, optional=False):
-    """Read a file that holds one JSON object; {} if it is optional and not there."""
-    if optional and not path.exists():
-        return {}
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object.")
-    return content
-
-
 def expect(path, record, field, *known):
     """Return a field, named as "where.name"; refuse it unless it is one of the known values, or of
     one of the known types."""
@@ -170,13 +158,13 @@ def end_ids(folder, name, ids, own=-1):
     ids: {token: id}; own: the id that tokenizer.model itself names, or -1
     """
     path = folder / "tokenizer_config.json"
-    token = read_object(path, optional=True).get(f"{name}_token")
+    token = read_json(path, optional=True).get(f"{name}_token")
     token = token.get("content") if isinstance(token, dict) else token
     if token is not None and token not in ids:
         raise InputError(f'{path}: "{name}_token" is {token!r}, which the tokenizer does not have.')
     found = ([] if token is None else [ids[token]]) + ([own] if own >= 0 else [])
     for file in ("config.json", "generation_config.json"):
-        more = read_object(folder / file, optional=True).get(f"{name}_token_id")
+        more = read_json(folder / file, optional=True).get(f"{name}_token_id")
         found += more if isinstance(more, list) else [] if more is None else [more]
     if not found:
         raise InputError(f'{path} has no "{name}_token", and config.json no "{name}_token_id".')
@@ -195,10 +183,10 @@ def checked_merges(path, merges, vocab):
 def read_vocab_and_merges(folder):
     """GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
     path = folder / "tokenizer_config.json"
-    settings = read_object(path, optional=True)
+    settings = read_json(path, optional=True)
     expect(path, settings, "tokenizer_class", None, "GPT2Tokenizer", "GPT2TokenizerFast")
     expect(path, settings, "add_prefix_space", None, False)
-    vocab, path = read_object(folder / "vocab.json"), folder / "merges.txt"
+    vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
     lines = read_text(path).removeprefix("#version: 0.2\n").split("\n")
     merges = checked_merges(path, filter(None, lines), vocab)
     made = {left + right for left, right in merges}
@@ -209,7 +197,7 @@ def read_vocab_and_merges(folder):
 def read_tokenizer_json(folder):
     """The one file of the library `tokenizers`, if it holds byte-level BPE."""
     path = folder / "tokenizer.json"
-    spec = read_object(path)
+    spec = read_json(path)
     model = expect(path, spec, "model", dict)
     expect(path, model, "model.type", "BPE", None)
     expect(path, model, "model.byte_fallback", False, None)  # True is sentencepiece in disguise
