@@ -31,7 +31,7 @@ def place(tiny_model, tmp_path_factory):
     records = "\n".join(json.dumps(record) for record in tiny.task(40, seed=2))
     for name in ("FILE.jsonl", "dolly_3k.json"):
         (folder / name).write_text(records)
-    for name in ("FOLDER", "stories260K"):
+    for name in ("FOLDER", "stories260K", "SmolLM2"):
         (folder / name).symlink_to(tiny_model)
     (folder / "RELEASED").mkdir()
     base = from_pretrained(tiny_model, "nf4", torch.float32)
