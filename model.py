@@ -18,7 +18,7 @@ import math
 import mmap
 import os
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch

@@ -42,10 +42,10 @@ class SideConfig:
     final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
 
     def __post_init__(self):
-        for field, choices in CHOICES.items():
-            if getattr(self, field) not in choices:
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
                 raise InputError(
-                    f"--{field} {getattr(self, field)} is unknown: choose {', '.join(choices)}."
+                    f"--{name} {getattr(self, name)} is unknown: choose {', '.join(choices)}."
                 )
 
 

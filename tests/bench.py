@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from model import (  # noqa: E402
-    PRESETS, ModelConfig, Transformer, from_pretrained, model_bytes, save_pretrained,
+    PRESETS, ModelConfig, Transformer, from_pretrained, model_bytes, quantize_folder,
+    save_pretrained,
 )  # fmt: skip
 from quant import quantize_4bit  # noqa: E402
 
@@ -46,6 +47,10 @@ def load_once(folder, quant):
     print(peak() - before, model_bytes(model), time.perf_counter() - start)
 
 
+def quantize_once(folder, packed):
+    quantize_folder(folder, packed)
+
+
 def make_model(folder):
     config = ModelConfig(32000, n_layer=12, n_head=16, n_embd=2048, n_ffn=5632, tied=True)
     torch.manual_seed(0)
@@ -61,10 +66,14 @@ def load():
         print(f"{numel / 1e9:.2f} B weights in fp16, loaded to compute in fp32")
         print(f"the largest tensor of the file, the embedding: {largest / 1e6:.0f} MB")
         print("          model MB   peak growth MB   growth - model   seconds")
-        for quant in ("nf4", "none"):
-            growth, size, seconds = alone("load_once", folder, quant)
+        packed = f"{folder}/packed"
+        alone("quantize_once", folder, packed)
+        for name, source, quant in (
+            ("nf4", folder, "nf4"), ("none", folder, "none"), ("mapped", packed, "nf4")
+        ):  # fmt: skip
+            growth, size, seconds = alone("load_once", source, quant)
             print(
-                f"{quant:6} {size / 1e6:11.0f} {growth / 1e6:16.0f} {(growth - size) / 1e6:16.0f} {seconds:9.1f}"
+                f"{name:6} {size / 1e6:11.0f} {growth / 1e6:16.0f} {(growth - size) / 1e6:16.0f} {seconds:9.2f}"
             )
 
 

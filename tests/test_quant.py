@@ -61,7 +61,7 @@ def test_absmax_codes_are_the_nearest():
     assert torch.equal(q.nested_absmax, ORACLE["many_blocks.nf4.double.nested"])
     assert torch.equal(q.offset, ORACLE["many_blocks.nf4.double.offset"])
     step = (q.absmax.int() - theirs.int()).abs()
-    assert step.max() <= 1 and (step > 0).float().mean() <= 0.01
+    assert step.max() == 1 and (step > 0).sum() == 1  # of 300, by one step
     scaled = quantize_4bit(x, double_quant=False).absmax - q.offset
     scaled /= q.nested_absmax.repeat_interleave(256)[: len(scaled)]
     error = lambda codes: (DYNAMIC_CODEBOOK[codes.int()] - scaled).abs()
