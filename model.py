@@ -167,23 +167,34 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    def __init__(self, config):
+    """Causal self-attention, grouped where there are fewer keys and values than queries.
+
+    borrows: it has values of its own alone, and looks where another attention looks
+    """
+
+    def __init__(self, config, borrows=False):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         C, D, bias = config.n_embd, config.head_dim, config.attention_bias
-        self.q_proj = Linear(C, self.n_head * D, bias=bias)
-        self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
+        self.q_proj = None if borrows else Linear(C, self.n_head * D, bias=bias)
+        self.k_proj = None if borrows else Linear(C, self.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.o_proj = Linear(self.n_head * D, C, bias=bias)
 
-    def forward(self, x, mask, rope, cache):
+    def forward(self, x, mask, rope, cache, look):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            k, v = cache.append(k, v)
+        heads = lambda x, n: x.view(B, T, n, -1).transpose(1, 2)  # (B, n, T, D)
+        v = heads(self.v_proj(x), self.n_kv_head)
+        if self.q_proj is None:
+            q, k = look
+            v = v if cache is None else cache.append(v)[0]
+        else:
+            q = rotate(heads(self.q_proj(x), self.n_head), rope)
+            k = rotate(heads(self.k_proj(x), self.n_kv_head), rope)
+            if cache is not None:
+                k, v = cache.append(k, v)
+            if look is not None:
+                look[:] = q, k
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
             enable_gqa=self.n_kv_head != self.n_head,
@@ -214,21 +225,23 @@ class DecoderLayer(nn.Module):
     mask: bool (B, 1, T, S), True where a query may look, or None for plain causal attention
     rope: what `rotary_table` returned
     cache: this layer's `KVCache`, or None
+    look: a list for queries and keys (B, heads, T or S, D): the attention leaves its own there, or,
+        if it borrows, takes those that another left
     """
 
-    def __init__(self, config):
+    def __init__(self, config, borrows=False):
         super().__init__()
         self.pre_norm = config.pre_norm
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, borrows)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, rope=None, cache=None):
+    def forward(self, x, mask=None, rope=None, cache=None, look=None):
         if self.pre_norm:
-            x = x + self.self_attn(self.input_layernorm(x), mask, rope, cache)
+            x = x + self.self_attn(self.input_layernorm(x), mask, rope, cache, look)
             return x + self.mlp(self.post_attention_layernorm(x))
-        x = self.input_layernorm(x + self.self_attn(x, mask, rope, cache))
+        x = self.input_layernorm(x + self.self_attn(x, mask, rope, cache, look))
         return self.post_attention_layernorm(x + self.mlp(x))
 
 
@@ -238,15 +251,15 @@ class KVCache:
     def __init__(self, max_len):
         self.max_len, self.length = max_len, 0
 
-    def append(self, k, v):
-        """Add (B, heads, T, D) each, and return all so far."""
+    def append(self, *new):
+        """Add tensors of (B, heads, T, D), each its own D, and return all so far of each."""
         if self.length == 0:
-            B, heads, _, D = k.shape
-            self.k, self.v = k.new_empty(2, B, heads, self.max_len, D)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+            shape = lambda t: (*t.shape[:2], self.max_len, t.shape[3])
+            self.buffers = [t.new_empty(shape(t)) for t in new]
+        start, self.length = self.length, self.length + new[0].shape[2]
+        for buffer, t in zip(self.buffers, new):
+            buffer[:, :, start : self.length] = t
+        return [buffer[:, :, : self.length] for buffer in self.buffers]
 
 
 # --------------------------------------------------------------------------------------
@@ -304,7 +317,20 @@ def pad_left(prompts, pad_id=0, device=None):
 
 
 class Generator:
-    """Generation, for any model with `hidden`, `head`, `new_cache` and `config`."""
+    """Loss and generation, for any model with `hidden`, `head`, `new_cache` and `config`."""
+
+    @property
+    def device(self):
+        return next(self.buffers()).device
+
+    def loss(self, idx, targets):
+        """Mean loss of (B, T): only the tokens that have a target reach the head.
+
+        targets on the CPU, whatever idx is on, save a GPU from being waited for.
+        """
+        at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        h = self.hidden(idx).flatten(0, 1)[at.to(idx.device)]
+        return token_loss(self.head(h), targets.flatten()[at].to(idx.device))
 
     @torch.no_grad()
     def stream(
@@ -359,10 +385,15 @@ IGNORE_INDEX = -100  # the target of a token that is not in the loss
 
 
 def token_loss(logits, targets):
-    """Mean cross-entropy, in fp32: logits (B, T, V), targets (B, T), the ids that follow."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE_INDEX
-    )
+    """Mean cross-entropy, in fp32: logits (..., V), targets (...), the ids that follow.
+
+    With targets in fp32, ratings, it is the mean squared error of logits (..., 1).
+    """
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    if targets.is_floating_point():
+        on = targets != IGNORE_INDEX
+        return F.mse_loss(logits.squeeze(-1)[on], targets[on])
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
 
 
 class Transformer(Generator, nn.Module):

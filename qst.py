@@ -43,6 +43,7 @@ class QST(Generator, nn.Module):
         """Climb the ladder: idx (B, T) -> the state that the LM head reads, (B, T, C)."""
         base, side = self.base, self.side
         N = len(base.layers)
+        look = [] if side.config.attention == "borrowed" else None
         cache = cache or [None] * 2 * N
         past = cache[0].length if cache[0] else 0
         with torch.no_grad():  # nothing of the base is kept for the backward pass
@@ -53,8 +54,8 @@ class QST(Generator, nn.Module):
         h_g = side.start(h_f)
         for i in range(N):
             with torch.no_grad():
-                h_f = base.layers[i](h_f, mask, rope_f, cache[i])
-            h_g = side.rung(i, h_f, h_g, mask, rope_g, cache[N + i])
+                h_f = base.layers[i](h_f, mask, rope_f, cache[i], look)
+            h_g = side.rung(i, h_f, h_g, mask, rope_g, cache[N + i], look)
         with torch.no_grad():
             # differs from the paper: mixed after the final norm, as in the released code. That is
             # what the frozen head was trained to read; the paper says no more than "h_f_N".
@@ -62,7 +63,9 @@ class QST(Generator, nn.Module):
         return side.mix(h_f, h_g)
 
     def head(self, h):
-        return self.base.head(h)
+        """(..., C) -> logits (..., V), or (..., n_labels) of a classifier."""
+        classifier = self.side.classifier
+        return self.base.head(h) if classifier is None else classifier(h)
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) the ids that follow -> logits (B, T, V), loss or None."""

@@ -37,9 +37,11 @@ class SideConfig:
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
     gate: str = setting("scalar", "gamma: a scalar, from 0, or one a channel, from 0.5")
-    mix: str = setting("alpha", "alpha: a scalar, from 1; channel: the sigmoid of a vector, from 1")
+    mix: str = setting("alpha", "alpha: a scalar, from 1; released: a vector; residual: a plain sum")
+    attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
     final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
+    n_labels: int = field(default=0)  # of a classifier that is trained in the LM head's place; 0: none
 
     def __post_init__(self):
         for name, choices in CHOICES.items():
@@ -52,7 +54,8 @@ class SideConfig:
 CHOICES = {
     "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
     "gate": ("scalar", "channel"),
-    "mix": ("alpha", "channel"),
+    "mix": ("alpha", "released", "residual"),
+    "attention": ("own", "borrowed"),
 }
 
 # What the authors' released code builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and
@@ -60,7 +63,7 @@ CHOICES = {
 # so that training does not start at the LLM.
 # differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
 RELEASED = dict(
-    downsample_norm=True, share_first=True, gate="channel", mix="channel", upsample_bias=True,
+    downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
     final_norm=True,
 )  # fmt: skip
 
@@ -137,10 +140,17 @@ class SideNetwork(nn.Module):
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
         self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
-        self.layers = nn.ModuleList(DecoderLayer(self.narrow) for _ in range(N))
+        borrows = config.attention == "borrowed"
+        self.layers = nn.ModuleList(DecoderLayer(self.narrow, borrows) for _ in range(N))
         self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
-        self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
+        self.alpha = self.classifier = None
+        if config.mix == "residual":
+            nn.init.zeros_(self.upsample.weight)
+        else:
+            self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
+        if config.n_labels:
+            self.classifier = Linear(C, config.n_labels, bias=False)
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
@@ -149,7 +159,7 @@ class SideNetwork(nn.Module):
     def rung(self, i, h_f, h_g, *context):
         """h_g after layer i = 0 ... N-1, from h_f after the same layer and h_g before it.
 
-        context: mask, rotary table and cache, as for `DecoderLayer`
+        context: mask, rotary table, cache and look, as for `DecoderLayer`
         """
         down = self.downsample[i if self.config.share_first else i + 1](h_f)
         beta = torch.sigmoid(self.gamma[i])
@@ -162,10 +172,13 @@ class SideNetwork(nn.Module):
         With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2; LST, which
         predicts from the side network alone, starts far away). The factor of the upsampled state
         is then 0, and so is every gradient of the side network but alpha's own, until alpha has
-        moved: the first step trains alpha alone.
+        moved: the first step trains alpha alone. The plain sum, with an upsampler that starts at 0,
+        starts at the LLM too, and its gradient waits for nobody.
         """
-        alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         up = self.upsample(self.norm(h_g))
+        if self.alpha is None:
+            return h_f + up
+        alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
         return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
 

@@ -2,6 +2,7 @@
 
     python train.py                                       the embedded default: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
+    python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
@@ -18,6 +19,7 @@ import shlex
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -25,30 +27,38 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import instruct, tiny
+from data import batches, collate, glue, instruct, tiny
 from data.tokenizer import load_tokenizer
 from model import (
     IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
-    model_bytes, pad_left, read_config, save_pretrained, token_loss, write_json,
+    model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
-from qst import QST, Parser, pick_device, pick_dtype, run
+from qst import QST, Parser, pick_device, pick_dtype, read_side, run
 from quant import InputError, Linear4bit
 from side import SideConfig, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
 
+TASKS = {"tiny": tiny.load, "instruct": instruct.load, **dict.fromkeys(glue.FORMS, glue.load)}
+PARTS = ("alpha", "gamma", "downsample", "layers", "norm", "upsample", "classifier")
+
+
 @dataclass
 class TrainConfig(SideConfig):
     """All settings of a run: those of the side network, and these. Each is a flag.
 
-    None means that it depends: see DEFAULTS for a real model and for the embedded one.
+    None means that it depends: see DEFAULTS.
     """
 
     reduction: int = setting(None, "the side network is this many times narrower than the base")
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
-    data: str = setting("", "instructions, .json or .jsonl; empty: the embedded default's")
-    out_dir: str = setting("out", "where the run leaves its files")
+    task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
+    data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
+    side: str = setting("", "a side checkpoint to start from, or to evaluate")
+    eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
+    head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
+    out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
     quant: str = setting("nf4", "nf4, fp4 or none: how the base's linear layers are stored")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
@@ -58,8 +68,8 @@ class TrainConfig(SideConfig):
     batch_size: int = setting(None, "sequences in a batch")
     gradient_accumulation_steps: int = setting(1, "batches whose mean gradient makes a step")
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer")
-    learning_rate: float = setting(None, "of AdamW, for all but alpha")
-    alpha_lr_factor: float = setting(25.0, "alpha's learning rate is this many times larger")
+    learning_rate: float = setting(None, "of AdamW")
+    lr_factors: str = setting("alpha=25", "what parts multiply it by, as in alpha=25,gamma=5")
     lr_schedule: str = setting(None, "constant, linear or cosine, after the warm-up")
     warmup_iters: int = setting(20, "iterations in which the learning rate rises from 0")
     weight_decay: float = setting(0.0, "of AdamW, on matrices only")
@@ -68,52 +78,75 @@ class TrainConfig(SideConfig):
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: do not clip")
     eval_interval: int = setting(50, "iterations between evaluations on held-out examples")
     eval_examples: int = setting(200, "held-out examples in an evaluation, at most")
+    score_examples: int = setting(0, "examples of a test set to score, at most; 0: all")
     log_interval: int = setting(10, "iterations between lines of log.csv")
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses")
     seed: int = setting(1337, "of the weights, the split and the order of the examples")
 
 
-DEFAULTS = {  # setting: (for a real base, for the embedded default)
-    "reduction": (16, 4),
-    "sequence_len": (384, 128),
-    "batch_size": (4, 32),
-    "max_iters": (1000, 250),
-    "learning_rate": (2e-4, 3e-3),
-    "lr_schedule": ("constant", "linear"),
+DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded default)
+    "reduction": (16, 16, 4),
+    "sequence_len": (384, 512, 128),
+    "batch_size": (4, 16, 32),
+    "max_iters": (1000, 1000, 250),
+    "learning_rate": (2e-4, 2e-4, 3e-3),
+    "lr_schedule": ("constant", "linear", "linear"),
 }
 
 
 def complete(cfg):
     """Fill in what depends, and refuse what makes no sense."""
-    column = 0 if cfg.base else 1
-    cfg = replace(
-        cfg, **{k: row[column] for k, row in DEFAULTS.items() if getattr(cfg, k) is None}
-    )
     if cfg.base and not cfg.data:
-        raise InputError("--base needs --data: a .json or .jsonl file of instructions.")
+        raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
-    if cfg.lr_schedule not in SCHEDULES:
-        raise InputError(f"--lr_schedule {cfg.lr_schedule} is unknown: choose {', '.join(SCHEDULES)}.")
+    task = cfg.task or ("instruct" if cfg.base else "tiny")
+    if task not in TASKS or bool(cfg.base) != (task != "tiny"):
+        raise InputError(f"--task {task} is not for this: choose {', '.join(TASKS)}; all but tiny need --base.")
+    column = 2 if task == "tiny" else 1 if task in glue.FORMS else 0
+    depends = {name: row[column] for name, row in DEFAULTS.items()}
+    depends |= dict(task=task, out_dir="out-eval" if cfg.eval_only else "out", head="lm")
+    if task in glue.FORMS:  # a side checkpoint knows; the base has no classifier
+        classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
+        depends["head"] = "classifier" if classifier else "lm"
+    cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
+    for name, choices in dict(lr_schedule=SCHEDULES, head=("lm", "classifier")).items():
+        if getattr(cfg, name) not in choices:
+            raise InputError(f"--{name} {getattr(cfg, name)} is unknown: choose {', '.join(choices)}.")
     for name in (
         "batch_size", "max_iters", "sequence_len", "eval_interval", "log_interval", "eval_examples",
         "gradient_accumulation_steps", "rank", "reduction",
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} {getattr(cfg, name)} must be at least 1.")
-    for name in ("max_examples", "warmup_iters", "grad_clip", "weight_decay", "threads", "seed"):
+    for name in (
+        "max_examples", "score_examples", "warmup_iters", "grad_clip", "weight_decay", "threads",
+        "seed",
+    ):  # fmt: skip
         if getattr(cfg, name) < 0:
             raise InputError(f"--{name} {getattr(cfg, name)} must not be negative.")
     for name in ("held_out", "beta1", "beta2"):
         if not 0 < getattr(cfg, name) < 1:
             raise InputError(f"--{name} {getattr(cfg, name)} must lie between 0 and 1.")
-    for name in ("learning_rate", "alpha_lr_factor"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise InputError(f"--{name} {getattr(cfg, name)} must be positive.")
+    if not 0 < cfg.learning_rate < math.inf:
+        raise InputError(f"--learning_rate {cfg.learning_rate} must be positive.")
     if cfg.threads > (os.cpu_count() or 1):
         raise InputError(f"--threads {cfg.threads} is more than this machine's {os.cpu_count()}.")
+    read_factors(cfg.lr_factors)
     return cfg
+
+
+def read_factors(text):
+    """"alpha=25,gamma=5" -> {"alpha": 25.0, "gamma": 5.0}"""
+    try:
+        factors = dict(part.split("=") for part in text.split(",") if part)
+        factors = {name.strip(): float(factor) for name, factor in factors.items()}
+    except ValueError:
+        raise InputError(f"--lr_factors {text} is not of the form alpha=25,gamma=5.") from None
+    if wrong := [name for name, factor in factors.items() if name not in PARTS or not factor > 0]:
+        raise InputError(f"--lr_factors {text}: {wrong[0]} is not one of {', '.join(PARTS)}, or not positive.")
+    return factors
 
 
 # --------------------------------------------------------------------------------------
@@ -135,34 +168,32 @@ def learning_rate_at(iteration, cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW in three groups: matrices, which decay; the rest, which does not; and alpha.
+    """AdamW, in groups of one learning rate each; only matrices decay.
 
     differs from the paper: alpha has a larger learning rate. The side network's gradient has the
     factor 1 - alpha, 0 at the start, so that it learns only as fast as alpha moves.
     """
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    device = next(iter(parameters.values())).device
-    alpha = [parameters.pop(n) for n in list(parameters) if n.endswith("alpha")]
-    matrix = lambda name, p: p.dim() == 2 and name.endswith("weight")
-    groups = [
-        {"params": [p for n, p in parameters.items() if matrix(n, p)], "factor": 1.0,
-         "weight_decay": cfg.weight_decay},
-        {"params": [p for n, p in parameters.items() if not matrix(n, p)], "factor": 1.0},
-        {"params": alpha, "factor": cfg.alpha_lr_factor},
-    ]  # fmt: skip
+    factors, groups = read_factors(cfg.lr_factors), {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = next((f for part, f in factors.items() if part in name.split(".")), 1.0)
+            decays = parameter.dim() == 2 and name.endswith("weight")
+            groups.setdefault((factor, cfg.weight_decay * decays), []).append(parameter)
     return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=cfg.learning_rate, weight_decay=0.0,
-        betas=(cfg.beta1, cfg.beta2), fused=device.type in ("cpu", "cuda"),
+        [dict(params=p, factor=f, weight_decay=decay) for (f, decay), p in groups.items()],
+        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=parameter.device.type in ("cpu", "cuda"),
     )  # fmt: skip
 
 
-def train_step(model, optimizer, scaler, batches, device, iteration, cfg):
-    """One iteration: accumulate gradients, clip, step. Returns the mean loss and the tokens."""
+def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
+    """One iteration: accumulate gradients, clip, step. Returns the mean loss and the tokens.
+
+    loss_of: function of (idx, targets), such as `QST.loss`
+    """
     total, tokens = 0.0, 0
     for _ in range(cfg.gradient_accumulation_steps):
-        idx, targets = (t.to(device, non_blocking=True) for t in next(batches))
-        _, loss = model(idx, targets)
-        loss = loss / cfg.gradient_accumulation_steps
+        idx, targets = next(batches)
+        loss = loss_of(idx.to(device), targets) / cfg.gradient_accumulation_steps
         scaler.scale(loss).backward()
         total, tokens = total + loss.detach(), tokens + idx.numel()
     for group in optimizer.param_groups:
@@ -178,14 +209,14 @@ def train_step(model, optimizer, scaler, batches, device, iteration, cfg):
 
 
 @torch.no_grad()
-def evaluate(model, examples, batch_size, device):
-    """Mean loss per answer token over all examples."""
+def evaluate(model, examples, batch_size):
+    """Mean loss per target over all examples."""
     examples = sorted(examples, key=lambda example: len(example[0]))
     total, count = 0.0, 0
     for start in range(0, len(examples), batch_size):
-        idx, targets = (t.to(device) for t in instruct.collate(examples[start : start + batch_size]))
+        idx, targets = collate(examples[start : start + batch_size])
         n = (targets != IGNORE_INDEX).sum().item()
-        total += model(idx, targets)[1].item() * n
+        total += model.loss(idx.to(model.device), targets).item() * n
         count += n
     return total / count
 
@@ -217,7 +248,7 @@ def activation_bytes(model, idx, targets):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _, loss = model(idx, targets)
+        loss = model.loss(idx, targets)
     total = sum(storage.nbytes() for storage in kept.values())
     del loss
     return total
@@ -277,14 +308,13 @@ def train_tiny_base(tokenizer):
     examples = [instruct.encode(instruct.turns(r), tokenizer, 256) for r in records]
     # A base learns from all of the text, not from the answers alone.
     examples = [(ids, ids[1:] + targets[-1:]) for ids, targets in examples]
-    batches = instruct.batches(examples, cfg.batch_size, cfg.seed)
+    shuffled = batches(examples, cfg.batch_size, cfg.seed)
     optimizer = make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    with_loss = lambda idx, targets: (None, token_loss(model(idx), targets))
     bar = progress(range(cfg.max_iters), "base model, once")
     for iteration in bar:
         loss, _ = train_step(
-            with_loss, optimizer, scaler, batches, torch.device("cpu"), iteration, cfg
+            model.loss, optimizer, scaler, shuffled, torch.device("cpu"), iteration, cfg
         )
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     return model
@@ -294,56 +324,49 @@ def train_tiny_base(tokenizer):
 # A run
 
 
-def load_examples(cfg, tokenizer, config):
-    """Read, encode and split the data: (train, held out), each a list of (turns, ids, targets)."""
+def load_task(cfg, tokenizer, config):
+    """Read the data: `data.Task`."""
     check_length(config, cfg.sequence_len, "lower --sequence_len")
-    if cfg.data:
-        parts = instruct.read_instructions(cfg.data)
-    else:
-        parts = [instruct.turns(record) for record in tiny.task(2200, cfg.seed)]
-    halves = []
-    names = ("training", "held-out")
-    for name, half in zip(names, instruct.split(parts, cfg.held_out, cfg.seed, cfg.max_examples)):
-        pairs = [(turns, instruct.encode(turns, tokenizer, cfg.sequence_len)) for turns in half]
-        halves.append([(turns, *pair) for turns, pair in pairs if pair])
-        if lost := len(half) - len(halves[-1]):
-            print(f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
-    if not all(halves):
+    task = TASKS[cfg.task](cfg, tokenizer)
+    for note in task.notes:
+        print(note)
+    if not task.held_out or not (task.train or cfg.eval_only):
         raise InputError(
-            f"{cfg.data or 'The data'} leaves {len(halves[0])} examples to train on and {len(halves[1])} held "
-            f"out: give more data, or raise --sequence_len or --max_examples."
+            f"{cfg.data or 'The data'} leaves {len(task.train)} examples to train on and {len(task.held_out)} "
+            f"held out: give more data, or raise --sequence_len or --max_examples."
         )
-    return halves
+    return task
 
 
-def pairs(examples):
-    return [(ids, targets) for _, ids, targets in examples]
+def make_model(cfg, base, task):
+    """The side network on its base: a new one, or the one of --side; or the base alone."""
+    if cfg.side:
+        model = QST.from_side(base, cfg.side)
+        if (found := model.side.config.n_labels) != task.n_labels:
+            raise InputError(f"--side {cfg.side} has {found} labels, and --task {cfg.task} {task.n_labels}.")
+        return model
+    if cfg.eval_only:
+        return base
+    config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
+    return QST(base, replace(config, n_labels=task.n_labels))
 
 
-def answers(model, tokenizer, examples, device):
-    """Greedy answers, of at most 64 tokens, to the last question of each example."""
-    prompts = [instruct.encode_prompt(turns, tokenizer) for turns, *_ in examples]
-    idx, keep = pad_left(prompts, device=device)
-    room = min(64, model.config.max_positions - idx.shape[1])
-    out = model.generate(idx, room, eos_id=tokenizer.eos_ids, keep=keep)
-    return [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
-
-
-def fit(model, optimizer, train, held_out, device, cfg, result):
+def fit(model, optimizer, task, cfg, result):
     """Train the side network; keep the best one in out_dir; fill in `result`."""
-    step_model = torch.compile(model, dynamic=True) if cfg.compile else model
+    device = model.device
+    loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    batches = instruct.batches(pairs(train), cfg.batch_size, cfg.seed)
-    held_out = pairs(held_out)[: cfg.eval_examples]
+    shuffled = batches(task.train, cfg.batch_size, cfg.seed)
+    held_out = task.held_out[: cfg.eval_examples]
     out_dir = Path(cfg.out_dir)
     best, best_iteration, step_ms, seen, evaluated = math.inf, 0, [], 0, 0
-    loss_before = held_out_loss = evaluate(model, held_out, cfg.batch_size, device)
+    loss_before = held_out_loss = evaluate(model, held_out, cfg.batch_size)
 
     def look():
         """Evaluate, and keep the side network if it is the best so far."""
         nonlocal best, best_iteration, held_out_loss, evaluated
-        held_out_loss, evaluated = evaluate(model, held_out, cfg.batch_size, device), len(step_ms)
+        held_out_loss, evaluated = evaluate(model, held_out, cfg.batch_size), len(step_ms)
         if held_out_loss < best:
             best, best_iteration = held_out_loss, evaluated
             model.save_side(out_dir)
@@ -358,7 +381,7 @@ def fit(model, optimizer, train, held_out, device, cfg, result):
             for iteration in bar:
                 start = time.perf_counter()
                 loss, tokens = train_step(
-                    step_model, optimizer, scaler, batches, device, iteration - 1, cfg
+                    loss_of, optimizer, scaler, shuffled, device, iteration - 1, cfg
                 )
                 step_ms.append(1000 * (time.perf_counter() - start))
                 seen += tokens
@@ -414,7 +437,7 @@ def introduce(folder, model, cfg, batch, result):
         f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}\n"
         f"frozen      {total - trainable:,} weights{bits}\n"
         f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): a side network "
-        f"{cfg.reduction} times narrower, {cfg.downsample} downsamplers\n"
+        f"{model.side.config.reduction} times narrower, {model.side.config.downsample} downsamplers\n"
         f"iteration   at most {batch.numel() * steps:,} tokens: {len(batch)} sequences"
         f"{f' x {steps} batches' if steps > 1 else ''}\n"
         f"memory      weights {show_bytes(result['weights_bytes'])}, "
@@ -425,30 +448,38 @@ def introduce(folder, model, cfg, batch, result):
 
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
-    print(f"\nheld-out loss   {result['loss_before']:.3f} before, {result['loss_after']:.3f} after")
-    if result["loss_after"] >= result["loss_before"]:
+    print()
+    told = {"QST" if cfg.side else "base": ""} if cfg.eval_only else {"base": "_before", "QST": "_after"}
+    line = lambda name, show: ", ".join(
+        f"{show(result[name + end])} {who}" for who, end in told.items() if name + end in result
+    )
+    print(f"held-out loss   {line('loss', '{:.3f}'.format)}")
+    if not cfg.eval_only and result["loss_after"] >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
-    if "exact_match_after" in result:
-        before, after = result["exact_match_before"], result["exact_match_after"]
-        print(f"exact match     {before:.1%} base, {after:.1%} QST (held-out questions)")
+    for name in SCORES:
+        if shown := line(name, "{:.1%}".format):
+            print(f"{name.replace('_', ' '):15} {shown} ({result['examples']:,} examples)")
     for sample in result.get("samples", ()):
-        print(
-            f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}\n"
-            f"   base      {sample['before']}\n   QST       {sample['after']}"
-        )
-    prompt = "YOUR QUESTION" if cfg.data else tiny.EXAMPLE
+        print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
+        for who in told:
+            print(f"   {who:10}{sample[who]}")
+    print(f"\n{result['seconds']:.0f} s in all, peak memory {show_bytes(result['peak_memory_bytes'])}.")
+    if cfg.eval_only or cfg.head == "classifier":
+        return
+    prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
     script = os.path.relpath(Path(__file__).parent / "qst.py")
     quant = "" if cfg.quant == "nf4" else f" --quant {cfg.quant}"
     print(
-        f"\n{result['iterations']} iterations, {result['seconds']:.0f} s in all, "
-        f"peak memory {show_bytes(result['peak_memory_bytes'])}. Ask it yourself:\n"
-        f"python {script} --base {shlex.quote(str(folder))} --side {shlex.quote(cfg.out_dir)}{quant} "
-        f"--prompt {shlex.quote(prompt)}"
+        f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
+        f"--side {shlex.quote(cfg.out_dir)}{quant} --prompt {shlex.quote(prompt)}"
     )
 
 
+SCORES = ("exact_match", "majority_class", "accuracy", "f1", "matthews", "pearson", "spearman")
+
+
 def main(cfg):
-    """Side-tune a frozen 4-bit base, and return what result.json holds (see the README).
+    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (see the README).
 
     cfg: a `TrainConfig`
     """
@@ -456,7 +487,7 @@ def main(cfg):
     cfg = complete(cfg)
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        (Path(cfg.out_dir) / "log.csv").open("a").close()
+        tempfile.TemporaryFile(dir=cfg.out_dir).close()
     except OSError as error:
         raise InputError(f"--out_dir {cfg.out_dir} cannot be written to ({error.strerror}).") from None
     device = pick_device(cfg.device)
@@ -466,41 +497,46 @@ def main(cfg):
 
     folder = Path(cfg.base) if cfg.base else tiny_base()
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    train, held_out = load_examples(cfg, tokenizer, config)
+    task = load_task(cfg, tokenizer, config)
     base = from_pretrained(folder, cfg.quant, dtype, device)
     torch.manual_seed(cfg.seed)
-    model = QST(base, SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)}))
-    optimizer = make_optimizer(model, cfg)
-
+    model = make_model(cfg, base, task)
     trainable = sum(p.numel() for p in model.parameters())
-    longest = sorted(pairs(train), key=lambda pair: len(pair[0]))[-cfg.batch_size :]
-    idx, targets = (t.to(device) for t in instruct.collate(longest))
     result = dict(
         trainable_parameters=trainable,
         total_parameters=count_weights(config) + trainable,
         weights_bytes=model_bytes(model),
-        optimizer_bytes=2 * 4 * trainable,  # AdamW's two moments, in fp32
-        activations_bytes=activation_bytes(model, idx, targets),
     )
-    introduce(folder, model, cfg, idx, result)
-
-    asked = held_out[: 2 if cfg.data else cfg.eval_examples]
-    before = answers(model, tokenizer, asked, device)
-    fit(model, optimizer, train, held_out, device, cfg, result)
-    if not result["interrupted"]:
-        after = answers(model, tokenizer, asked, device)
-        expected = [turns[-1][0].strip() for turns, *_ in asked]
-        if not cfg.data:
-            match = lambda texts: sum(map(str.__eq__, texts, expected)) / len(asked)
-            result |= dict(exact_match_before=match(before), exact_match_after=match(after))
-        result["samples"] = [
-            dict(prompt=instruct.prompt_text(turns), expected=e, before=b, after=a)
-            for (turns, *_), e, b, a in list(zip(asked, expected, before, after))[:2]
-        ]
-    result |= dict(seconds=time.time() - started, config=asdict(cfg))
+    if cfg.eval_only:
+        result |= dict(loss=evaluate(model, task.held_out, cfg.batch_size), **task.score(model))
+    else:
+        train(model, task, folder, cfg, result)
+    result |= dict(peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg))
     write_json(Path(cfg.out_dir) / "result.json", result)
     conclude(folder, cfg, result)
     return result
+
+
+def train(model, task, folder, cfg, result):
+    """Score, train and score again; fill in `result`."""
+    optimizer = make_optimizer(model, cfg)
+    longest = sorted(task.train, key=lambda pair: len(pair[0]))[-cfg.batch_size :]
+    idx, targets = collate(longest)
+    result |= dict(
+        optimizer_bytes=2 * 4 * result["trainable_parameters"],  # AdamW's two moments, in fp32
+        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
+    )
+    introduce(folder, model, cfg, idx, result)
+    before = task.score(model) if not task.n_labels else {}  # a classifier is all chance at first
+    fit(model, optimizer, task, cfg, result)
+    if result["interrupted"]:
+        return
+    after = task.score(model)
+    samples = [s.pop("samples", []) for s in (before, after)]
+    result["examples"] = after.pop("examples", 0)
+    result["samples"] = [{**b, "base": b["answer"], "QST": a["answer"]} for b, a in zip(*samples)]
+    result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
+    result |= {f"{name}_after": value for name, value in after.items()}
 
 
 # --------------------------------------------------------------------------------------
@@ -515,8 +551,11 @@ def parse_args(argv=None):
     """Flags, one a field of `TrainConfig`, -> a TrainConfig."""
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     for f in fields(TrainConfig):
-        real, embedded = DEFAULTS.get(f.name, (f.default, f.default))
-        default = f"{real}, or {embedded} for the embedded default" if real != embedded else real
+        if "help" not in f.metadata:
+            continue  # set by the task
+        default = f.default
+        if f.name in DEFAULTS:
+            default = "{}, on GLUE {}, embedded {}".format(*DEFAULTS[f.name])
         kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
         parser.add_argument(
             f"--{f.name}", default=f.default, **kind,

@@ -7,12 +7,10 @@ and the loss counts the tokens of the answers only.
 """
 
 import json
-import random
 from pathlib import Path
 
-import torch
-
-from model import IGNORE_INDEX
+from data import Task, split
+from model import IGNORE_INDEX, pad_left
 from quant import InputError
 
 
@@ -126,35 +124,47 @@ def prompt_text(parts):
     return text.removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
 
 
-def collate(examples, pad_id=0):
-    """Pad examples on the right to one length: idx and targets, int64 (B, T).
-
-    Causal attention never looks to the right, so no token sees the padding, and no mask is needed.
-    """
-    T = max(len(ids) for ids, _ in examples)
-    pad = lambda row, value: row + [value] * (T - len(row))
-    idx = torch.tensor([pad(ids, pad_id) for ids, _ in examples])
-    targets = torch.tensor([pad(targets, IGNORE_INDEX) for _, targets in examples])
-    return idx, targets
-
-
-def batches(examples, batch_size, seed):
-    """Yield batches for ever: each epoch in a new order, sequences of similar length together."""
-    rng = random.Random(seed)
-    pool = 32 * batch_size
-    while True:
-        order = rng.sample(examples, len(examples))
-        rows = []
-        for start in range(0, len(order), pool):
-            part = sorted(order[start : start + pool], key=lambda example: len(example[0]))
-            rows += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-        rng.shuffle(rows)
-        for row in rows:
-            yield collate(row)
+def answers(model, tokenizer, prompts, batch_size=64, most=64):
+    """Greedy answers, of at most `most` tokens, to prompts of ids."""
+    found = []
+    for start in range(0, len(prompts), batch_size):
+        idx, keep = pad_left(prompts[start : start + batch_size], device=model.device)
+        room = min(most, model.config.max_positions - idx.shape[1])
+        out = model.generate(idx, room, eos_id=tokenizer.eos_ids, keep=keep)
+        found += [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
+    return found
 
 
-def split(examples, fraction, seed, most=0):
-    """Shuffle by seed, take `most` (0: all), and hold out a fraction: train, held out."""
-    examples = random.Random(seed).sample(examples, len(examples))[: most or None]
-    held_out = max(1, round(len(examples) * fraction))
-    return examples[held_out:], examples[:held_out]
+def encode_all(examples, tokenizer, cfg, name):
+    """The examples that leave room for an answer, and how many do not."""
+    made = [(parts, encode(parts, tokenizer, cfg.sequence_len)) for parts in examples]
+    kept = [(parts, pair) for parts, pair in made if pair]
+    lost = len(made) - len(kept)
+    note = f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens"
+    return kept, [note] * bool(lost)
+
+
+def make_task(examples, tokenizer, cfg, score):
+    """Split and encode: `Task`. score: function of a model and the held-out (parts, pair)"""
+    train, held_out = ([], examples) if cfg.eval_only else split(examples, cfg.held_out, cfg.seed, cfg.max_examples)
+    train, lost = encode_all(train, tokenizer, cfg, "training")
+    held_out, lost_too = encode_all(held_out, tokenizer, cfg, "held-out")
+    return Task(
+        [pair for _, pair in train], [pair for _, pair in held_out],
+        lambda model: score(model, held_out), notes=lost + lost_too,
+    )  # fmt: skip
+
+
+def samples(model, tokenizer, held_out):
+    """Questions, expected and greedy answers: [{"prompt", "expected", "answer"}, ...]."""
+    found = answers(model, tokenizer, [encode_prompt(parts, tokenizer) for parts, _ in held_out])
+    return [
+        dict(prompt=prompt_text(parts), expected=parts[-1][0].strip(), answer=answer)
+        for (parts, _), answer in zip(held_out, found)
+    ]
+
+
+def load(cfg, tokenizer):
+    """Read a file of instructions: `Task`, which shows a few answers and has no metric."""
+    score = lambda model, held_out: {"samples": samples(model, tokenizer, held_out[:3])}
+    return make_task(read_instructions(cfg.data), tokenizer, cfg, score)

@@ -9,6 +9,7 @@ its hidden states already, so that there is something for a side network to read
 import random
 from pathlib import Path
 
+from data import instruct
 from data.instruct import frame
 
 NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
@@ -91,6 +92,20 @@ def task(n, seed):
         question, answers = story(rng, ENGLISH)
         made[question] = answers[FRENCH]
     return [{"instruction": question, "output": answer} for question, answer in made.items()]
+
+
+def load(cfg, tokenizer):
+    """The embedded default: `Task`, scored by the answers that are right in every letter."""
+
+    def score(model, held_out):
+        found = instruct.samples(model, tokenizer, held_out[: cfg.eval_examples])
+        right = [sample["answer"] == sample["expected"] for sample in found]
+        return {
+            "exact_match": sum(right) / len(right), "examples": len(right), "samples": found[:2]
+        }  # fmt: skip
+
+    examples = [instruct.turns(record) for record in task(2200, cfg.seed)]
+    return instruct.make_task(examples, tokenizer, cfg, score)
 
 
 def train_tokenizer(path, vocab_size=768):

@@ -1,0 +1,198 @@
+"""GLUE (arXiv 1804.07461): eight tasks of one sentence or two, from the benchmark's own .tsv files.
+
+Two ways to ask, `--head`
+    classifier   as the released code does: the bare sentences, each after a bos token, and a
+                 classifier on the last token's state, trained with the side network; STS-B's rating
+                 is a regression
+    lm           a question in words, and the frozen LM head's next token among the label words
+
+The loss on a tenth of train.tsv chooses the side network that is kept; the score is that of all of
+dev.tsv, which nothing was chosen by.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import Task, choice_logits, label, split, word_ids
+from quant import InputError
+
+RATING = 5.0  # STS-B's largest
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where a task's parts stand in its files, and how it is asked in words."""
+
+    folder: str
+    columns: tuple  # the sentences, and last the label
+    labels: tuple  # as the files spell them, in the order of the classes
+    words: tuple  # that answer the question, in the same order
+    question: str  # {0} and {1} are the sentences
+    metrics: tuple
+    dev: str = "dev.tsv"
+
+
+YES_NO = ("no", "yes")
+SENTENCES = ("sentence1", "sentence2")
+FORMS = {
+    "rte": Form("RTE", (*SENTENCES, "label"), ("not_entailment", "entailment"), YES_NO,
+                "{0}\nDoes it follow that: {1}", ("accuracy",)),
+    "mrpc": Form("MRPC", ("#1 String", "#2 String", "Quality"), ("0", "1"), YES_NO,
+                 "First: {0}\nSecond: {1}\nDo both say the same?", ("accuracy", "f1")),
+    "stsb": Form("STS-B", (*SENTENCES, "score"), (), tuple("012345"),
+                 "First: {0}\nSecond: {1}\nHow similar are they, from 0 to 5?", ("pearson", "spearman")),
+    "cola": Form("CoLA", (3, 1), ("0", "1"), YES_NO, "{0}\nIs this good English?", ("matthews",)),
+    "sst2": Form("SST-2", ("sentence", "label"), ("0", "1"), ("bad", "good"),
+                 "Review: {0}\nIs the film good or bad?", ("accuracy",)),
+    "qnli": Form("QNLI", ("question", "sentence", "label"), ("not_entailment", "entailment"), YES_NO,
+                 "{1}\nDoes this answer the question: {0}", ("accuracy",)),
+    "qqp": Form("QQP", ("question1", "question2", "is_duplicate"), ("0", "1"), YES_NO,
+                "First: {0}\nSecond: {1}\nDo both ask the same?", ("accuracy", "f1")),
+    "mnli": Form("MNLI", (*SENTENCES, "gold_label"), ("entailment", "neutral", "contradiction"),
+                 ("yes", "maybe", "no"), "{0}\nDoes it follow that: {1}", ("accuracy",),
+                 "dev_matched.tsv"),
+}  # fmt: skip
+FORMS["mnli-mm"] = Form(**{**vars(FORMS["mnli"]), "dev": "dev_mismatched.tsv"})
+ANSWER = "\nAnswer:"
+
+# --------------------------------------------------------------------------------------
+# Metrics: functions of predictions and labels, fp64 tensors of one length
+
+
+def accuracy(predicted, labels):
+    return (predicted == labels).double().mean().item()
+
+
+def f1(predicted, labels):
+    """Harmonic mean of precision and recall of class 1."""
+    hits = ((predicted == 1) & (labels == 1)).sum().item()
+    return 2 * hits / max(1, ((predicted == 1).sum() + (labels == 1).sum()).item())
+
+
+def pearson(predicted, labels):
+    """Correlation; 0 where either does not vary."""
+    a, b = predicted - predicted.mean(), labels - labels.mean()
+    return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp(min=1e-300)).item()
+
+
+matthews = pearson  # of two classes, Matthews' correlation is Pearson's of zeros and ones
+
+
+def spearman(predicted, labels):
+    """Correlation of the ranks, equal values sharing the mean of theirs."""
+    return pearson(ranks(predicted), ranks(labels))
+
+
+def ranks(values):
+    _, group, count = values.unique(return_inverse=True, return_counts=True)
+    last = count.cumsum(0).double()
+    return (last - (count - 1) / 2)[group]
+
+
+METRICS = dict(accuracy=accuracy, f1=f1, pearson=pearson, spearman=spearman, matthews=matthews)
+
+# --------------------------------------------------------------------------------------
+# Reading and asking
+
+
+def read(path, form):
+    """Rows of a .tsv file: ([(sentences, label), ...], how many lines were left out).
+
+    label: the class's number, or STS-B's rating. Quotes are text, as in GLUE's own files. A line
+    with fewer columns than the header, as a few of QQP's have, is left out.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give --data the folder of GLUE's {form.folder}.") from None
+    lines = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
+    columns, width = form.columns, 4
+    if isinstance(columns[0], str):
+        header = lines.pop(0)[1] if lines else []
+        if missing := [name for name in columns if name not in header]:
+            raise InputError(f'{path} has no column "{missing[0]}": is it GLUE\'s {form.folder}?')
+        columns, width = [header.index(name) for name in columns], len(header)
+    whole = [(i, fields) for i, fields in lines if len(fields) >= width]
+    rows = [
+        ([fields[c].strip() for c in columns[:-1]], parse_label(path, i, fields[columns[-1]], form))
+        for i, fields in whole
+    ]
+    if not rows:
+        raise InputError(f"{path} holds no examples.")
+    return rows, len(lines) - len(whole)
+
+
+def parse_label(path, line, text, form):
+    try:
+        return form.labels.index(text) if form.labels else float(text)
+    except ValueError:
+        known = ", ".join(form.labels) or "a number"
+        raise InputError(f'{path}, line {line}: the label "{text}" is not {known}.') from None
+
+
+def prompt(sentences, form, tokenizer, sequence_len, head):
+    """Ids, at most `sequence_len`: of what is too long, the longer sentence loses its end.
+
+    A classifier reads a bos token before each sentence, which is how the tokenizers of LLaMA and
+    OPT join a pair.
+    """
+    sentences, bos = list(sentences), [tokenizer.bos_id]
+
+    def ids():
+        if head == "lm":
+            return bos + tokenizer.encode(form.question.format(*sentences) + ANSWER)
+        return [id for sentence in sentences for id in bos + tokenizer.encode(sentence)]
+
+    while (over := len(found := ids()) - sequence_len) > 0:
+        longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
+        if not sentences[longest]:
+            raise InputError(f"--sequence_len {sequence_len} is too short for the question itself.")
+        sentences[longest] = sentences[longest][:-over]  # a token has at least a character
+    return found
+
+
+def score(model, rows, prompts, form, choices, batch_size):
+    """The task's metrics, and how many examples they are of."""
+    logits = choice_logits(model, prompts, choices, batch_size, desc=form.folder).double()
+    labels = torch.tensor([label for _, label in rows]).double()
+    if form.labels:
+        predicted = logits.argmax(dim=1).double()
+    elif choices:  # a rating in words: what is expected of the digits
+        predicted = logits.softmax(dim=1) @ torch.arange(6.0, dtype=torch.float64)
+    else:
+        predicted = logits[:, 0] * RATING
+    found = {name: METRICS[name](predicted, labels) for name in form.metrics}
+    if form.labels:
+        found["majority_class"] = labels.unique(return_counts=True)[1].max().item() / len(labels)
+    return {**found, "examples": len(rows)}
+
+
+def load(cfg, tokenizer):
+    """Read a task's train.tsv and dev.tsv: `Task`."""
+    form, data = FORMS[cfg.task], Path(cfg.data)
+    data = data / form.folder if (data / form.folder).is_dir() else data
+    dev, dropped = read(data / form.dev, form)
+    dev = dev[: cfg.score_examples or None]
+    to_ids = partial(prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head)
+    choices = word_ids(tokenizer, form.words, ANSWER) if cfg.head == "lm" else None
+
+    def example(row):
+        sentences, target = row
+        if choices:
+            target = choices[target if form.labels else min(5, round(target))]
+        elif not form.labels:
+            target = target / RATING
+        return label(to_ids(sentences), target)
+
+    prompts = [to_ids(sentences) for sentences, _ in dev]
+    scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
+    n_labels = 0 if choices else len(form.labels) or 1
+    if cfg.eval_only:
+        return Task([], [example(row) for row in dev], scored, n_labels)
+    rows, more = read(data / "train.tsv", form)
+    halves = [[example(row) for row in part] for part in split(rows, cfg.held_out, cfg.seed, cfg.max_examples)]
+    notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
+    return Task(*halves, scored, n_labels, notes)
