@@ -22,7 +22,7 @@ from model import (
     rotary_table, some, token_loss, write_json, write_safetensors,
 )  # fmt: skip
 from quant import InputError, Linear4bit
-from side import RELEASED, SideConfig, SideNetwork
+from side import RELEASED, Branches, SideConfig, SideNetwork
 
 FORMAT = 1  # of a side checkpoint
 
@@ -37,7 +37,11 @@ class QST(Generator, nn.Module):
         super().__init__()
         self.base, self.config = base, base.config
         with torch.device(base.embed_tokens.weight.device):
-            self.side = SideNetwork(base.config, config or SideConfig())
+            self.side = self.make_side(base, config or SideConfig())
+
+    @staticmethod
+    def make_side(base, config):
+        return SideNetwork(base.config, config)
 
     def hidden(self, idx, keep=None, cache=None):
         """Climb the ladder: idx (B, T) -> the state that the LM head reads, (B, T, C)."""
@@ -87,10 +91,10 @@ class QST(Generator, nn.Module):
             {"format": FORMAT, "config": asdict(self.side.config), "base": fingerprint(self.base)},
         )
 
-    @classmethod
-    def from_side(cls, base, folder):
+    @staticmethod
+    def from_side(base, folder):
         """A base with the side network that `save_side` left in a folder."""
-        return cls(base, read_side(folder)[0]).load_side(folder)
+        return tune(base, read_side(folder)[0]).load_side(folder)
 
     def load_side(self, folder):
         """Replace the side network, config and all, by a saved one, and return self.
@@ -103,10 +107,28 @@ class QST(Generator, nn.Module):
             told = ", ".join(f"{k} {trained_on.get(k)} there and {ours[k]} here" for k in differ)
             raise InputError(f"{folder} was trained on another base: {told}.")
         path = Path(folder) / "side.safetensors"
-        side = QST(self.base, config).side
-        fill(side, {name: read() for name, read in read_safetensors(path).items()}, path)
+        tensors = {name: read() for name, read in read_safetensors(path).items()}
+        side = self.side if config == self.side.config else type(self)(self.base, config).side
+        fill(side, tensors, path)
         self.side = side
         return self
+
+
+class Finetuned(QST):
+    """A method that trains parts inside the base, so that backward runs through all of it."""
+
+    make_side = staticmethod(Branches)
+
+    def hidden(self, idx, keep=None, cache=None):
+        return self.base.hidden(idx, keep, cache)
+
+    def new_cache(self, max_len):
+        return self.base.new_cache(max_len)
+
+
+def tune(base, config):
+    """A base with what is to be trained: `QST`, or another method."""
+    return (QST if config.method == "qst" else Finetuned)(base, config)
 
 
 def fill(module, tensors, where):
@@ -122,6 +144,7 @@ def fill(module, tensors, where):
                 f"{where}: {name} has shape {tuple(tensors[name].shape)}, and not "
                 f"{tuple(tensor.shape)}."
             )
+    for name, tensor in own.items():
         tensor.copy_(tensors[name])
 
 

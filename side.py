@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import InputError
+from quant import InputError, Linear4bit
 
 
 def setting(default, help):
@@ -31,8 +31,9 @@ def setting(default, help):
 class SideConfig:
     """The side network's architecture. The defaults are the paper's; RELEASED has the other."""
 
+    method: str = setting("qst", "qst; or, to compare with, lora: low-rank branches in the base")
     reduction: int = setting(16, "the side network is this many times narrower than the base")
-    rank: int = setting(16, "of the lora and adapter downsamplers")
+    rank: int = setting(16, "of the lora and adapter downsamplers, and of LoRA")
     downsample: str = setting("adapter", "linear, lora, adapter, maxpool or avgpool")
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
@@ -52,6 +53,7 @@ class SideConfig:
 
 
 CHOICES = {
+    "method": ("qst", "lora"),
     "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
     "gate": ("scalar", "channel"),
     "mix": ("alpha", "released", "residual"),
@@ -128,6 +130,11 @@ def narrow(config, reduction):
     )
 
 
+def make_classifier(base_config, config):
+    """What is trained in the LM head's place where a task has labels; otherwise None."""
+    return Linear(base_config.n_embd, config.n_labels, bias=False) if config.n_labels else None
+
+
 class SideNetwork(nn.Module):
     """The network that learns; its modules' names are those of the symbols above."""
 
@@ -144,13 +151,11 @@ class SideNetwork(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(self.narrow, borrows) for _ in range(N))
         self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
-        self.alpha = self.classifier = None
+        self.alpha, self.classifier = None, make_classifier(base_config, config)
         if config.mix == "residual":
             nn.init.zeros_(self.upsample.weight)
         else:
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
-        if config.n_labels:
-            self.classifier = Linear(C, config.n_labels, bias=False)
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
@@ -181,6 +186,40 @@ class SideNetwork(nn.Module):
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
         return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
+
+
+# --------------------------------------------------------------------------------------
+# What other methods train
+
+
+class Branched(nn.Module):
+    """A frozen linear layer with a low-rank branch beside it, weighted by 16 / rank."""
+
+    def __init__(self, linear, branch):
+        super().__init__()
+        self.linear, self.branch = linear, branch
+
+    def forward(self, x):
+        return self.linear(x) + 16 / len(self.branch.down.weight) * self.branch(x)
+
+
+class Branches(nn.Module):
+    """LoRA (arXiv 2106.09685 §4.1): a low-rank branch, from 0, for every linear layer of the base.
+
+    On a base of 4 bits it is QLoRA (arXiv 2305.14314 §3).
+    """
+
+    def __init__(self, base, config):
+        super().__init__()
+        self.config, self.classifier = config, make_classifier(base.config, config)
+        self.layers = nn.ModuleList()
+        for layer in base.layers:
+            linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
+            branches = {n: LowRank(m.in_features, m.out_features, config.rank) for n, m in linears.items()}
+            for name, branch in branches.items():
+                nn.init.zeros_(branch.up.weight)
+                layer.set_submodule(name, Branched(linears[name], branch))
+            self.layers.append(nn.ModuleDict({n.split(".")[-1]: b for n, b in branches.items()}))
 
 
 def main():

@@ -33,7 +33,7 @@ from model import (
     IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
-from qst import QST, Parser, pick_device, pick_dtype, read_side, run
+from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
 from quant import InputError, Linear4bit
 from side import SideConfig, setting
 
@@ -348,7 +348,7 @@ def make_model(cfg, base, task):
     if cfg.eval_only:
         return base
     config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
-    return QST(base, replace(config, n_labels=task.n_labels))
+    return tune(base, replace(config, n_labels=task.n_labels))
 
 
 def fit(model, optimizer, task, cfg, result):
@@ -432,12 +432,15 @@ def introduce(folder, model, cfg, batch, result):
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
+    tuned = model.side.config
+    what = f"low-rank branches of rank {tuned.rank}"
+    if tuned.method == "qst":
+        what = f"a side network {tuned.reduction} times narrower, {tuned.downsample} downsamplers"
     steps = cfg.gradient_accumulation_steps
     print(
         f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}\n"
         f"frozen      {total - trainable:,} weights{bits}\n"
-        f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): a side network "
-        f"{model.side.config.reduction} times narrower, {model.side.config.downsample} downsamplers\n"
+        f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}\n"
         f"iteration   at most {batch.numel() * steps:,} tokens: {len(batch)} sequences"
         f"{f' x {steps} batches' if steps > 1 else ''}\n"
         f"memory      weights {show_bytes(result['weights_bytes'])}, "
