@@ -42,7 +42,7 @@ class SideConfig:
     attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
     final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
-    n_labels: int = field(default=0)  # of a classifier that is trained in the LM head's place; 0: none
+    n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
 
     def __post_init__(self):
         for name, choices in CHOICES.items():

@@ -101,6 +101,8 @@ def complete(cfg):
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
+    if cfg.n_labels:
+        raise InputError("--n_labels is not yours to set: --task and --head tell it.")
     task = cfg.task or ("instruct" if cfg.base else "tiny")
     if task not in TASKS or bool(cfg.base) != (task != "tiny"):
         raise InputError(f"--task {task} is not for this: choose {', '.join(TASKS)}; all but tiny need --base.")
@@ -554,8 +556,6 @@ def parse_args(argv=None):
     """Flags, one a field of `TrainConfig`, -> a TrainConfig."""
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     for f in fields(TrainConfig):
-        if "help" not in f.metadata:
-            continue  # set by the task
         default = f.default
         if f.name in DEFAULTS:
             default = "{}, on GLUE {}, embedded {}".format(*DEFAULTS[f.name])

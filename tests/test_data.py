@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import SHARED
 
-from data import instruct, tiny
+from data import batches, instruct, split, tiny
 from data.tokenizer import load_tokenizer
 from model import IGNORE_INDEX
 from quant import InputError
@@ -87,7 +87,7 @@ def test_long_sequences_are_cut(tokenizer):
 def test_batches_have_every_example_once_an_epoch():
     """Batches are padded on the right, similar lengths together, each example once an epoch."""
     examples = [([i] * (1 + i % 37), [i] * (1 + i % 37)) for i in range(1, 301)]
-    stream = instruct.batches(examples, 8, seed=0)
+    stream = batches(examples, 8, seed=0)
     seen, filled, room = [], 0, 0
     while len(seen) < 300:
         idx, targets = next(stream)
@@ -97,15 +97,15 @@ def test_batches_have_every_example_once_an_epoch():
         assert torch.equal(idx != 0, targets != IGNORE_INDEX)
     assert sorted(seen) == list(range(1, 301))
     assert filled / room > 0.9  # at random, 0.6
-    assert torch.equal(next(instruct.batches(examples, 8, 5))[0], next(instruct.batches(examples, 8, 5))[0])
+    assert torch.equal(next(batches(examples, 8, 5))[0], next(batches(examples, 8, 5))[0])
 
 
 def test_split_is_by_seed_and_disjoint():
-    train, held_out = instruct.split(list(range(100)), 0.1, seed=3)
+    train, held_out = split(list(range(100)), 0.1, seed=3)
     assert len(held_out) == 10 and sorted(train + held_out) == list(range(100))
-    assert instruct.split(list(range(100)), 0.1, 3) == (train, held_out)
-    assert instruct.split(list(range(100)), 0.1, 4)[1] != held_out
-    assert sum(map(len, instruct.split(list(range(100)), 0.1, 3, most=20))) == 20
+    assert split(list(range(100)), 0.1, 3) == (train, held_out)
+    assert split(list(range(100)), 0.1, 4)[1] != held_out
+    assert sum(map(len, split(list(range(100)), 0.1, 3, most=20))) == 20
 
 
 GOOD = '{"instruction": "a", "output": "b"}'

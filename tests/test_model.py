@@ -303,9 +303,9 @@ def test_cache_is_allocated_once():
     """The cache's buffers are made at its first use, and never again."""
     cache = KVCache(8)
     cache.append(*torch.zeros(2, 1, 2, 3, 4))
-    place = cache.k.data_ptr()
+    place = cache.buffers[0].data_ptr()
     k, _ = cache.append(*torch.ones(2, 1, 2, 2, 4))
-    assert cache.k.data_ptr() == place and k.shape == (1, 2, 5, 4) and k[..., 3:, :].eq(1).all()
+    assert cache.buffers[0].data_ptr() == place and k.shape == (1, 2, 5, 4) and k[..., 3:, :].eq(1).all()
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="a real model, not part of the project")

@@ -71,8 +71,8 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     settings = train.complete(TrainConfig(**cfg))
     tokenizer = train.load_tokenizer(cfg["base"])
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
-    _, held_out = train.load_examples(settings, tokenizer, base.config)
-    loss = lambda model: train.evaluate(model, train.pairs(held_out), 3, torch.device("cpu"))
+    task = train.load_task(settings, tokenizer, base.config)
+    loss = lambda model: train.evaluate(model, task.held_out, 3)
     assert loss(QST.from_side(base, cfg["out_dir"])) == pytest.approx(result["loss_after"], rel=1e-4)
     assert loss(QST(base, SideConfig(reduction=4))) == pytest.approx(result["loss_before"], rel=1e-4)
 
@@ -96,7 +96,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         batches = iter([(part, part) for part in idx.chunk(pieces)] * 3)
         for iteration in range(3):
             loss, tokens = train.train_step(
-                model, optimizer, scaler, batches, torch.device("cpu"), iteration, cfg
+                model.loss, optimizer, scaler, batches, torch.device("cpu"), iteration, cfg
             )
             assert tokens == 80
         after.append([loss, *[p.detach().clone() for p in model.parameters()]])
@@ -120,14 +120,14 @@ def test_learning_rate():
 def test_optimizer_groups():
     """Matrices decay, vectors and gates do not, and alpha has its own learning rate."""
     model = QST(small_base(), SideConfig(reduction=4, downsample_norm=True, gate="channel"))
-    cfg = train.complete(TrainConfig(weight_decay=0.1))
-    groups = train.make_optimizer(model, cfg).param_groups
-    decayed, plain, alpha = (group["params"] for group in groups)
-    assert [g["weight_decay"] for g in groups] == [0.1, 0, 0]
-    assert [g["factor"] for g in groups] == [1, 1, cfg.alpha_lr_factor]
-    assert all(p.dim() == 2 for p in decayed) and len(alpha) == 1 and alpha[0] is model.side.alpha
-    assert any(p is model.side.gamma for p in plain)
-    assert len(decayed) + len(plain) + 1 == len(list(model.parameters()))
+    cfg = train.complete(TrainConfig(weight_decay=0.1, lr_factors="alpha=25,gamma=3"))
+    optimizer = train.make_optimizer(model, cfg)
+    groups = {(g["factor"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
+    assert set(groups) == {(1, 0.1), (1, 0), (25, 0), (3, 0)}
+    assert all(p.dim() == 2 for p in groups[1, 0.1])
+    assert [id(p) for p in groups[25, 0]] == [id(model.side.alpha)]
+    assert [id(p) for p in groups[3, 0]] == [id(model.side.gamma)]
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
 
 
 def test_activation_bytes_counts_each_storage_once():
@@ -139,9 +139,9 @@ def test_activation_bytes_counts_each_storage_once():
             super().__init__()
             self.weight = weight
 
-        def forward(self, idx, targets):
+        def loss(self, idx, targets):
             h = idx @ self.weight
-            return None, (h * h).sum() + (h * 2).sin().sum()
+            return (h * h).sum() + (h * 2).sin().sum()
 
     x = torch.randn(4, 8)
     # kept: x for the weight's gradient, h twice for the square, and 2 h for the sine
