@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import instruct, tiny
+from data import chat, instruct, tiny
 from data.tokenizer import load_tokenizer
 from model import (
     IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
@@ -274,7 +274,8 @@ def train_tiny_base(tokenizer):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.04)
     records = tiny.pretraining(4000, cfg.seed)
-    examples = [instruct.encode(instruct.turns(r), tokenizer, 256) for r in records]
+    plain, conversations = chat.ChatTemplate(), map(instruct.conversation, records)
+    examples = [instruct.encode(one, tokenizer, plain, 256) for one in conversations]
     # A base learns from all of the text, not from the answers alone.
     examples = [(ids, ids[1:] + targets[-1:]) for ids, targets in examples]
     batches = instruct.batches(examples, cfg.batch_size, cfg.seed)
@@ -294,18 +295,18 @@ def train_tiny_base(tokenizer):
 # A run
 
 
-def load_examples(cfg, tokenizer, config):
-    """Read, encode and split the data: (train, held out), each a list of (turns, ids, targets)."""
+def load_examples(cfg, tokenizer, template, config):
+    """Read, encode and split the data: (train, held out), each of (conversation, ids, targets)."""
     check_length(config, cfg.sequence_len, "lower --sequence_len")
     if cfg.data:
-        parts = instruct.read_instructions(cfg.data)
+        data = instruct.read_instructions(cfg.data, template.check)
     else:
-        parts = [instruct.turns(record) for record in tiny.task(2200, cfg.seed)]
+        data = list(map(instruct.conversation, tiny.task(2200, cfg.seed)))
     halves = []
     names = ("training", "held-out")
-    for name, half in zip(names, instruct.split(parts, cfg.held_out, cfg.seed, cfg.max_examples)):
-        pairs = [(turns, instruct.encode(turns, tokenizer, cfg.sequence_len)) for turns in half]
-        halves.append([(turns, *pair) for turns, pair in pairs if pair])
+    for name, half in zip(names, instruct.split(data, cfg.held_out, cfg.seed, cfg.max_examples)):
+        pairs = [(one, instruct.encode(one, tokenizer, template, cfg.sequence_len)) for one in half]
+        halves.append([(one, *pair) for one, pair in pairs if pair])
         if lost := len(half) - len(halves[-1]):
             print(f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
     if not all(halves):
@@ -320,12 +321,12 @@ def pairs(examples):
     return [(ids, targets) for _, ids, targets in examples]
 
 
-def answers(model, tokenizer, examples, device):
+def answers(model, tokenizer, template, examples, device):
     """Greedy answers, of at most 64 tokens, to the last question of each example."""
-    prompts = [instruct.encode_prompt(turns, tokenizer) for turns, *_ in examples]
+    prompts = [instruct.encode_prompt(one, tokenizer, template) for one, *_ in examples]
     idx, keep = pad_left(prompts, device=device)
     room = min(64, model.config.max_positions - idx.shape[1])
-    out = model.generate(idx, room, eos_id=tokenizer.eos_ids, keep=keep)
+    out = model.generate(idx, room, eos_id=template.end_ids(tokenizer), keep=keep)
     return [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
 
 
@@ -466,7 +467,8 @@ def main(cfg):
 
     folder = Path(cfg.base) if cfg.base else tiny_base()
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    train, held_out = load_examples(cfg, tokenizer, config)
+    template = chat.load_template(folder)
+    train, held_out = load_examples(cfg, tokenizer, template, config)
     base = from_pretrained(folder, cfg.quant, dtype, device)
     torch.manual_seed(cfg.seed)
     model = QST(base, SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)}))
@@ -485,17 +487,17 @@ def main(cfg):
     introduce(folder, model, cfg, idx, result)
 
     asked = held_out[: 2 if cfg.data else cfg.eval_examples]
-    before = answers(model, tokenizer, asked, device)
+    before = answers(model, tokenizer, template, asked, device)
     fit(model, optimizer, train, held_out, device, cfg, result)
     if not result["interrupted"]:
-        after = answers(model, tokenizer, asked, device)
-        expected = [turns[-1][0].strip() for turns, *_ in asked]
+        after = answers(model, tokenizer, template, asked, device)
+        expected = [one[-1]["content"].strip() for one, *_ in asked]
         if not cfg.data:
             match = lambda texts: sum(map(str.__eq__, texts, expected)) / len(asked)
             result |= dict(exact_match_before=match(before), exact_match_after=match(after))
         result["samples"] = [
-            dict(prompt=instruct.prompt_text(turns), expected=e, before=b, after=a)
-            for (turns, *_), e, b, a in list(zip(asked, expected, before, after))[:2]
+            dict(prompt=instruct.prompt_text(one), expected=e, before=b, after=a)
+            for (one, *_), e, b, a in list(zip(asked, expected, before, after))[:2]
         ]
     result |= dict(seconds=time.time() - started, config=asdict(cfg))
     write_json(Path(cfg.out_dir) / "result.json", result)

@@ -1,58 +1,145 @@
-"""Instructions and their answers: reading the files, framing the text, making the batches.
+"""Instructions and conversations: reading the files, making ids and targets, making the batches.
 
-A file is JSON (a list) or JSON lines, of either
-    {"instruction": ..., "input": optional, "output": ...}
-    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
-and the loss counts the tokens of the answers only.
+A file is JSON (a list) or JSON lines, in any of these formats; `python data/instruct.py --help`
+says where such files come from.
+    Alpaca      {"instruction": ..., "input": optional, "output": ...}
+    Dolly       {"instruction": ..., "context": optional, "response": ...}
+    messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
+    ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
+    OASST1      {"prompt": {"role", "text", "rank", "replies": [...]}}, a tree a line; or flat, a
+                message a line, {"message_id", "parent_id", "role", "text", "rank", ...}
+
+Each becomes a conversation, a list of {"role": "system" | "user" | "assistant", "content": ...},
+whose last message is an answer. An Alpaca question keeps its "input" beside its "content". How a
+conversation is framed for the model, its chat template says: see chat.py. The loss counts the
+tokens of all answers, and of nothing else.
 """
 
+import argparse
 import json
+import math
 import random
+import sys
 from pathlib import Path
 
 import torch
 
+if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 from model import IGNORE_INDEX
 from quant import InputError
 
+SOURCES = """\
+where such files come from (data sets on the Hugging Face Hub, unless it says otherwise)
+  Alpaca     github.com/tatsu-lab/stanford_alpaca: alpaca_data.json
+  Dolly      databricks/databricks-dolly-15k: databricks-dolly-15k.jsonl
+  OASST1     OpenAssistant/oasst1: 2023-04-12_oasst_ready.trees.jsonl.gz, or .messages.jsonl.gz,
+             unpacked with gunzip
+  ShareGPT   anon8231489123/ShareGPT_Vicuna_unfiltered: ShareGPT_V3_unfiltered_cleaned_split.json
+"""
+
 
 def frame(instruction, input=""):
-    """Put an instruction into the frame that the answer follows."""
+    """Put an instruction into the frame that the answer follows, in a model without a template."""
     middle = f"\n\n### Input:\n{input}" if input else ""
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
-def turns(record):
-    """Cut a record into [(text, is it an answer?), ...]; raises ValueError that says what is wrong."""
+# --------------------------------------------------------------------------------------
+# Records of every format -> conversations
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant",
+}  # fmt: skip
+
+
+def conversation(record):
+    """Make a conversation of a record; raises ValueError that says what is wrong with it.
+
+    [] for a tree of OASST1 that is not finished, or has no answer.
+    """
     if not isinstance(record, dict):
         raise ValueError("is not an object")
-    if "messages" not in record:
-        for field in ("instruction", "output"):
-            if not isinstance(record.get(field), str):
-                raise ValueError(f'has no text in "{field}"')
-        if not isinstance(record.get("input") or "", str):
-            raise ValueError('has something that is not text in "input"')
-        parts = [(frame(record["instruction"], record.get("input")), False), (record["output"], True)]
-    else:
-        parts, system = [], ""
-        if not isinstance(record["messages"], list):
-            raise ValueError('has no list in "messages"')
-        for message in record["messages"]:
-            role, content = (
-                (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-            )
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError("has a message without a known role and text")
-            if role == "system":
-                system = content + "\n\n"
-            elif role == "user":
-                parts.append((system + frame(content), False))
-                system = ""
-            else:
-                parts.append((content, True))
-    if not any(answer and text.strip() for text, answer in parts):
-        raise ValueError("has an empty answer")
-    return parts
+    if "messages" in record:
+        return checked(record["messages"], "messages", "role", "content")
+    if "conversations" in record:
+        return checked(record["conversations"], "conversations", "from", "value")
+    if isinstance(record.get("prompt"), dict):
+        if record.get("tree_state") not in (None, "ready_for_export"):
+            return []
+        path = best_path(record["prompt"])
+        return checked(path, "prompt", "role", "text") if path else []
+    return checked(question_and_answer(record), "", "role", "content")
+
+
+def question_and_answer(record):
+    """The two messages of an Alpaca record, or of a Dolly record, which has names of its own."""
+    dolly = "response" in record and "output" not in record
+    input, output = ("context", "response") if dolly else ("input", "output")
+    for field in ("instruction", output):
+        if not isinstance(record.get(field), str):
+            raise ValueError(f'has no text in "{field}"')
+    question = {"role": "user", "content": record["instruction"]}
+    if record.get(input):
+        if not isinstance(record[input], str):
+            raise ValueError(f'has something that is not text in "{input}"')
+        question["input"] = record[input]
+    return [question, {"role": "assistant", "content": record[output]}]
+
+
+def best_path(prompt):
+    """Follow the best replies through a tree of OASST1, from its prompt to an answer.
+
+    Of several answers, that of the lowest rank is taken. Of several questions, which nobody
+    ranked, the first that was answered. Deleted and rejected messages are not followed.
+    """
+    path, question = [], prompt
+    while question and replies(question):
+        answer = replies(question)[0]
+        path += [question, answer]
+        question = next(filter(replies, replies(answer)), None)
+    return path
+
+
+def replies(node):
+    """The replies to a message that stand, the best first; one without a rank comes last."""
+    nodes = node.get("replies") or []
+    if not isinstance(nodes, list) or not all(isinstance(one, dict) for one in nodes):
+        raise ValueError('has something that is not a list of messages in "replies"')
+    stand = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
+    return sorted(stand, key=lambda n: n["rank"] if isinstance(n.get("rank"), int) else math.inf)
+
+
+def checked(messages, field, role, content):
+    """Bring messages to our names, and check them.
+
+    What precedes the first question, other than a system message, and what follows the last answer
+    is cut off: ShareGPT's files have been split into pieces that begin and end anywhere.
+    """
+    if not isinstance(messages, list):
+        raise ValueError(f'has no list in "{field}"')
+    made = []
+    for message in messages:
+        message = message if isinstance(message, dict) else {}
+        if message.get(role) not in ROLES or not isinstance(message.get(content), str):
+            raise ValueError("has a message without a known role and text")
+        made.append({"role": ROLES[message[role]], "content": message[content]})
+        if isinstance(message.get("input"), str):
+            made[-1]["input"] = message["input"]
+    while made and made[0]["role"] == "assistant":
+        del made[0]
+    while made and made[-1]["role"] != "assistant":
+        del made[-1]
+    if not made:
+        raise ValueError("has no question with an answer")
+    for before, message in zip([{"role": None}, *made], made):
+        if message["role"] == "assistant" and before["role"] != "user":
+            raise ValueError("has an answer that follows no question")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise ValueError("has an empty answer")
+    return made
 
 
 def read_records(path):
@@ -83,47 +170,72 @@ def read_records(path):
     return records
 
 
-def read_instructions(path):
-    """Read and check a file: a list of records, each cut into its `turns`."""
-    examples = []
-    for where, record in read_records(path):
+def grow_trees(records, path):
+    """Join the flat messages of OASST1 to trees: [(where its prompt stands, the tree), ...]."""
+    nodes = {}
+    for where, message in records:
+        if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
+            raise InputError(
+                f'{path}, {where} has no "message_id" and "parent_id", which others have: mend or'
+                " remove it."
+            )
+        nodes[message["message_id"]] = where, {**message, "replies": []}
+    trees = []
+    for where, node in nodes.values():
+        if node["parent_id"] is None:
+            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
+        elif node["parent_id"] in nodes:  # what answers a message that was left out is lost with it
+            nodes[node["parent_id"]][1]["replies"].append(node)
+    return trees
+
+
+def read_instructions(path, check=None):
+    """Read and check a file: a list of conversations.
+
+    check: raises ValueError on a conversation that the model's template cannot frame
+    """
+    records, made = read_records(path), []
+    if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
+        records = grow_trees(records, path)
+    for where, record in records:
         try:
-            examples.append(turns(record))
+            one = conversation(record)
+            if one and check:
+                check(one)
         except ValueError as error:
             raise InputError(f"{path}, {where} {error}: mend or remove it.") from None
-    return examples
+        made += [one] if one else []
+    if not made:
+        raise InputError(f"{path} holds no instructions.")
+    return made
 
 
-def encode(parts, tokenizer, sequence_len):
-    """Turn one example into ids and targets of equal length, at most `sequence_len`.
+# --------------------------------------------------------------------------------------
+# Conversations -> ids and targets
+
+
+def encode(conversation, tokenizer, template, sequence_len):
+    """Turn a conversation into ids and targets of equal length, at most `sequence_len`.
 
     Targets are the ids that follow, or IGNORE_INDEX where that is not part of an answer. Each
     answer ends with the end token. None if the prompts alone fill the sequence.
     """
-    ids, inside = [tokenizer.bos_id], [False]
-    for text, answer in parts:
-        new = tokenizer.encode(text) + [tokenizer.eos_id] * answer
-        ids += new
-        inside += [answer] * len(new)
+    ids, inside = template.encode(conversation, tokenizer)
     ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
     if not any(inside):
         return None
     return ids[:-1], [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
 
 
-def encode_prompt(parts, tokenizer):
+def encode_prompt(conversation, tokenizer, template):
     """The ids of all that comes before the last answer."""
-    last = max(i for i, (_, answer) in enumerate(parts) if answer)
-    ids = [tokenizer.bos_id]
-    for text, answer in parts[:last]:
-        ids += tokenizer.encode(text) + [tokenizer.eos_id] * answer
-    return ids
+    return template.encode(conversation[:-1], tokenizer)[0]
 
 
-def prompt_text(parts):
-    """The last question, without its frame, to show to people."""
-    text = [text for text, answer in parts if not answer][-1]
-    return text.removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
+def prompt_text(conversation):
+    """The last question, to show to people."""
+    question = [message for message in conversation if message["role"] == "user"][-1]
+    return "\n\n".join(filter(None, (question["content"], question.get("input"))))
 
 
 def collate(examples, pad_id=0):
@@ -158,3 +270,30 @@ def split(examples, fraction, seed, most=0):
     examples = random.Random(seed).sample(examples, len(examples))[: most or None]
     held_out = max(1, round(len(examples) * fraction))
     return examples[held_out:], examples[:held_out]
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+
+def main(argv=None):
+    """Look into a file of instructions: read it as train.py does, and show what is there."""
+    parser = argparse.ArgumentParser(
+        "instruct.py", description=main.__doc__, epilog=SOURCES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file")
+    conversations = read_instructions(parser.parse_args(argv).data)
+    answers = sum(message["role"] == "assistant" for one in conversations for message in one)
+    print(f"{len(conversations)} conversations with {answers} answers. The first:")
+    for message in conversations[0]:
+        print(f"\n[{message['role']}]\n{message['content']}")
+        if "input" in message:
+            print(f"[input]\n{message['input']}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
