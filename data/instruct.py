@@ -55,13 +55,17 @@ ROLES = {
 }  # fmt: skip
 
 
+class Refused(ValueError):
+    """What is wrong with a record or a conversation, in words that follow "it"."""
+
+
 def conversation(record):
-    """Make a conversation of a record; raises ValueError that says what is wrong with it.
+    """Make a conversation of a record; `Refused` says what is wrong with it.
 
     [] for a tree of OASST1 that is not finished, or has no answer.
     """
     if not isinstance(record, dict):
-        raise ValueError("is not an object")
+        raise Refused("is not an object")
     if "messages" in record:
         return checked(record["messages"], "messages", "role", "content")
     if "conversations" in record:
@@ -80,11 +84,11 @@ def question_and_answer(record):
     input, output = ("context", "response") if dolly else ("input", "output")
     for field in ("instruction", output):
         if not isinstance(record.get(field), str):
-            raise ValueError(f'has no text in "{field}"')
+            raise Refused(f'has no text in "{field}"')
     question = {"role": "user", "content": record["instruction"]}
     if record.get(input):
         if not isinstance(record[input], str):
-            raise ValueError(f'has something that is not text in "{input}"')
+            raise Refused(f'has something that is not text in "{input}"')
         question["input"] = record[input]
     return [question, {"role": "assistant", "content": record[output]}]
 
@@ -107,7 +111,7 @@ def replies(node):
     """The replies to a message that stand, the best first; one without a rank comes last."""
     nodes = node.get("replies") or []
     if not isinstance(nodes, list) or not all(isinstance(one, dict) for one in nodes):
-        raise ValueError('has something that is not a list of messages in "replies"')
+        raise Refused('has something that is not a list of messages in "replies"')
     stand = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
     return sorted(stand, key=lambda n: n["rank"] if isinstance(n.get("rank"), int) else math.inf)
 
@@ -119,12 +123,12 @@ def checked(messages, field, role, content):
     is cut off: ShareGPT's files have been split into pieces that begin and end anywhere.
     """
     if not isinstance(messages, list):
-        raise ValueError(f'has no list in "{field}"')
+        raise Refused(f'has no list in "{field}"')
     made = []
     for message in messages:
         message = message if isinstance(message, dict) else {}
         if message.get(role) not in ROLES or not isinstance(message.get(content), str):
-            raise ValueError("has a message without a known role and text")
+            raise Refused("has a message without a known role and text")
         made.append({"role": ROLES[message[role]], "content": message[content]})
         if isinstance(message.get("input"), str):
             made[-1]["input"] = message["input"]
@@ -133,24 +137,24 @@ def checked(messages, field, role, content):
     while made and made[-1]["role"] != "assistant":
         del made[-1]
     if not made:
-        raise ValueError("has no question with an answer")
+        raise Refused("has no question with an answer")
     for before, message in zip([{"role": None}, *made], made):
         if message["role"] == "assistant" and before["role"] != "user":
-            raise ValueError("has an answer that follows no question")
+            raise Refused("has an answer that follows no question")
         if message["role"] == "assistant" and not message["content"].strip():
-            raise ValueError("has an empty answer")
+            raise Refused("has an empty answer")
     return made
 
 
-def read_records(path):
-    """Read a file of either kind: [(where it stands, for messages, and the record), ...]."""
+def read_records(path, flag="--data"):
+    """Read JSON or JSON lines: [(where it stands, for messages, and the record), ...]."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give --data a .json or .jsonl file.") from None
+        raise InputError(f"{path} does not exist: give {flag} a .json or .jsonl file.") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give --data a .json or .jsonl file.") from None
+        raise InputError(f"{path} is a folder: give {flag} a .json or .jsonl file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
     where = "as a list"
@@ -166,7 +170,7 @@ def read_records(path):
     except ValueError as error:
         raise InputError(f"{path}, {where} is not JSON ({error}).") from None
     if not records:
-        raise InputError(f"{path} holds no instructions.")
+        raise InputError(f"{path} holds no {'instructions' if flag == '--data' else 'questions'}.")
     return records
 
 
@@ -192,7 +196,7 @@ def grow_trees(records, path):
 def read_instructions(path, check=None):
     """Read and check a file: a list of conversations.
 
-    check: raises ValueError on a conversation that the model's template cannot frame
+    check: raises `Refused` on a conversation that the model's template cannot frame
     """
     records, made = read_records(path), []
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
@@ -202,7 +206,7 @@ def read_instructions(path, check=None):
             one = conversation(record)
             if one and check:
                 check(one)
-        except ValueError as error:
+        except Refused as error:
             raise InputError(f"{path}, {where} {error}: mend or remove it.") from None
         made += [one] if one else []
     if not made:

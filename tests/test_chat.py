@@ -5,14 +5,22 @@ with its `apply_chat_template`; ids with those of the whole text, encoded at onc
 """
 
 import json
+import shutil
+import subprocess
+import sys
 
 import pytest
-from conftest import FIXTURES
+import torch
+from conftest import FIXTURES, ROOT
+from test_data import say
 
+import qst
 from data import chat, instruct
 from data.tokenizer import load_tokenizer
+from model import from_pretrained
+from qst import QST
 from quant import InputError
-from test_data import say
+from side import SideConfig
 
 # Templates that say what the models' own say, in fewer words.
 LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}\
@@ -232,3 +240,219 @@ def test_template_files_and_lists(tmp_path, tiny_model):
     with pytest.raises(InputError, match="begin_of_text"):
         chat.load_template(tmp_path).parts(say("user: "), load_tokenizer(tiny_model))
     assert chat.load_template(tiny_model) == chat.ChatTemplate("plain")
+
+
+# --------------------------------------------------------------------------------------
+# Conversations with a model
+
+
+class Parrot:
+    """Says again what it was last asked, and remembers the prompts."""
+
+    def __init__(self, tokenizer, fails_after=None):
+        self.tokenizer, self.prompts, self.most, self.fails_after = tokenizer, [], [], fails_after
+
+    def __call__(self, ids, most):
+        self.prompts.append(self.tokenizer.decode(ids))
+        self.most.append(most)
+        question = self.prompts[-1].split("### Instruction:\n")[-1].split("\n\n### Response")[0]
+        for i, id in enumerate(self.tokenizer.encode(question)[:most]):
+            if i == self.fails_after:
+                raise KeyboardInterrupt
+            yield id
+
+
+@pytest.fixture
+def parrot(tiny_model):
+    return Parrot(load_tokenizer(tiny_model))
+
+
+def talk_with(say, positions=1000, max_new_tokens=100, **more):
+    return chat.Talk(say, say.tokenizer, chat.ChatTemplate(), positions, max_new_tokens, **more)
+
+
+def test_a_talk_remembers(parrot):
+    """Each prompt holds the system message and all earlier turns; reset leaves the former."""
+    talk = talk_with(parrot, system="Be.")
+    for question in ("one", "two"):
+        assert talk.ask(question) == 0 and "".join(talk.answer()) == question
+    assert talk.messages == say("system: Be.", "user: one", "assistant: one", "user: two", "assistant: two")
+    assert parrot.prompts[1].startswith("Be.") and parrot.prompts[1].index("one") < parrot.prompts[1].index("two")
+    talk.reset()
+    assert talk.messages == say("system: Be.")
+
+
+def test_a_talk_drops_its_oldest_turns(parrot):
+    """Whole turns go, the oldest first, as few as possible; the system message and room for an
+    answer stay; a question that is too long alone changes nothing."""
+    talk = talk_with(parrot, positions=80, max_new_tokens=20, system="Be.")
+    dropped = []
+    for i in range(6):
+        dropped.append(talk.ask(f"Tom {i}"))
+        assert "".join(talk.answer()) == f"Tom {i}" and parrot.most[-1] == 20
+        assert parrot.prompts[-1].startswith("Be.")
+    assert dropped[0] == 0 and set(dropped[-3:]) == {2}
+    left = talk.messages
+    with pytest.raises(chat.Refused, match="tokens, and the model 80 positions"):
+        talk.ask("word " * 200)
+    assert talk.messages == left
+    ids, _ = chat.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), 10_000)
+    for room in (len(ids), len(ids) - 1):
+        fit, kept = chat.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), room)
+        assert (fit == ids) == (room == len(ids)) and len(fit) <= room and kept[0]["role"] == "system"
+
+
+def test_a_stopped_answer_is_remembered(tiny_model):
+    """What was said before Ctrl-C is part of the conversation."""
+    parrot = Parrot(load_tokenizer(tiny_model), fails_after=4)
+    talk = talk_with(parrot)
+    talk.ask("Tom went to the lake.")
+    pieces = []
+    with pytest.raises(KeyboardInterrupt):
+        pieces += talk.answer()
+    assert talk.messages[-1]["role"] == "assistant" and talk.messages[-1]["content"]
+    assert "Tom went to the lake.".startswith(talk.messages[-1]["content"])
+
+
+# --------------------------------------------------------------------------------------
+# The commands
+
+QUESTIONS = [
+    {"question_id": 81 + i, "category": category, "turns": [f"Tom {i}?", "And Leo?"]}
+    for i, category in enumerate(["writing", "math", "other"])
+]
+
+
+def answer(tiny_model, folder, *flags, questions=QUESTIONS):
+    (folder / "questions.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    files = ["--questions", folder / "questions.jsonl", "--out", folder / "mine.jsonl"]
+    args = ["--base", tiny_model, *files, "--max_new_tokens", 6, "--quant", "none", *flags]
+    qst.main(["answer", *map(str, args)])
+    return [json.loads(line) for line in (folder / "mine.jsonl").read_text().splitlines()]
+
+
+def test_answers_are_fastchats(tiny_model, tmp_path):
+    """One line a question, in FastChat's fields; the second answer has the first one in view."""
+    lines = answer(tiny_model, tmp_path, "--limit", 2)
+    assert [line["question_id"] for line in lines] == [81, 82]
+    for line, question in zip(lines, QUESTIONS):
+        assert sorted(line) == ["answer_id", "choices", "model_id", "question_id", "tstamp"]
+        (choice,) = line["choices"]
+        assert line["model_id"] == "mine" and choice["index"] == 0
+        model, tokenizer = from_pretrained(tiny_model, "none", torch.float32), load_tokenizer(tiny_model)
+        messages = []
+        for text, said in zip(question["turns"], choice["turns"], strict=True):
+            messages.append({"role": "user", "content": text})
+            ids, _ = chat.ChatTemplate().encode(messages, tokenizer)
+            out = model.generate(torch.tensor([ids]), 6, eos_id=tokenizer.eos_ids)[0, len(ids) :].tolist()
+            messages.append({"role": "assistant", "content": tokenizer.decode(out)})
+            assert said == messages[-1]["content"].strip() != ""
+
+
+@pytest.mark.parametrize("cut", [1, 9, 60, -1, None])
+def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
+    """After a crash in the middle of line 2, or before its line end, or after it: line 1 stays
+    what it was, what is whole is not asked again, and in the end each question has one line."""
+    answer(tiny_model, tmp_path, "--limit", 2)
+    path = tmp_path / "mine.jsonl"
+    one, two = path.read_text().splitlines(keepends=True)
+    path.write_text(one + two[:cut])
+    lines = answer(tiny_model, tmp_path)
+    assert [line["question_id"] for line in lines] == [81, 82, 83]
+    text = path.read_text()
+    assert text.startswith(one) and text.endswith("\n")
+    assert text.startswith(one + two) == (cut in (-1, None))
+    assert [line["choices"] for line in lines[:2]] == [json.loads(line)["choices"] for line in (one, two)]
+    before = path.read_bytes()
+    answer(tiny_model, tmp_path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content, told", [
+    ("hello", "line 1 is not an answer"), ('{"question_id": 1}\n', "line 1 is not an answer"),
+    ('{"question_id": 1, "turns": ["a"]}', "line 1 is not an answer"), ("{oops\n", "line 1 is not an answer"),
+    ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "line 1 is an answer of yours, not of mine"),
+])  # fmt: skip
+def test_another_file_is_not_touched(tiny_model, tmp_path, content, told):
+    """--out that holds anything else is refused, and left as it is."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=f"mine.jsonl, {told}"):
+        answer(tiny_model, tmp_path)
+    assert path.read_text() == content
+
+
+def test_questions_that_do_not_fit(tiny_model, tmp_path, capsys):
+    """A question that the model has no room for has the answer "", and is named."""
+    long = {"question_id": 7, "category": "math", "turns": ["word " * 200, "Tom?"]}
+    (line,) = answer(tiny_model, tmp_path, questions=[long])
+    first, second = line["choices"][0]["turns"]
+    assert first == "" and second
+    assert "question 7, turn 1 has" in capsys.readouterr().err
+    for flags, told in ((["--limit", 0], "--limit 0"), (["--max_new_tokens", 0], "--max_new_tokens 0"),
+                        (["--top_p", 3], "top_p 3")):  # fmt: skip
+        (tmp_path / "mine.jsonl").unlink(missing_ok=True)
+        with pytest.raises(InputError, match=told):
+            answer(tiny_model, tmp_path, *flags)
+    with pytest.raises(InputError, match='questions.jsonl, line 2 has no "question_id"'):
+        answer(tiny_model, tmp_path, questions=[long, {"question_id": 8, "turns": []}])
+
+
+def test_fastchats_temperatures(tiny_model, tmp_path, monkeypatch):
+    """With the flag, each category has FastChat's temperature; without, all have --temperature."""
+    seen = []
+    monkeypatch.setattr(qst, "say", lambda *args: seen.append(args[-1].temperature) or iter([]))
+    answer(tiny_model, tmp_path, "--fastchat_temperatures")
+    assert seen == [0.7, 0.7, 0.0, 0.0, 0.7, 0.7]
+    seen.clear()
+    (tmp_path / "mine.jsonl").unlink()
+    answer(tiny_model, tmp_path, "--temperature", 0.3)
+    assert seen == [0.3] * 6
+
+
+def converse(tiny_model, typed, *flags):
+    words = [sys.executable, "qst.py", "chat", "--base", tiny_model, "--max_new_tokens", 5, *flags]
+    done = subprocess.run(list(map(str, words)), cwd=ROOT, input=typed, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n> ")[1:]
+
+
+def test_chat_in_the_terminal(tiny_model):
+    """History, /reset, an empty line, /exit and the end of the input."""
+    first, again, empty, _, reset = converse(tiny_model, "Tom?\nTom?\n\n/reset\nTom?\n/exit\nno\n")[:5]
+    assert first.strip() and first == reset != again and not empty.strip()
+    said = converse(tiny_model, "Tom?\n" + "Tom is sad and Leo is happy? " * 20 + "\nTom?\n")
+    assert said[0] == first and "not asked: it has" in said[1] and said[2] == again
+    assert "oldest messages no longer fit" in "".join(converse(tiny_model, "Tom lost a cat?\n" * 9))
+
+
+def test_prompts_are_in_the_models_own_frame(tiny_model, tmp_path, monkeypatch, capsys):
+    """--prompt has the chat template; without one a base alone goes on with the text, and with a
+    side network has the plain frame; --raw never has a frame, nor minds an unknown template."""
+    QST(from_pretrained(tiny_model, "nf4", torch.float32), SideConfig(reduction=4)).save_side(tmp_path / "side")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    tokenizer, prompts = load_tokenizer(folder), []
+    monkeypatch.setattr(qst, "say", lambda model, ids, *rest: prompts.append(tokenizer.decode(ids)) or iter([]))
+    ask = lambda *flags: qst.main(["--base", str(folder), "--prompt", "Hi", *flags])
+    ask()
+    ask("--side", str(tmp_path / "side"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=LLAMA2)))
+    ask()
+    ask("--raw")
+    assert prompts == ["Hi", instruct.frame("Hi"), "[INST] Hi [/INST]", "Hi"]
+    with pytest.raises(InputError, match=r"--prompt has \[INST\] in a message"):
+        qst.main(["--base", str(folder), "--prompt", "[INST]"])
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template="<start_of_turn>")))
+    ask("--raw")
+    with pytest.raises(InputError, match="tokenizer_config.json: the chat template with <start_of_turn>"):
+        ask()
+
+
+def test_help_mentions_every_command(capsys):
+    for words in ([], ["chat"], ["answer"], ["import-released"]):
+        with pytest.raises(SystemExit) as stopped:
+            qst.main([*words, "--help"])
+        assert stopped.value.code == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "--base" in out and (words or "qst.py chat" in out and "qst.py answer" in out)
