@@ -312,6 +312,9 @@ def test_a_stopped_answer_is_remembered(tiny_model):
         pieces += talk.answer()
     assert talk.messages[-1]["role"] == "assistant" and talk.messages[-1]["content"]
     assert "Tom went to the lake.".startswith(talk.messages[-1]["content"])
+    talk.ask("Tom went to the lake.")
+    pieces = talk.answer()
+    assert next(pieces) == talk.messages[-1]["content"]  # stopped while the piece is being shown
 
 
 # --------------------------------------------------------------------------------------
@@ -456,3 +459,22 @@ def test_help_mentions_every_command(capsys):
         assert stopped.value.code == 0
         out = " ".join(capsys.readouterr().out.split())
         assert "--base" in out and (words or "qst.py chat" in out and "qst.py answer" in out)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny_model, monkeypatch, capsys):
+    """Ctrl-C during an answer, and at the prompt, leads to the next question."""
+    typed = iter(["Tom went to the lake.", KeyboardInterrupt, "Leo?", EOFError])
+
+    def type_next(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    parrot = Parrot(load_tokenizer(tiny_model), fails_after=4)
+    monkeypatch.setattr("builtins.input", type_next)
+    monkeypatch.setattr(qst, "say", lambda model, ids, most, *rest: parrot(ids, most))
+    qst.main(["chat", "--base", str(tiny_model)])
+    out = capsys.readouterr().out
+    assert "Tom" in out and out.count("[stopped]") == 1 and "Leo?" in out.split("[stopped]")[1]
+    assert len(parrot.prompts) == 2 and parrot.prompts[1].count("### Instruction") == 2
