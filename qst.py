@@ -380,7 +380,7 @@ def answer_command(argv):
     add("--model_id", help="the model's name there; default: the name of --out, as FastChat has it")
     add("--limit", type=int, help="only the first so many questions")
     add("--fastchat_temperatures", action="store_true",
-        help="FastChat's temperature for each category, 0 to 0.7, instead of --temperature")  # fmt: skip
+        help="FastChat's temperature for each category, instead of --temperature")  # fmt: skip
     args = parser.parse_args(argv)
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1.")
@@ -416,7 +416,7 @@ def import_command(argv):
 COMMANDS = {"chat": chat_command, "answer": answer_command, "import-released": import_command}
 ALSO = (
     "Also, each with its own --help: `qst.py chat` talks to a model, `qst.py answer` answers the"
-    " questions of MT-Bench, and `qst.py import-released` reads side checkpoints of the authors' code."
+    " questions of MT-Bench, and `qst.py import-released` reads the authors' side checkpoints."
 )
 
 

@@ -190,7 +190,8 @@ class Talk:
     positions: the most tokens that the model can see; max_new_tokens: the longest answer
 
     Every answer computes its whole prompt anew. The caches of the last answer could be kept, but
-    only where the history's ids are the same again: after a cut, or in LLaMA-2's frame, they differ.
+    only where the history's ids are the same again: after a cut, or in LLaMA-2's frame, they are
+    not.
     """
 
     def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):

@@ -1,4 +1,4 @@
-"""MT-Bench: questions of two turns, and the model's answers in the file that FastChat's judge reads.
+"""MT-Bench: questions of two turns, and the answers in the form that FastChat's judge reads.
 
 A question   {"question_id", "category", "turns": ["...", "..."]}, a line of mt_bench_question.jsonl
 An answer    {"question_id", "answer_id", "model_id", "choices": [{"index": 0, "turns": [...]}],
