@@ -1,12 +1,15 @@
 """The ladder: base and side in lockstep, the loss, generation, saving and loading the side.
 
     python qst.py --base FOLDER --side FOLDER --prompt "..."
+    python qst.py chat --base FOLDER --side FOLDER
+    python qst.py answer --base FOLDER --side FOLDER --questions FILE.jsonl --out FILE.jsonl
     python qst.py import-released FOLDER --base FOLDER --out FOLDER
 
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import sys
@@ -16,7 +19,10 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from data import chat, mt_bench
+from data.tokenizer import load_tokenizer
 from model import (
     OPT_NAMES, Generator, from_pretrained, positions_and_mask, read_json, read_safetensors,
     rotary_table, some, token_loss, write_json, write_safetensors,
@@ -268,23 +274,21 @@ class Parser(argparse.ArgumentParser):
         sys.exit(f"error: {message}; --help lists the flags")
 
 
-def parse_args(argv):
-    parser = Parser("qst.py", description="Generate text.")
+def add_model_flags(parser, max_new_tokens):
+    """The flags that choose a model, and how it says the next token."""
+    add_base_flags(parser)
     add = parser.add_argument
-    add("--base", required=True, help="folder of a LLaMA or OPT model")
-    add("--side", help="folder of a side checkpoint; without one, the base alone goes on with the text")
-    add("--prompt", required=True, help="an instruction; without --side, or with --raw, plain text")
-    add("--raw", action="store_true", help="take the prompt as it is, without the instruction's frame")
-    add("--max_new_tokens", type=int, help="default: 128, or as many as the model has room for")
-    add("--temperature", type=float, default=0.0, help="0: always the most likely token")
+    add("--side", help="folder of a side checkpoint; without one, the base alone answers")
+    most = max_new_tokens or "128, or as many as the model has room for"
+    add("--max_new_tokens", type=int, default=max_new_tokens, help=f"default: {most}")
+    add("--temperature", type=float, default=0.0, help="0, the default: the most likely token")
     add("--top_k", type=int, default=0, help="only the k most likely tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="only the likeliest tokens of this probability")
     add("--seed", type=int, default=1337)
-    add_base_flags(parser)
-    return parser.parse_args(argv)
 
 
 def add_base_flags(parser):
+    parser.add_argument("--base", required=True, help="folder of a LLaMA or OPT model")
     parser.add_argument("--quant", default="nf4", help="nf4, fp4 or none (as it was trained)")
     parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; auto: by the device")
     parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
@@ -295,35 +299,140 @@ def load_base(args):
     return from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
 
 
-def generate(argv):
-    """Stream the answer to one prompt."""
-    from data.instruct import frame
-    from data.tokenizer import load_tokenizer
+def load_model(args):
+    """The base with its side network, if there is one, and its tokenizer."""
+    tokenizer, base = load_tokenizer(args.base), load_base(args)
+    model = QST.from_side(base, args.side) if args.side else base
+    if args.side and model.side.classifier is not None:
+        raise InputError(f"--side {args.side} is a classifier: score it with train.py --eval_only.")
+    return model, tokenizer
 
-    args = parse_args(argv)
-    tokenizer, model = load_tokenizer(args.base), load_base(args)
-    framed = args.side and not args.raw
-    if args.side:
-        model = QST.from_side(model, args.side)
-    prompt = frame(args.prompt) if framed else args.prompt
-    idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]])
-    idx = idx.to(pick_device(args.device))
-    room = model.config.max_positions - idx.shape[1] + 1
-    stream = model.stream(
-        idx, max(1, min(128, room)) if args.max_new_tokens is None else args.max_new_tokens,
-        args.temperature, args.top_k, args.top_p, eos_id=tokenizer.eos_ids, seed=args.seed,
-    )  # fmt: skip
-    new = (token.item() for token in stream)  # plain text is shown with what it is made to go on
-    for piece in tokenizer.stream(new if framed else chain(idx[0].tolist(), new)):
+
+def say(model, ids, max_new_tokens, end_ids, args):
+    """Yield the ids that a model says after those of a prompt."""
+    idx = torch.tensor([ids], device=pick_device(args.device))
+    for token in model.stream(
+        idx, max_new_tokens, args.temperature, args.top_k, args.top_p, end_ids, seed=args.seed
+    ):
+        yield token.item()
+
+
+def show(pieces):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def generate(argv):
+    """Answer one prompt, or go on with it."""
+    parser = Parser("qst.py", description=generate.__doc__, epilog=ALSO)
+    add_model_flags(parser, None)
+    add = parser.add_argument
+    add("--prompt", required=True, help="a question, put in the chat template of the base's folder;"
+        " without a template, a base alone goes on with the text, and beside a side network it is"
+        " put in the frame of data/instruct.py")  # fmt: skip
+    add("--raw", action="store_true", help="always go on with the text")
+    args = parser.parse_args(argv)
+    template = chat.ChatTemplate() if args.raw else chat.load_template(args.base)
+    framed = not args.raw and (args.side or template.name != "plain")
+    model, tokenizer = load_model(args)
+    if framed:
+        try:
+            ids, _ = template.encode([{"role": "user", "content": args.prompt}], tokenizer)
+        except chat.Refused as error:
+            raise InputError(f"--prompt {error}.") from None
+    else:
+        ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
+    most = args.max_new_tokens
+    if most is None:
+        most = max(1, min(128, model.config.max_positions - len(ids) + 1))
+    new = say(model, ids, most, template.end_ids(tokenizer), args)
+    # Plain text is shown with what it is made to go on.
+    show(tokenizer.stream(new if framed else chain(ids, new)))
+
+
+def start_talk(args, system=None):
+    """A conversation with the model of the flags."""
+    template = chat.load_template(args.base)
+    model, tokenizer = load_model(args)
+    ends = template.end_ids(tokenizer)
+    reply = lambda ids, most: say(model, ids, most, ends, args)
+    positions = model.config.max_positions
+    return chat.Talk(reply, tokenizer, template, positions, args.max_new_tokens, system)
+
+
+def chat_command(argv):
+    """Talk to a model: /reset forgets, /exit or Ctrl-D ends, and Ctrl-C stops an answer."""
+    parser = Parser("qst.py chat", description=chat_command.__doc__)
+    add_model_flags(parser, 512)
+    parser.add_argument("--system", help="what the model is told before the conversation")
+    args = parser.parse_args(argv)
+    talk = start_talk(args, args.system)
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401, gives input() its arrow keys
+    print(chat_command.__doc__)
+    while True:
+        try:
+            question = input("\n> ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return print()
+        if question == "/exit":
+            return
+        if question == "/reset":
+            talk.reset()
+        elif question:
+            ask(talk, question)
+
+
+def ask(talk, question):
+    """One question and its answer, in the terminal."""
+    try:
+        if dropped := talk.ask(question):
+            print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
+        show(talk.answer())
+    except chat.Refused as error:
+        print(f"[not asked: it {error}]")
+    except KeyboardInterrupt:
+        print(" [stopped]")
+
+
+def answer_command(argv):
+    """Answer the questions of MT-Bench, in the format of FastChat. A file that an earlier run has
+    begun is finished; both turns of a question are one conversation."""
+    parser = Parser("qst.py answer", description=answer_command.__doc__)
+    add_model_flags(parser, 1024)
+    add = parser.add_argument
+    add("--questions", required=True, help="mt_bench_question.jsonl, or a file like it")
+    add("--out", required=True, help="the answers, a line a question")
+    add("--model_id", help="the model's name there; default: the name of --out, as FastChat has it")
+    add("--limit", type=int, help="only the first so many questions")
+    add("--fastchat_temperatures", action="store_true",
+        help="FastChat's temperature for each category, instead of --temperature")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} must be at least 1.")
+    model_id = args.model_id or Path(args.out).stem
+    questions = mt_bench.read_questions(args.questions)[: args.limit]
+    done = mt_bench.answered(args.out, model_id)
+    todo = [question for question in questions if question["question_id"] not in done]
+    note = lambda text: tqdm.write(text, sys.stderr)
+    with open(args.out, "a", encoding="utf-8") as out:
+        talk = start_talk(args)
+        for question in tqdm(todo, "answers", unit="question"):
+            if args.fastchat_temperatures:
+                args.temperature = mt_bench.temperature(question)
+            turns = mt_bench.answer(talk, question, note)
+            out.write(mt_bench.answer_line(question["question_id"], model_id, turns))
+            out.flush()
+    print(f"{args.out}: {len(todo)} questions answered, {len(questions) - len(todo)} were before")
 
 
 def import_command(argv):
     """Turn a released side checkpoint into one of ours."""
     parser = Parser("qst.py import-released", description=import_command.__doc__)
     parser.add_argument("folder", help="with the six .pt files")
-    parser.add_argument("--base", required=True, help="folder of the model that it was trained on")
     parser.add_argument("--out", required=True, help="where to write side.safetensors and side.json")
     add_base_flags(parser)
     args = parser.parse_args(argv)
@@ -333,10 +442,17 @@ def import_command(argv):
     print(f"{args.out}: reduction {config.reduction}, rank {config.rank}, as released")
 
 
+COMMANDS = {"chat": chat_command, "answer": answer_command, "import-released": import_command}
+ALSO = (
+    "Also, each with its own --help: `qst.py chat` talks to a model, `qst.py answer` answers the"
+    " questions of MT-Bench, and `qst.py import-released` reads the authors' side checkpoints."
+)
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["import-released"]:
-        return import_command(argv[1:])
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
     return generate(argv)
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import batches, collate, glue, instruct, tiny
+from data import batches, chat, collate, glue, instruct, tiny
 from data.tokenizer import load_tokenizer
 from model import (
     IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
@@ -307,7 +307,8 @@ def train_tiny_base(tokenizer):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.04)
     records = tiny.pretraining(4000, cfg.seed)
-    examples = [instruct.encode(instruct.turns(r), tokenizer, 256) for r in records]
+    plain, conversations = chat.ChatTemplate(), map(instruct.conversation, records)
+    examples = [instruct.encode(one, tokenizer, plain, 256) for one in conversations]
     # A base learns from all of the text, not from the answers alone.
     examples = [(ids, ids[1:] + targets[-1:]) for ids, targets in examples]
     shuffled = batches(examples, cfg.batch_size, cfg.seed)
@@ -326,10 +327,10 @@ def train_tiny_base(tokenizer):
 # A run
 
 
-def load_task(cfg, tokenizer, config):
+def load_task(cfg, tokenizer, template, config):
     """Read the data: `data.Task`."""
     check_length(config, cfg.sequence_len, "lower --sequence_len")
-    task = TASKS[cfg.task](cfg, tokenizer)
+    task = TASKS[cfg.task](cfg, tokenizer, template)
     for note in task.notes:
         print(note)
     if not task.held_out or not (task.train or cfg.eval_only):
@@ -502,7 +503,7 @@ def main(cfg):
 
     folder = Path(cfg.base) if cfg.base else tiny_base()
     config, tokenizer = read_config(folder), load_tokenizer(folder)
-    task = load_task(cfg, tokenizer, config)
+    task = load_task(cfg, tokenizer, chat.load_template(folder), config)
     base = from_pretrained(folder, cfg.quant, dtype, device)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, base, task)

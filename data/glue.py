@@ -170,7 +170,7 @@ def score(model, rows, prompts, form, choices, batch_size):
     return {**found, "examples": len(rows)}
 
 
-def load(cfg, tokenizer):
+def load(cfg, tokenizer, template):
     """Read a task's train.tsv and dev.tsv: `Task`."""
     form, data = FORMS[cfg.task], Path(cfg.data)
     data = data / form.folder if (data / form.folder).is_dir() else data

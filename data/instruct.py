@@ -1,67 +1,158 @@
-"""Instructions and their answers: reading the files, framing the text, making the batches.
+"""Instructions and conversations: reading the files, making ids and targets.
 
-A file is JSON (a list) or JSON lines, of either
-    {"instruction": ..., "input": optional, "output": ...}
-    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
-and the loss counts the tokens of the answers only.
+A file is JSON (a list) or JSON lines, in any of these formats; `python data/instruct.py --help`
+says where such files come from.
+    Alpaca      {"instruction": ..., "input": optional, "output": ...}
+    Dolly       {"instruction": ..., "context": optional, "response": ...}
+    messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
+    ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
+    OASST1      {"prompt": {"role", "text", "rank", "replies": [...]}}, a tree a line; or flat, a
+                message a line, {"message_id", "parent_id", "role", "text", "rank", ...}
+
+Each becomes a conversation, a list of {"role": "system" | "user" | "assistant", "content": ...},
+whose last message is an answer. An Alpaca question keeps its "input" beside its "content". How a
+conversation is framed for the model, its chat template says: see chat.py. The loss counts the
+tokens of all answers, and of nothing else.
 """
 
+import argparse
 import json
+import math
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data import Task, split
 from model import IGNORE_INDEX, pad_left
 from quant import InputError
 
+SOURCES = """\
+where such files come from (data sets on the Hugging Face Hub, unless it says otherwise)
+  Alpaca     github.com/tatsu-lab/stanford_alpaca: alpaca_data.json
+  Dolly      databricks/databricks-dolly-15k: databricks-dolly-15k.jsonl
+  OASST1     OpenAssistant/oasst1: 2023-04-12_oasst_ready.trees.jsonl.gz, or .messages.jsonl.gz,
+             unpacked with gunzip
+  ShareGPT   anon8231489123/ShareGPT_Vicuna_unfiltered: ShareGPT_V3_unfiltered_cleaned_split.json
+"""
+
 
 def frame(instruction, input=""):
-    """Put an instruction into the frame that the answer follows."""
+    """Put an instruction into the frame that the answer follows, in a model without a template."""
     middle = f"\n\n### Input:\n{input}" if input else ""
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
-def turns(record):
-    """Cut a record into [(text, is it an answer?), ...]; raises ValueError that says what is wrong."""
+# --------------------------------------------------------------------------------------
+# Records of every format -> conversations
+
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant",
+}  # fmt: skip
+
+
+class Refused(ValueError):
+    """What is wrong with a record or a conversation, in words that follow "it"."""
+
+
+def conversation(record):
+    """Make a conversation of a record; `Refused` says what is wrong with it.
+
+    [] for a tree of OASST1 that is not finished, or has no answer.
+    """
     if not isinstance(record, dict):
-        raise ValueError("is not an object")
-    if "messages" not in record:
-        for field in ("instruction", "output"):
-            if not isinstance(record.get(field), str):
-                raise ValueError(f'has no text in "{field}"')
-        if not isinstance(record.get("input") or "", str):
-            raise ValueError('has something that is not text in "input"')
-        parts = [(frame(record["instruction"], record.get("input")), False), (record["output"], True)]
-    else:
-        parts, system = [], ""
-        if not isinstance(record["messages"], list):
-            raise ValueError('has no list in "messages"')
-        for message in record["messages"]:
-            role, content = (
-                (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-            )
-            if role not in ("system", "user", "assistant") or not isinstance(content, str):
-                raise ValueError("has a message without a known role and text")
-            if role == "system":
-                system = content + "\n\n"
-            elif role == "user":
-                parts.append((system + frame(content), False))
-                system = ""
-            else:
-                parts.append((content, True))
-    if not any(answer and text.strip() for text, answer in parts):
-        raise ValueError("has an empty answer")
-    return parts
+        raise Refused("is not an object")
+    if "messages" in record:
+        return checked(record["messages"], "messages", "role", "content")
+    if "conversations" in record:
+        return checked(record["conversations"], "conversations", "from", "value")
+    if isinstance(record.get("prompt"), dict):
+        if record.get("tree_state") not in (None, "ready_for_export"):
+            return []
+        path = best_path(record["prompt"])
+        return checked(path, "prompt", "role", "text") if path else []
+    return checked(question_and_answer(record), "", "role", "content")
 
 
-def read_records(path):
-    """Read a file of either kind: [(where it stands, for messages, and the record), ...]."""
+def question_and_answer(record):
+    """The two messages of an Alpaca record, or of a Dolly record, which has names of its own."""
+    dolly = "response" in record and "output" not in record
+    input, output = ("context", "response") if dolly else ("input", "output")
+    for field in ("instruction", output):
+        if not isinstance(record.get(field), str):
+            raise Refused(f'has no text in "{field}"')
+    question = {"role": "user", "content": record["instruction"]}
+    if record.get(input):
+        if not isinstance(record[input], str):
+            raise Refused(f'has something that is not text in "{input}"')
+        question["input"] = record[input]
+    return [question, {"role": "assistant", "content": record[output]}]
+
+
+def best_path(prompt):
+    """Follow the best replies through a tree of OASST1, from its prompt to an answer.
+
+    Of several answers, that of the lowest rank is taken. Of several questions, which nobody
+    ranked, the first that was answered. Deleted and rejected messages are not followed.
+    """
+    path, question = [], prompt
+    while question and replies(question):
+        answer = replies(question)[0]
+        path += [question, answer]
+        question = next(filter(replies, replies(answer)), None)
+    return path
+
+
+def replies(node):
+    """The replies to a message that stand, the best first; one without a rank comes last."""
+    nodes = node.get("replies") or []
+    if not isinstance(nodes, list) or not all(isinstance(one, dict) for one in nodes):
+        raise Refused('has something that is not a list of messages in "replies"')
+    stand = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
+    return sorted(stand, key=lambda n: n["rank"] if isinstance(n.get("rank"), int) else math.inf)
+
+
+def checked(messages, field, role, content):
+    """Bring messages to our names, and check them.
+
+    What precedes the first question, other than a system message, and what follows the last answer
+    is cut off: ShareGPT's files have been split into pieces that begin and end anywhere.
+    """
+    if not isinstance(messages, list):
+        raise Refused(f'has no list in "{field}"')
+    made = []
+    for message in messages:
+        message = message if isinstance(message, dict) else {}
+        if message.get(role) not in ROLES or not isinstance(message.get(content), str):
+            raise Refused("has a message without a known role and text")
+        made.append({"role": ROLES[message[role]], "content": message[content]})
+        if isinstance(message.get("input"), str):
+            made[-1]["input"] = message["input"]
+    while made and made[0]["role"] == "assistant":
+        del made[0]
+    while made and made[-1]["role"] != "assistant":
+        del made[-1]
+    if not made:
+        raise Refused("has no question with an answer")
+    for before, message in zip([{"role": None}, *made], made):
+        if message["role"] == "assistant" and before["role"] != "user":
+            raise Refused("has an answer that follows no question")
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise Refused("has an empty answer")
+    return made
+
+
+def read_records(path, flag="--data"):
+    """Read JSON or JSON lines: [(where it stands, for messages, and the record), ...]."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give --data a .json or .jsonl file.") from None
+        raise InputError(f"{path} does not exist: give {flag} a .json or .jsonl file.") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give --data a .json or .jsonl file.") from None
+        raise InputError(f"{path} is a folder: give {flag} a .json or .jsonl file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
     where = "as a list"
@@ -77,94 +168,150 @@ def read_records(path):
     except ValueError as error:
         raise InputError(f"{path}, {where} is not JSON ({error}).") from None
     if not records:
-        raise InputError(f"{path} holds no instructions.")
+        raise InputError(f"{path} holds no {'instructions' if flag == '--data' else 'questions'}.")
     return records
 
 
-def read_instructions(path):
-    """Read and check a file: a list of records, each cut into its `turns`."""
-    examples = []
-    for where, record in read_records(path):
+def grow_trees(records, path):
+    """Join the flat messages of OASST1 to trees: [(where its prompt stands, the tree), ...]."""
+    nodes = {}
+    for where, message in records:
+        if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
+            raise InputError(
+                f'{path}, {where} has no "message_id" and "parent_id", which others have: mend or'
+                " remove it."
+            )
+        nodes[message["message_id"]] = where, {**message, "replies": []}
+    trees = []
+    for where, node in nodes.values():
+        if node["parent_id"] is None:
+            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
+        elif node["parent_id"] in nodes:  # what answers a message that was left out is lost with it
+            nodes[node["parent_id"]][1]["replies"].append(node)
+    return trees
+
+
+def read_instructions(path, check=None):
+    """Read and check a file: a list of conversations.
+
+    check: raises `Refused` on a conversation that the model's template cannot frame
+    """
+    records, made = read_records(path), []
+    if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
+        records = grow_trees(records, path)
+    for where, record in records:
         try:
-            examples.append(turns(record))
-        except ValueError as error:
+            one = conversation(record)
+            if one and check:
+                check(one)
+        except Refused as error:
             raise InputError(f"{path}, {where} {error}: mend or remove it.") from None
-    return examples
+        made += [one] if one else []
+    if not made:
+        raise InputError(f"{path} holds no instructions.")
+    return made
 
 
-def encode(parts, tokenizer, sequence_len):
-    """Turn one example into ids and targets of equal length, at most `sequence_len`.
+# --------------------------------------------------------------------------------------
+# Conversations -> ids and targets
+
+
+def encode(conversation, tokenizer, template, sequence_len):
+    """Turn a conversation into ids and targets of equal length, at most `sequence_len`.
 
     Targets are the ids that follow, or IGNORE_INDEX where that is not part of an answer. Each
     answer ends with the end token. None if the prompts alone fill the sequence.
     """
-    ids, inside = [tokenizer.bos_id], [False]
-    for text, answer in parts:
-        new = tokenizer.encode(text) + [tokenizer.eos_id] * answer
-        ids += new
-        inside += [answer] * len(new)
+    ids, inside = template.encode(conversation, tokenizer)
     ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
     if not any(inside):
         return None
     return ids[:-1], [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
 
 
-def encode_prompt(parts, tokenizer):
+def encode_prompt(conversation, tokenizer, template):
     """The ids of all that comes before the last answer."""
-    last = max(i for i, (_, answer) in enumerate(parts) if answer)
-    ids = [tokenizer.bos_id]
-    for text, answer in parts[:last]:
-        ids += tokenizer.encode(text) + [tokenizer.eos_id] * answer
-    return ids
+    return template.encode(conversation[:-1], tokenizer)[0]
 
 
-def prompt_text(parts):
-    """The last question, without its frame, to show to people."""
-    text = [text for text, answer in parts if not answer][-1]
-    return text.removeprefix("### Instruction:\n").removesuffix("\n\n### Response:\n")
+def prompt_text(conversation):
+    """The last question, to show to people."""
+    question = [message for message in conversation if message["role"] == "user"][-1]
+    return "\n\n".join(filter(None, (question["content"], question.get("input"))))
 
 
-def answers(model, tokenizer, prompts, batch_size=64, most=64):
-    """Greedy answers, of at most `most` tokens, to prompts of ids."""
+# --------------------------------------------------------------------------------------
+# The task
+
+
+def answers(model, tokenizer, template, conversations, batch_size=64):
+    """Greedy answers, of at most 64 tokens, to the last question of each conversation."""
     found = []
-    for start in range(0, len(prompts), batch_size):
-        idx, keep = pad_left(prompts[start : start + batch_size], device=model.device)
-        room = min(most, model.config.max_positions - idx.shape[1])
-        out = model.generate(idx, room, eos_id=tokenizer.eos_ids, keep=keep)
+    for start in range(0, len(conversations), batch_size):
+        part = conversations[start : start + batch_size]
+        prompts = [encode_prompt(one, tokenizer, template) for one in part]
+        idx, keep = pad_left(prompts, device=model.device)
+        room = min(64, model.config.max_positions - idx.shape[1])
+        out = model.generate(idx, room, eos_id=template.end_ids(tokenizer), keep=keep)
         found += [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
     return found
 
 
-def encode_all(examples, tokenizer, cfg, name):
-    """The examples that leave room for an answer, and how many do not."""
-    made = [(parts, encode(parts, tokenizer, cfg.sequence_len)) for parts in examples]
-    kept = [(parts, pair) for parts, pair in made if pair]
-    lost = len(made) - len(kept)
-    note = f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens"
-    return kept, [note] * bool(lost)
-
-
-def make_task(examples, tokenizer, cfg, score):
-    """Split and encode: `Task`. score: function of a model and the held-out (parts, pair)"""
-    train, held_out = ([], examples) if cfg.eval_only else split(examples, cfg.held_out, cfg.seed, cfg.max_examples)
-    train, lost = encode_all(train, tokenizer, cfg, "training")
-    held_out, lost_too = encode_all(held_out, tokenizer, cfg, "held-out")
-    return Task(
-        [pair for _, pair in train], [pair for _, pair in held_out],
-        lambda model: score(model, held_out), notes=lost + lost_too,
-    )  # fmt: skip
-
-
-def samples(model, tokenizer, held_out):
-    """Questions, expected and greedy answers: [{"prompt", "expected", "answer"}, ...]."""
-    found = answers(model, tokenizer, [encode_prompt(parts, tokenizer) for parts, _ in held_out])
+def samples(model, tokenizer, template, conversations):
+    """Questions, with the expected answers and the model's."""
+    found = answers(model, tokenizer, template, conversations)
     return [
-        dict(prompt=prompt_text(parts), expected=parts[-1][0].strip(), answer=answer)
-        for (parts, _), answer in zip(held_out, found)
+        dict(prompt=prompt_text(one), expected=one[-1]["content"].strip(), answer=answer)
+        for one, answer in zip(conversations, found)
     ]
 
 
-def load(cfg, tokenizer):
-    """Read a file of instructions: `Task`, which shows a few answers and has no metric."""
-    score = lambda model, held_out: {"samples": samples(model, tokenizer, held_out[:3])}
-    return make_task(read_instructions(cfg.data), tokenizer, cfg, score)
+def make_task(conversations, tokenizer, template, cfg, score):
+    """Split and encode: `Task`. score: function of a model and the held-out conversations"""
+    train, held_out = split(conversations, cfg.held_out, cfg.seed, cfg.max_examples)
+    if cfg.eval_only:
+        train, held_out = [], train + held_out
+    kept, notes = [], []
+    for name, half in (("training", train), ("held-out", held_out)):
+        pairs = [(one, encode(one, tokenizer, template, cfg.sequence_len)) for one in half]
+        kept.append([(one, pair) for one, pair in pairs if pair])
+        if lost := len(half) - len(kept[-1]):
+            notes.append(f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
+    train, held_out = kept
+    return Task(
+        [pair for _, pair in train], [pair for _, pair in held_out],
+        lambda model: score(model, [one for one, _ in held_out]), notes=notes,
+    )  # fmt: skip
+
+
+def load(cfg, tokenizer, template):
+    """Read a file of instructions: `Task`, which shows three answers and has no metric."""
+    score = lambda model, held_out: {"samples": samples(model, tokenizer, template, held_out[:3])}
+    return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+
+def main(argv=None):
+    """Look into a file of instructions: read it as train.py does, and show what is there."""
+    parser = argparse.ArgumentParser(
+        "instruct.py", description=main.__doc__, epilog=SOURCES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file")
+    conversations = read_instructions(parser.parse_args(argv).data)
+    answers = sum(message["role"] == "assistant" for one in conversations for message in one)
+    print(f"{len(conversations)} conversations with {answers} answers. The first:")
+    for message in conversations[0]:
+        print(f"\n[{message['role']}]\n{message['content']}")
+        if "input" in message:
+            print(f"[input]\n{message['input']}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

@@ -94,18 +94,16 @@ def task(n, seed):
     return [{"instruction": question, "output": answer} for question, answer in made.items()]
 
 
-def load(cfg, tokenizer):
+def load(cfg, tokenizer, template):
     """The embedded default: `Task`, scored by the answers that are right in every letter."""
 
     def score(model, held_out):
-        found = instruct.samples(model, tokenizer, held_out[: cfg.eval_examples])
+        found = instruct.samples(model, tokenizer, template, held_out[: cfg.eval_examples])
         right = [sample["answer"] == sample["expected"] for sample in found]
-        return {
-            "exact_match": sum(right) / len(right), "examples": len(right), "samples": found[:2]
-        }  # fmt: skip
+        return dict(exact_match=sum(right) / len(right), examples=len(right), samples=found[:2])
 
-    examples = [instruct.turns(record) for record in task(2200, cfg.seed)]
-    return instruct.make_task(examples, tokenizer, cfg, score)
+    conversations = [instruct.conversation(record) for record in task(2200, cfg.seed)]
+    return instruct.make_task(conversations, tokenizer, template, cfg, score)
 
 
 def train_tokenizer(path, vocab_size=768):

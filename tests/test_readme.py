@@ -33,6 +33,8 @@ def place(tiny_model, tmp_path_factory):
         (folder / name).write_text(records)
     for name in ("FOLDER", "stories260K", "SmolLM2"):
         (folder / name).symlink_to(tiny_model)
+    question = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}
+    (folder / "mt_bench_question.jsonl").write_text(json.dumps(question))
     (folder / "RELEASED").mkdir()
     base = from_pretrained(tiny_model, "nf4", torch.float32)
     for name, content in released_state(base, reduction=4, rank=2).items():
@@ -41,7 +43,7 @@ def place(tiny_model, tmp_path_factory):
 
 
 def run(words, place):
-    done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True, input="")
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -85,7 +87,8 @@ def test_flags_exist():
     """Every flag that the README names is one of train.py or qst.py or a benchmark."""
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
-        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"])
+        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
+                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag

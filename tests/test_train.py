@@ -13,6 +13,7 @@ from conftest import ROOT, small_base
 import qst
 import train
 from data import tiny
+from data.chat import ChatTemplate
 from model import from_pretrained
 from qst import QST
 from quant import InputError
@@ -71,7 +72,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     settings = train.complete(TrainConfig(**cfg))
     tokenizer = train.load_tokenizer(cfg["base"])
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
-    task = train.load_task(settings, tokenizer, base.config)
+    task = train.load_task(settings, tokenizer, ChatTemplate(), base.config)
     loss = lambda model: train.evaluate(model, task.held_out, 3)
     assert loss(QST.from_side(base, cfg["out_dir"])) == pytest.approx(result["loss_after"], rel=1e-4)
     assert loss(QST(base, SideConfig(reduction=4))) == pytest.approx(result["loss_before"], rel=1e-4)

@@ -1,0 +1,113 @@
+"""MT-Bench: questions of two turns, and the answers in the form that FastChat's judge reads.
+
+A question   {"question_id", "category", "turns": ["...", "..."]}, a line of mt_bench_question.jsonl
+An answer    {"question_id", "answer_id", "model_id", "choices": [{"index": 0, "turns": [...]}],
+             "tstamp"}, a line of the file whose name, without .jsonl, is the model's
+The judge itself is another model, and no part of this project.
+"""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+from data.instruct import Refused, read_records
+from quant import InputError
+
+TEMPERATURES = {  # FastChat's, by category
+    "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
+    "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
+}  # fmt: skip
+
+
+def read_questions(path):
+    """Read and check the questions."""
+    questions = []
+    for where, record in read_records(path, "--questions"):
+        turns = record.get("turns") if isinstance(record, dict) else None
+        right = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
+        if not right or not isinstance(record.get("question_id"), (int, str)):
+            raise InputError(f'{path}, {where} has no "question_id" and list of "turns".')
+        questions.append(record)
+    return questions
+
+
+def temperature(question):
+    return TEMPERATURES.get(question.get("category"), 0.7)
+
+
+def answer(talk, question, note):
+    """The answers to all turns of a question, each with those before it in view.
+
+    A turn that the model cannot read has the answer ""; `note` is told, and what was dropped.
+    """
+    talk.reset()
+    answers = []
+    for i, text in enumerate(question["turns"], 1):
+        where = f"question {question['question_id']}, turn {i}"
+        try:
+            if dropped := talk.ask(text):
+                note(f"{where}: the {dropped} oldest messages did not fit")
+            answers.append("".join(talk.answer()).strip())
+        except Refused as error:
+            note(f"{where} {error}: left without an answer")
+            answers.append("")
+    return answers
+
+
+def answer_line(question_id, model_id, turns):
+    """A line of the answers' file."""
+    answer = {
+        "question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
+        "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
+    }  # fmt: skip
+    return json.dumps(answer, ensure_ascii=False) + "\n"
+
+
+def answered(path, model_id):
+    """The ids of the questions that an earlier run has answered; its file is ready to go on with.
+
+    A last line that a crash has cut off is taken away, since its question will be asked again. No
+    other file is touched: what is not an answer of this model is refused.
+    """
+    path = Path(path)
+    if not path.exists():
+        return set()
+    *lines, last = path.read_bytes().split(b"\n")
+    done = {_question_id(path, i, line, model_id) for i, line in enumerate(lines, 1)}
+    if last:
+        start = b'{"question_id": '
+        if not last.startswith(start[: len(last)]):
+            raise _refusal(path, len(lines) + 1)
+        try:
+            done.add(_question_id(path, len(lines) + 1, last, model_id))
+        except _Damaged:
+            os.truncate(path, path.stat().st_size - len(last))
+        else:
+            with open(path, "ab") as file:  # whole but for its end
+                file.write(b"\n")
+    return done
+
+
+class _Damaged(InputError):
+    """A line is not JSON."""
+
+
+def _refusal(path, number, kind=InputError):
+    return kind(f"{path}, line {number} is not an answer: give --out a file of its own.")
+
+
+def _question_id(path, number, line, model_id):
+    try:
+        answer = json.loads(line)
+    except ValueError:  # also of bytes that are half a character
+        raise _refusal(path, number, _Damaged) from None
+    if not isinstance(answer, dict) or not {"question_id", "model_id", "choices"} <= answer.keys():
+        raise _refusal(path, number)
+    if answer["model_id"] != model_id:
+        raise InputError(
+            f"{path}, line {number} is an answer of {answer['model_id']}, not of {model_id}: give"
+            " another --out or --model_id."
+        )
+    return answer["question_id"]
