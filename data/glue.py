@@ -42,8 +42,8 @@ FORMS = {
                 "{0}\nDoes it follow that: {1}", ("accuracy",)),
     "mrpc": Form("MRPC", ("#1 String", "#2 String", "Quality"), ("0", "1"), YES_NO,
                  "First: {0}\nSecond: {1}\nDo both say the same?", ("accuracy", "f1")),
-    "stsb": Form("STS-B", (*SENTENCES, "score"), (), tuple("012345"),
-                 "First: {0}\nSecond: {1}\nHow similar are they, from 0 to 5?", ("pearson", "spearman")),
+    "stsb": Form("STS-B", (*SENTENCES, "score"), (), ("zero", "one", "two", "three", "four", "five"),
+                 "First: {0}\nSecond: {1}\nHow similar are they, from zero to five?", ("pearson", "spearman")),
     "cola": Form("CoLA", (3, 1), ("0", "1"), YES_NO, "{0}\nIs this good English?", ("matthews",)),
     "sst2": Form("SST-2", ("sentence", "label"), ("0", "1"), ("bad", "good"),
                  "Review: {0}\nIs the film good or bad?", ("accuracy",)),
@@ -160,7 +160,7 @@ def score(model, rows, prompts, form, choices, batch_size):
     labels = torch.tensor([label for _, label in rows]).double()
     if form.labels:
         predicted = logits.argmax(dim=1).double()
-    elif choices:  # a rating in words: what is expected of the digits
+    elif choices:  # a rating in words: what is expected of them
         predicted = logits.softmax(dim=1) @ torch.arange(6.0, dtype=torch.float64)
     else:
         predicted = logits[:, 0] * RATING
