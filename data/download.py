@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from model import write_atomically
 from quant import InputError
 
 HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
@@ -140,7 +141,7 @@ def unpack(path):
             with tarfile.open(path) as archive:
                 archive.extractall(path.parent, filter="data")
         elif path.suffix == ".gz":
-            with gzip.open(path) as source, open(path.with_suffix(""), "wb") as target:
-                shutil.copyfileobj(source, target)
+            with gzip.open(path) as source:
+                write_atomically(path.with_suffix(""), lambda file: shutil.copyfileobj(source, file))
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None

@@ -221,7 +221,8 @@ def read_shots(folder, subjects, shots):
     for subject in subjects:
         if (found := len(dev.get(subject, []))) < shots:
             raise InputError(
-                f"{folder}: {subject}_dev.csv has {found} questions, and not the {shots} shots wanted."
+                f"{folder}: {subject}_dev.csv has {found} questions, but {shots} shots are asked"
+                " for."
             )
     return {subject: dev[subject][:shots] for subject in subjects}
 
