@@ -36,7 +36,7 @@ def choice_logits(model, prompts, choices, batch_size, device, desc=""):
 
 
 def repeat(cache, B, T):
-    """A cache of one row, for B rows, with room for T more tokens."""
+    """A cache of one row, copied for B rows, with room for T more tokens."""
     copies = [KVCache(layer.length + T) for layer in cache]
     for layer, copy in zip(cache, copies):
         copy.append(*(x[:, :, : layer.length].expand(B, -1, -1, -1) for x in (layer.k, layer.v)))

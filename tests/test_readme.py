@@ -33,6 +33,9 @@ def place(tiny_model, tmp_path_factory):
         (folder / name).write_text(records)
     for name in ("FOLDER", "stories260K", "SmolLM2"):
         (folder / name).symlink_to(tiny_model)
+    for split in ("dev", "test"):
+        (folder / "MMLU" / split).mkdir(parents=True)
+        (folder / f"MMLU/{split}/anatomy_{split}.csv").write_text("Which?,a,b,c,d,A\n" * 5)
     (folder / "RELEASED").mkdir()
     base = from_pretrained(tiny_model, "nf4", torch.float32)
     for name, content in released_state(base, reduction=4, rank=2).items():
@@ -85,7 +88,8 @@ def test_flags_exist():
     """Every flag that the README names is one of train.py or qst.py or a benchmark."""
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
-        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"])
+        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
+                      ["data/mmlu.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag
