@@ -261,6 +261,12 @@ class KVCache:
             buffer[:, :, start : self.length] = t
         return [buffer[:, :, : self.length] for buffer in self.buffers]
 
+    def repeated(self, B, T):
+        """Of a cache of one row, a copy for B rows, with room for T tokens more."""
+        copy = KVCache(self.length + T)
+        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in self.buffers))
+        return copy
+
 
 # --------------------------------------------------------------------------------------
 # The model

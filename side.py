@@ -37,7 +37,7 @@ class SideConfig:
     downsample: str = setting("adapter", "linear, lora, adapter, maxpool or avgpool")
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = setting("scalar", "gamma: a scalar, from 0, or one a channel, from 0.5")
+    gate: str = setting("scalar", "scalar: gamma, from 0; channel: a vector, from 0.5; sum: no gate")
     mix: str = setting("alpha", "alpha: a scalar, from 1; released: a vector; residual: a plain sum")
     attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
@@ -55,7 +55,7 @@ class SideConfig:
 CHOICES = {
     "method": ("qst", "lora"),
     "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
-    "gate": ("scalar", "channel"),
+    "gate": ("scalar", "channel", "sum"),
     "mix": ("alpha", "released", "residual"),
     "attention": ("own", "borrowed"),
 }
@@ -142,11 +142,13 @@ class SideNetwork(nn.Module):
         super().__init__()
         self.config, self.narrow = config, narrow(base_config, config.reduction)
         N, C, c = base_config.n_layer, base_config.n_embd, self.narrow.n_embd
-        channel = config.gate == "channel"
         self.downsample = nn.ModuleList(
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
-        self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
+        self.gamma = None
+        if config.gate != "sum":
+            channel = config.gate == "channel"
+            self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
         borrows = config.attention == "borrowed"
         self.layers = nn.ModuleList(DecoderLayer(self.narrow, borrows) for _ in range(N))
         self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
@@ -167,6 +169,8 @@ class SideNetwork(nn.Module):
         context: mask, rotary table, cache and look, as for `DecoderLayer`
         """
         down = self.downsample[i if self.config.share_first else i + 1](h_f)
+        if self.gamma is None:
+            return self.layers[i](down + h_g, *context)
         beta = torch.sigmoid(self.gamma[i])
         mixed = (1 - beta).to(down.dtype) * down + beta.to(down.dtype) * h_g
         return self.layers[i](mixed, *context)

@@ -27,10 +27,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import batches, chat, collate, glue, instruct, tiny
+from data import batches, chat, collate, glue, instruct, mean_loss, mmlu, text, tiny
 from data.tokenizer import load_tokenizer
 from model import (
-    IGNORE_INDEX, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
+    ModelConfig, Transformer, check_length, count_weights, from_pretrained,
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
@@ -40,7 +40,10 @@ from side import SideConfig, setting
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
 
-TASKS = {"tiny": tiny.load, "instruct": instruct.load, **dict.fromkeys(glue.FORMS, glue.load)}
+TASKS = {
+    "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
+    **dict.fromkeys(glue.FORMS, glue.load),
+}  # fmt: skip
 PARTS = ("alpha", "gamma", "downsample", "layers", "norm", "upsample", "classifier")
 
 
@@ -55,6 +58,7 @@ class TrainConfig(SideConfig):
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
     data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
+    instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
     head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
@@ -210,19 +214,6 @@ def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
     return total.item(), tokens
 
 
-@torch.no_grad()
-def evaluate(model, examples, batch_size):
-    """Mean loss per target over all examples."""
-    examples = sorted(examples, key=lambda example: len(example[0]))
-    total, count = 0.0, 0
-    for start in range(0, len(examples), batch_size):
-        idx, targets = collate(examples[start : start + batch_size])
-        n = (targets != IGNORE_INDEX).sum().item()
-        total += model.loss(idx.to(model.device), targets).item() * n
-        count += n
-    return total / count
-
-
 # --------------------------------------------------------------------------------------
 # Memory
 
@@ -333,7 +324,7 @@ def load_task(cfg, tokenizer, template, config):
     task = TASKS[cfg.task](cfg, tokenizer, template)
     for note in task.notes:
         print(note)
-    if not task.held_out or not (task.train or cfg.eval_only):
+    if not cfg.eval_only and not (task.train and task.held_out):
         raise InputError(
             f"{cfg.data or 'The data'} leaves {len(task.train)} examples to train on and {len(task.held_out)} "
             f"held out: give more data, or raise --sequence_len or --max_examples."
@@ -364,12 +355,12 @@ def fit(model, optimizer, task, cfg, result):
     held_out = task.held_out[: cfg.eval_examples]
     out_dir = Path(cfg.out_dir)
     best, best_iteration, step_ms, seen, evaluated = math.inf, 0, [], 0, 0
-    loss_before = held_out_loss = evaluate(model, held_out, cfg.batch_size)
+    loss_before = held_out_loss = mean_loss(model, held_out, cfg.batch_size)
 
     def look():
         """Evaluate, and keep the side network if it is the best so far."""
         nonlocal best, best_iteration, held_out_loss, evaluated
-        held_out_loss, evaluated = evaluate(model, held_out, cfg.batch_size), len(step_ms)
+        held_out_loss, evaluated = mean_loss(model, held_out, cfg.batch_size), len(step_ms)
         if held_out_loss < best:
             best, best_iteration = held_out_loss, evaluated
             model.save_side(out_dir)
@@ -459,12 +450,19 @@ def conclude(folder, cfg, result):
     line = lambda name, show: ", ".join(
         f"{show(result[name + end])} {who}" for who, end in told.items() if name + end in result
     )
-    print(f"held-out loss   {line('loss', '{:.3f}'.format)}")
+    if shown := line("loss", "{:.3f}".format):
+        print(f"held-out loss   {shown}")
+    if shown := line("perplexity", "{:.3f}".format):
+        print(f"perplexity      {shown}")
     if not cfg.eval_only and result["loss_after"] >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
     for name in SCORES:
         if shown := line(name, "{:.1%}".format):
             print(f"{name.replace('_', ' '):15} {shown} ({result['examples']:,} examples)")
+    for part, accuracy in result.get("accuracy_by_category_after", result.get("accuracy_by_category", {})).items():
+        print(f"   {part:12} {accuracy:.1%}")
+    if majority := result.get("majority_class", result.get("majority_class_after")):
+        print(f"majority class  {majority:.1%}")
     for sample in result.get("samples", ()):
         print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
         for who in told:
@@ -481,7 +479,7 @@ def conclude(folder, cfg, result):
     )
 
 
-SCORES = ("exact_match", "majority_class", "accuracy", "f1", "matthews", "pearson", "spearman")
+SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
 
 def main(cfg):
@@ -514,7 +512,9 @@ def main(cfg):
         weights_bytes=model_bytes(model),
     )
     if cfg.eval_only:
-        result |= dict(loss=evaluate(model, task.held_out, cfg.batch_size), **task.score(model))
+        result |= task.score(model)
+        if task.held_out:
+            result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
     else:
         train(model, task, folder, cfg, result)
     result |= dict(peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg))

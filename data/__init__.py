@@ -6,12 +6,13 @@ IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands a
 
 import random
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from typing import Callable
 
 import torch
 from tqdm import tqdm
 
-from model import IGNORE_INDEX
+from model import IGNORE_INDEX, check_length
 from quant import InputError
 
 
@@ -73,25 +74,43 @@ def label(ids, target):
 
 
 @torch.no_grad()
-def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
-    """What the head says after each prompt: fp32 (n, choices), of a few ids or of all outputs.
+def mean_loss(model, examples, batch_size, desc=None):
+    """Mean loss per target over all examples; with a progress bar, if it has a name."""
+    examples = sorted(examples, key=lambda example: len(example[0]))
+    starts = range(0, len(examples), batch_size)
+    total, count = 0.0, 0
+    for start in tqdm(starts, desc, unit="batch", leave=False, disable=desc is None):
+        idx, targets = collate(examples[start : start + batch_size])
+        n = (targets != IGNORE_INDEX).sum().item()
+        total += model.loss(idx.to(model.device), targets).item() * n
+        count += n
+    return total / count
 
-    Prompts of similar length go together, padded on the right, and only the last token of each
-    reaches the head.
+
+@torch.no_grad()
+def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
+    """Logits of what may follow each prompt, fp32 (n, choices) on the CPU, in the prompts' order.
+
+    prompts: lists of ids; choices: ids, or None for every output of the head
+    What all prompts begin with goes through the model once; the rest of each, sorted by length
+    and padded on the right, goes after it. Only the last real position goes through the head.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [None] * len(prompts)
-    with tqdm(total=len(prompts), desc=desc, unit="q", mininterval=1, leave=False) as bar:
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            idx, _ = collate([(prompts[i], []) for i in part])
-            last = torch.tensor([len(prompts[i]) - 1 for i in part])
-            h = model.hidden(idx.to(model.device))[torch.arange(len(part)), last]
-            logits = model.head(h).float().cpu()
-            for i, row in zip(part, logits if choices is None else logits[:, choices]):
-                found[i] = row
-            bar.update(len(part))
-    return torch.stack(found)
+    check_length(model.config, len(prompts[order[-1]]), "shorten the prompts")
+    prefix = commonprefix(prompts)[: len(prompts[order[0]]) - 1]  # at least one id is left of each
+    cache = model.new_cache(len(prefix))
+    if prefix:
+        model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
+    logits = [None] * len(prompts)
+    for start in tqdm(range(0, len(order), batch_size), desc, unit="batch", leave=False):
+        rows = order[start : start + batch_size]
+        idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
+        past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
+        h = model.hidden(idx.to(model.device), cache=past)
+        last = h[range(len(rows)), [len(prompts[i]) - len(prefix) - 1 for i in rows]]  # (B, C)
+        for i, row in zip(rows, model.head(last).float().cpu()):
+            logits[i] = row if choices is None else row[choices]
+    return torch.stack(logits)
 
 
 def word_ids(tokenizer, words, before):

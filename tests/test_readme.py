@@ -35,6 +35,9 @@ def place(tiny_model, tmp_path_factory):
         (folder / name).symlink_to(tiny_model)
     question = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}
     (folder / "mt_bench_question.jsonl").write_text(json.dumps(question))
+    for split in ("dev", "test"):
+        (folder / "MMLU" / split).mkdir(parents=True)
+        (folder / f"MMLU/{split}/anatomy_{split}.csv").write_text("Which?,a,b,c,d,A\n" * 5)
     (folder / "RELEASED").mkdir()
     base = from_pretrained(tiny_model, "nf4", torch.float32)
     for name, content in released_state(base, reduction=4, rank=2).items():
@@ -88,7 +91,7 @@ def test_flags_exist():
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
         for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
-                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"])
+                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag

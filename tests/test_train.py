@@ -73,7 +73,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     tokenizer = train.load_tokenizer(cfg["base"])
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     task = train.load_task(settings, tokenizer, ChatTemplate(), base.config)
-    loss = lambda model: train.evaluate(model, task.held_out, 3)
+    loss = lambda model: train.mean_loss(model, task.held_out, 3)
     assert loss(QST.from_side(base, cfg["out_dir"])) == pytest.approx(result["loss_after"], rel=1e-4)
     assert loss(QST(base, SideConfig(reduction=4))) == pytest.approx(result["loss_before"], rel=1e-4)
 
