@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data import chat, mt_bench
 from data.tokenizer import load_tokenizer
 from model import (
-    OPT_NAMES, Generator, from_pretrained, positions_and_mask, read_json, read_safetensors,
+    OPT_NAMES, Generator, from_pretrained, pad_left, positions_and_mask, read_json, read_safetensors,
     rotary_table, some, token_loss, write_json, write_safetensors,
 )  # fmt: skip
 from quant import InputError, Linear4bit
@@ -71,6 +71,30 @@ class QST(Generator, nn.Module):
             # what the frozen head was trained to read; the paper says no more than "h_f_N".
             h_f = base.final(h_f)
         return side.mix(h_f, h_g)
+
+    @torch.no_grad()
+    def calibrate(self, prompts):
+        """Take mean and variance of the base's channels from a few texts, lists of ids.
+
+        Some channels of a real model are hundreds of times larger than the others, and all but
+        constant; what the downsamplers are to read is hidden beneath them.
+        """
+        if self.side.mean is None:
+            return
+        idx, keep = pad_left(prompts, device=self.device)
+        seen = []
+        hooks = [self.base.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))]
+        hooks += [
+            layer.register_forward_hook(lambda layer, args, h_f: seen.append(h_f))
+            for layer in self.base.layers
+        ]
+        self.base.hidden(idx, keep)
+        for hook in hooks:
+            hook.remove()
+        for i, h_f in enumerate(seen):
+            h_f = h_f[keep.bool()].float()
+            self.side.mean[i] = h_f.mean(dim=0)
+            self.side.scale[i] = (h_f.var(dim=0) + 1e-6).rsqrt()
 
     def head(self, h):
         """(..., C) -> logits (..., V), or (..., n_labels) of a classifier."""

@@ -35,6 +35,7 @@ class SideConfig:
     reduction: int = setting(16, "the side network is this many times narrower than the base")
     rank: int = setting(16, "of the lora and adapter downsamplers, and of LoRA")
     downsample: str = setting("adapter", "linear, lora, adapter, maxpool or avgpool")
+    standardize: bool = setting(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
     gate: str = setting("scalar", "scalar: gamma, from 0; channel: a vector, from 0.5; sum: no gate")
@@ -145,7 +146,10 @@ class SideNetwork(nn.Module):
         self.downsample = nn.ModuleList(
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
-        self.gamma = None
+        self.mean = self.scale = self.gamma = None
+        if config.standardize:  # of h_f_0 ... h_f_N; see QST.calibrate
+            self.register_buffer("mean", torch.zeros(N + 1, C))
+            self.register_buffer("scale", torch.ones(N + 1, C))
         if config.gate != "sum":
             channel = config.gate == "channel"
             self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
@@ -161,13 +165,20 @@ class SideNetwork(nn.Module):
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
-        return self.downsample[0](h_f)
+        return self.downsample[0](self.standardized(0, h_f))
+
+    def standardized(self, i, h_f):
+        """h_f_i with channels of mean 0 and variance 1, if that is asked for."""
+        if self.mean is None:
+            return h_f
+        return ((h_f - self.mean[i]) * self.scale[i]).to(h_f.dtype)
 
     def rung(self, i, h_f, h_g, *context):
         """h_g after layer i = 0 ... N-1, from h_f after the same layer and h_g before it.
 
         context: mask, rotary table, cache and look, as for `DecoderLayer`
         """
+        h_f = self.standardized(i + 1, h_f)
         down = self.downsample[i if self.config.share_first else i + 1](h_f)
         if self.gamma is None:
             return self.layers[i](down + h_g, *context)

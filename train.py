@@ -342,7 +342,10 @@ def make_model(cfg, base, task):
     if cfg.eval_only:
         return base
     config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
-    return tune(base, replace(config, n_labels=task.n_labels))
+    model = tune(base, replace(config, n_labels=task.n_labels))
+    if config.standardize:
+        model.calibrate([ids for ids, _ in task.train[:64]])
+    return model
 
 
 def fit(model, optimizer, task, cfg, result):

@@ -5,10 +5,12 @@ checked before it takes its name; then it is unpacked beside itself, if it is pa
 was put there by hand is checked in the same way, and never overwritten.
 """
 
+import argparse
 import gzip
 import hashlib
 import http.client
 import shutil
+import sys
 import tarfile
 import urllib.error
 import urllib.request
@@ -68,10 +70,34 @@ SOURCES = {
 }  # fmt: skip
 
 
-def where(name):
-    """Where the files of a name come from, for a help text."""
-    addresses = [f"{base}/{Path(path).name}" for path, (base, _) in SOURCES[name].items()]
-    return f"{name} comes from {' and '.join(addresses)}"
+def command_line(show, *names):
+    """What `python data/NAME.py` does: say where its data comes from, get it, and show it.
+
+    show: function of --data, a file or folder, that prints what is in it; its docstring is the help
+    """
+    addresses = [
+        f"  {name:9} {base}/{Path(path).name}"
+        for name in names for path, (base, _) in SOURCES[name].items()
+    ]  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=show.__doc__, epilog="\n".join(["where it comes from", *addresses]),
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--data", help="a file or folder to look into")
+    parser.add_argument("--download", metavar="FOLDER", help="get the data, and unpack it there")
+    parser.add_argument("--only", choices=names, help="of several, get this one")
+    args = parser.parse_args()
+    try:
+        if not (args.data or args.download):
+            parser.error("give --data or --download")
+        if args.download:
+            for name in [args.only] if args.only else names:
+                fetch(name, args.download)
+                print(f"{name} is in {args.download}")
+        if args.data:
+            show(args.data)
+    except (InputError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def fetch(name, folder):

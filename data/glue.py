@@ -10,13 +10,20 @@ The loss on a tenth of train.tsv chooses the side network that is kept; the scor
 dev.tsv, which nothing was chosen by.
 """
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
 
 from data import Task, choice_logits, label, split, word_ids
+from data.download import command_line
+from data.tokenizer import read_text
+from model import write_atomically
 from quant import InputError
 
 RATING = 5.0  # STS-B's largest
@@ -125,6 +132,26 @@ def read(path, form):
     return rows, len(lines) - len(whole)
 
 
+def files(data, form):
+    """The folder with a task's files: --data itself, or the one in it."""
+    folder = Path(data) / form.folder
+    folder = folder if folder.is_dir() else Path(data)
+    if (folder / "msr_paraphrase_train.txt").exists() and not (folder / "dev.tsv").exists():
+        split_mrpc(folder)
+    return folder
+
+
+def split_mrpc(folder):
+    """Make MRPC's train.tsv and dev.tsv, as GLUE does, of the corpus and a list of pairs of ids."""
+    ids = {tuple(line.split("\t")) for line in read_text(folder / "mrpc_dev_ids.tsv").splitlines()}
+    header, *lines = read_text(folder / "msr_paraphrase_train.txt").lstrip("\ufeff").splitlines()
+    dev = [line for line in lines if tuple(line.split("\t")[1:3]) in ids]
+    train = [line for line in lines if tuple(line.split("\t")[1:3]) not in ids]
+    for name, rows in (("train.tsv", train), ("dev.tsv", dev)):
+        text = "\n".join([header, *rows]) + "\n"
+        write_atomically(folder / name, lambda file: file.write(text.encode()))
+
+
 def parse_label(path, line, text, form):
     try:
         return form.labels.index(text) if form.labels else float(text)
@@ -172,8 +199,8 @@ def score(model, rows, prompts, form, choices, batch_size):
 
 def load(cfg, tokenizer, template):
     """Read a task's train.tsv and dev.tsv: `Task`."""
-    form, data = FORMS[cfg.task], Path(cfg.data)
-    data = data / form.folder if (data / form.folder).is_dir() else data
+    form = FORMS[cfg.task]
+    data = files(cfg.data, form)
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
     to_ids = partial(prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head)
@@ -196,3 +223,15 @@ def load(cfg, tokenizer, template):
     halves = [[example(row) for row in part] for part in split(rows, cfg.held_out, cfg.seed, cfg.max_examples)]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
     return Task(*halves, scored, n_labels, notes)
+
+
+def show(folder):
+    """Count the examples of every task of GLUE that a folder has, and print one of each."""
+    for task, form in FORMS.items():
+        if (files(folder, form) / form.dev).exists():
+            train, dev = (read(files(folder, form) / name, form)[0] for name in ("train.tsv", form.dev))
+            print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
+
+
+if __name__ == "__main__":
+    command_line(show, "RTE", "MRPC", "STS-B", "CoLA", "SST-2", "QNLI", "QQP", "MNLI")

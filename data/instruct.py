@@ -15,7 +15,6 @@ conversation is framed for the model, its chat template says: see chat.py. The l
 tokens of all answers, and of nothing else.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -25,17 +24,9 @@ if __name__ == "__main__":  # run as a script, it stands in data/, and its impor
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from data import Task, split
+from data.download import command_line
 from model import IGNORE_INDEX, pad_left
 from quant import InputError
-
-SOURCES = """\
-where such files come from (data sets on the Hugging Face Hub, unless it says otherwise)
-  Alpaca     github.com/tatsu-lab/stanford_alpaca: alpaca_data.json
-  Dolly      databricks/databricks-dolly-15k: databricks-dolly-15k.jsonl
-  OASST1     OpenAssistant/oasst1: 2023-04-12_oasst_ready.trees.jsonl.gz, or .messages.jsonl.gz,
-             unpacked with gunzip
-  ShareGPT   anon8231489123/ShareGPT_Vicuna_unfiltered: ShareGPT_V3_unfiltered_cleaned_split.json
-"""
 
 
 def frame(instruction, input=""):
@@ -294,14 +285,12 @@ def load(cfg, tokenizer, template):
 # The command line
 
 
-def main(argv=None):
-    """Look into a file of instructions: read it as train.py does, and show what is there."""
-    parser = argparse.ArgumentParser(
-        "instruct.py", description=main.__doc__, epilog=SOURCES, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--data", required=True, metavar="FILE", help="a .json or .jsonl file")
-    conversations = read_instructions(parser.parse_args(argv).data)
+def show(path):
+    """Read a file of instructions as train.py does, and show what is there.
+
+    ShareGPT has no home of its own; its usual file is ShareGPT_V3_unfiltered_cleaned_split.json of
+    anon8231489123/ShareGPT_Vicuna_unfiltered, among the data sets of the Hugging Face Hub."""
+    conversations = read_instructions(path)
     answers = sum(message["role"] == "assistant" for one in conversations for message in one)
     print(f"{len(conversations)} conversations with {answers} answers. The first:")
     for message in conversations[0]:
@@ -311,7 +300,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command_line(show, "Alpaca", "Dolly", "OASST1")

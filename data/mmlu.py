@@ -18,7 +18,6 @@ any keeps bos and its end, with the choices, if not the beginning of its questio
     python data/mmlu.py --download FOLDER
 """
 
-import argparse
 import csv
 import random
 import sys
@@ -31,7 +30,7 @@ if __name__ == "__main__":  # imports start in the project's folder, not in data
 import torch
 
 from data import Task, choice_logits, instruct
-from data.download import fetch, where
+from data.download import command_line
 from quant import InputError
 
 CATEGORIES = {
@@ -268,20 +267,9 @@ def load(cfg, tokenizer, template):
 # The command line
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        "mmlu.py", description="Show what an MMLU folder holds, or get it.", epilog=where("MMLU")
-    )
-    parser.add_argument("--data", metavar="FOLDER", help="folder with dev/, val/ and test/")
-    parser.add_argument("--split", default="test", help="val or test (default: test)")
-    parser.add_argument("--download", metavar="FOLDER", help="get MMLU, and unpack it there")
-    args = parser.parse_args()
-    if args.download:
-        fetch("MMLU", args.download)
-    folder = args.data or args.download
-    if not folder:
-        parser.error("give --data FOLDER or --download FOLDER")
-    tests = read(folder, args.split)
+def show(folder):
+    """Count the test questions of an MMLU folder, and print the first prompt."""
+    tests = read(folder, "test")
     for subject, questions in tests.items():
         print(f"{len(questions):5} {subject} ({CATEGORY[subject]})")
     total, first = sum(map(len, tests.values())), next(iter(tests))
@@ -290,7 +278,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+    command_line(show, "MMLU")

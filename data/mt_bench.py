@@ -8,10 +8,15 @@ The judge itself is another model, and no part of this project.
 
 import json
 import os
+import sys
 import time
 import uuid
 from pathlib import Path
 
+if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from data.download import command_line
 from data.instruct import Refused, read_records
 from quant import InputError
 
@@ -111,3 +116,13 @@ def _question_id(path, number, line, model_id):
             " another --out or --model_id."
         )
     return answer["question_id"]
+
+
+def show(path):
+    """Count the questions of a file, and print the first."""
+    questions = read_questions(path)
+    print(f"{len(questions)} questions. The first:", *questions[0]["turns"], sep="\n\n")
+
+
+if __name__ == "__main__":
+    command_line(show, "MT-Bench")

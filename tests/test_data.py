@@ -263,7 +263,7 @@ def test_looking_into_a_file(tmp_path, capsys):
     path = tmp_path / "some.json"
     path.write_text(json.dumps([{"instruction": "Add.", "input": "1 2", "output": "3"}, {"messages": say(
         "user: a", "assistant: b", "user: c", "assistant: d")}]))  # fmt: skip
-    instruct.main(["--data", str(path)])
+    instruct.show(path)
     out = capsys.readouterr().out
     assert out.startswith("2 conversations with 3 answers.") and "Add.\n[input]\n1 2\n" in out
     script = [sys.executable, ROOT / "data/instruct.py"]

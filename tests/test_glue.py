@@ -64,6 +64,18 @@ def test_short_lines_are_counted(tmp_path):
     assert len(rows) == 2 and dropped == 1
 
 
+def test_mrpc_is_split_by_its_ids(tmp_path):
+    """The corpus as it is downloaded becomes train.tsv and dev.tsv, whose pairs the ids name."""
+    (tmp_path / "MRPC").mkdir()
+    rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(9)]
+    text = "\ufeff" + "\r\n".join([LINES["mrpc"][0], *rows]) + "\r\n"
+    (tmp_path / "MRPC/msr_paraphrase_train.txt").write_bytes(text.encode())
+    (tmp_path / "MRPC/mrpc_dev_ids.tsv").write_text("3\t4\n8\t9\n")
+    folder = glue.files(tmp_path, FORMS["mrpc"])
+    dev, train = (glue.read(folder / name, FORMS["mrpc"])[0] for name in ("dev.tsv", "train.tsv"))
+    assert dev == [(["a3", "b3"], 1), (["a8", "b8"], 0)] and len(train) == 7
+
+
 @pytest.mark.parametrize("text, told", [
     ("sentence\tlabel\nfine\t2\n", 'line 2: the label "2" is not 0, 1'),
     ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"), (None, "cannot be read"),

@@ -10,14 +10,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, SHARED, small_base
+from conftest import FIXTURES, ROOT, SHARED, small_base, small_config
 
+import train
 from data import choice_logits, mmlu, text
 from data.tokenizer import load_tokenizer
-from model import IGNORE_INDEX, from_pretrained
+from model import IGNORE_INDEX, Transformer, from_pretrained, save_pretrained
 from qst import QST
 from quant import InputError
 from side import SideConfig
@@ -52,6 +54,16 @@ def tokenizer(tmp_path_factory):
         normalization_rule_name="identity", remove_extra_whitespaces=False,
     )  # fmt: skip
     return load_tokenizer(path.parent)
+
+
+@pytest.fixture(scope="module")
+def base_folder(tokenizer, tmp_path_factory):
+    """A model's folder, with that tokenizer and random weights."""
+    path = tmp_path_factory.mktemp("base")
+    (path / "tokenizer.model").write_bytes(tokenizer.model.serialized_model_proto())
+    torch.manual_seed(0)
+    save_pretrained(Transformer(small_config(vocab_size=tokenizer.vocab_size, max_positions=900)), path)
+    return path
 
 
 # --------------------------------------------------------------------------------------
@@ -328,3 +340,48 @@ def test_a_text_that_cannot_be_read(tokenizer, tmp_path):
 def test_perplexity():
     """That of a uniform guess is the number of choices."""
     assert text.perplexity(math.log(50)) == pytest.approx(50) and text.perplexity(1e4) == math.inf
+
+
+# --------------------------------------------------------------------------------------
+# As tasks of train.py
+
+
+def settings(base_folder, data, out, **changes):
+    return train.TrainConfig(**dict(
+        base=str(base_folder), data=str(data), out_dir=str(out), reduction=4, rank=4, max_iters=3,
+        sequence_len=300, batch_size=4, device="cpu", quant="none",
+    ) | changes)  # fmt: skip
+
+
+def test_mmlu_is_scored_before_and_after_instructions(base_folder, folder, tokenizer, tmp_path):
+    """Training is on --instructions, the score MMLU's; --eval_only gives the same again."""
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps([{"instruction": f"Say {i}", "output": "A B C"} for i in range(30)]))
+    cfg = settings(base_folder, folder, tmp_path / "out", task="mmlu", instructions=str(path))
+    result = train.main(cfg)
+    assert result["examples"] == 9 and 0 <= result["accuracy_before"] <= 1
+    again = train.main(settings(
+        base_folder, folder, tmp_path / "eval", task="mmlu", eval_only=True, side=cfg.out_dir
+    ))  # fmt: skip
+    assert again["accuracy"] == result["accuracy_after"] and "loss" not in again
+    base = from_pretrained(base_folder, "none", torch.float32)
+    assert mmlu.evaluate(base, tokenizer, folder, sequence_len=300)["accuracy"] == result["accuracy_before"]
+    with pytest.raises(InputError, match="--task mmlu trains on --instructions"):
+        train.main(settings(base_folder, folder, tmp_path / "no", task="mmlu"))
+
+
+def test_perplexity_of_a_file(base_folder, tokenizer, tmp_path):
+    """--task text: the perplexity of a base is exp of its mean loss over all windows."""
+    path = tmp_path / "some.txt"
+    path.write_text("Is it one, or two?\n\nIt is two. " * 40)
+    cfg = settings(base_folder, path, tmp_path / "eval", task="text", sequence_len=50, eval_only=True)
+    result = train.main(cfg)
+    base = from_pretrained(base_folder, "none", torch.float32)
+    losses, count = 0.0, 0
+    for ids, targets in text.read(path, tokenizer, 50):
+        said = base(torch.tensor([ids]))[0].log_softmax(-1)
+        losses -= sum(said[i, id].item() for i, id in enumerate(ids[1:]))
+        count += len(ids) - 1
+    assert result["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-4)
+    trained = train.main(replace(cfg, eval_only=False, out_dir=str(tmp_path / "out"), max_iters=20, learning_rate=1e-2))
+    assert trained["perplexity_after"] < trained["perplexity_before"]
