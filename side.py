@@ -146,10 +146,9 @@ class SideNetwork(nn.Module):
         self.downsample = nn.ModuleList(
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
-        self.mean = self.scale = self.gamma = None
-        if config.standardize:  # of h_f_0 ... h_f_N; see QST.calibrate
-            self.register_buffer("mean", torch.zeros(N + 1, C))
-            self.register_buffer("scale", torch.ones(N + 1, C))
+        self.gamma = None
+        for name in ("mean", "scale"):  # of the channels of h_f_0 ... h_f_N: see QST.calibrate
+            self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
         if config.gate != "sum":
             channel = config.gate == "channel"
             self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
