@@ -79,7 +79,7 @@ class QST(Generator, nn.Module):
         Some channels of a real model are hundreds of times larger than the others, and all but
         constant; what the downsamplers are to read is hidden beneath them.
         """
-        if self.side.mean is None:
+        if not self.side.config.standardize:
             return
         idx, keep = pad_left(prompts, device=self.device)
         seen = []
@@ -148,6 +148,9 @@ class Finetuned(QST):
     """A method that trains parts inside the base, so that backward runs through all of it."""
 
     make_side = staticmethod(Branches)
+
+    def calibrate(self, prompts):
+        """There are no downsamplers."""
 
     def hidden(self, idx, keep=None, cache=None):
         return self.base.hidden(idx, keep, cache)

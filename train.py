@@ -343,8 +343,7 @@ def make_model(cfg, base, task):
         return base
     config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
     model = tune(base, replace(config, n_labels=task.n_labels))
-    if config.standardize:
-        model.calibrate([ids for ids, _ in task.train[:64]])
+    model.calibrate([ids for ids, _ in task.train[:64]])
     return model
 
 

@@ -9,8 +9,10 @@ from conftest import small_base, small_config
 from torch.nn import functional as F
 
 import train
-from model import IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left
-from qst import QST, fingerprint, import_released
+from model import (
+    IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left, positions_and_mask, rotary_table,
+)  # fmt: skip
+from qst import QST, fingerprint, import_released, tune
 from quant import InputError
 from side import RELEASED, SideConfig, SideNetwork
 
@@ -172,6 +174,96 @@ def test_master_weights_stay_in_fp32(dtype, idx):
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
+# What is not the paper's. Together: the variant that README recommends.
+FAST = dict(mix="residual", gate="sum", attention="borrowed", standardize=True)
+VARIANTS = {
+    "paper": {}, "released": RELEASED, "residual": dict(mix="residual"), "sum": dict(gate="sum"),
+    "borrowed": dict(attention="borrowed"), "standardize": dict(standardize=True), "fast": FAST,
+    "lora": dict(method="lora"),
+}  # fmt: skip
+FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
+
+
+@pytest.mark.parametrize("variant", set(VARIANTS) - {"released"})
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_starts_at_the_base(family, variant, idx):
+    """Bit for bit, before and after it has seen texts to standardize by."""
+    base = small_base(**FAMILIES[family])
+    expected = base(idx)
+    model = tune(base, SideConfig(reduction=4, rank=4, **VARIANTS[variant]))
+    model.calibrate([row.tolist() for row in idx])
+    assert torch.equal(model(idx)[0], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_borrowed_attention(family, idx):
+    """The side looks where the base's layer looks: softmax(Q_f K_f^T / sqrt(D)) V_g, by hand."""
+    base = small_base(**FAMILIES[family])
+    side = shaken(QST(base, SideConfig(reduction=4, attention="borrowed"))).side
+    look, x = [], torch.randn(3, 10, 32)
+    positions, mask = positions_and_mask(idx)
+    base.layers[1](x, mask, rotary_table(base.config, positions, x.dtype), None, look)
+    q, k = (t.repeat_interleave(4 // t.shape[1], dim=1) for t in look)  # (B, 4, T, 8)
+    h_g = torch.randn(3, 10, 8)
+    attention = side.layers[1].self_attn
+    assert {n.split(".")[0] for n, _ in attention.named_parameters()} == {"v_proj", "o_proj"}
+    v = attention.v_proj(h_g).unflatten(-1, (-1, 2)).transpose(1, 2)
+    v = v.repeat_interleave(4 // v.shape[1], dim=1)
+    scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
+    expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    assert torch.allclose(attention(h_g, mask, None, None, look), expected, atol=1e-5)
+
+
+def test_mixes_and_gates(base):
+    """The residual mix and the summing gate are sums, without a parameter of their own."""
+    side = shaken(QST(base, SideConfig(reduction=4, mix="residual", gate="sum"))).side
+    assert side.alpha is None and side.gamma is None
+    h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
+    assert torch.allclose(side.mix(h_f, h_g), h_f + h_g @ side.upsample.weight.T, atol=1e-6)
+    expected = side.layers[2](side.downsample[3](h_f) + h_g)
+    assert torch.equal(side.rung(2, h_f, h_g), expected)
+
+
+def test_standardization(base, idx, tmp_path):
+    """Channels of what the downsamplers read have mean 0 and variance 1 over the texts' tokens,
+    padding not among them; a saved side network knows them."""
+    model = QST(base, SideConfig(reduction=4, standardize=True))
+    assert torch.equal(model.side.standardized(1, torch.ones(2, 32)), torch.zeros(2, 32))  # not yet
+    texts = [row[: 4 + i].tolist() for i, row in enumerate(idx)]
+    model.calibrate(texts)
+    positions = torch.arange(10).unsqueeze(0)
+    states = [[base.embed_tokens(torch.tensor([text]))] for text in texts]
+    for row in states:
+        rope = rotary_table(base.config, positions[:, : row[0].shape[1]], torch.float32)
+        for layer in base.layers:
+            row.append(layer(row[-1], None, rope))
+    for i in range(4):
+        tokens = torch.cat([row[i][0] for row in states])
+        seen = model.side.standardized(i, tokens)
+        assert seen.mean(0).abs().max() < 1e-4 and torch.allclose(seen.var(0), torch.ones(32), atol=1e-2)
+    model.save_side(tmp_path)
+    again = QST.from_side(base, tmp_path)
+    assert torch.equal(again.side.mean, model.side.mean) and torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_lora(idx, tmp_path):
+    """Only the branches learn, one for every linear layer of the base; they are saved and loaded."""
+    base = small_base()
+    expected = base(idx)
+    model = tune(base, SideConfig(method="lora", rank=4))
+    assert sum(p.numel() for p in model.parameters()) == 3 * 4 * (4 * 64 + 3 * (32 + 48))
+    shaken(model)
+    model.loss(idx, idx).backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    q_proj = base.layers[0].self_attn.q_proj
+    x = torch.randn(2, 32)
+    weight = q_proj.linear.quantized.dequantize() + 4 * q_proj.branch.up.weight @ q_proj.branch.down.weight
+    assert torch.allclose(q_proj(x), x @ weight.T, atol=1e-5)
+    model.save_side(tmp_path)
+    again = QST.from_side(small_base(), tmp_path)
+    assert torch.equal(again(idx)[0], model(idx)[0]) and not torch.equal(again(idx)[0], expected)
+
+
 def test_loss_counts_the_targets_only(base, idx):
     """The loss is the mean over targets that are not IGNORE_INDEX."""
     targets = idx.clone()
@@ -181,11 +273,11 @@ def test_loss_counts_the_targets_only(base, idx):
     assert loss.item() == pytest.approx(-log_p.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED], ids=["paper", "released"])
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_generation_with_two_caches(family, changes, idx):
     """Generating through the caches of base and side gives what recomputing everything gives."""
-    model = shaken(QST(small_base(family=family), SideConfig(reduction=4, **changes)))
+    model = shaken(tune(small_base(**FAMILIES[family]), SideConfig(reduction=4, **changes)))
     expected = idx
     for _ in range(8):
         token = model(expected)[0][:, -1].argmax(dim=-1, keepdim=True)
@@ -209,10 +301,10 @@ def test_sampling_depends_on_the_seed_alone(idx):
     assert torch.equal(draw(3), draw(3)) and not torch.equal(draw(3), draw(4))
 
 
-@pytest.mark.parametrize("changes", [{}, RELEASED], ids=["paper", "released"])
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_saved_side_is_the_same_side(changes, tmp_path, idx):
     """What is loaded into a fresh model gives the same logits, bit for bit."""
-    model = shaken(QST(small_base(), SideConfig(reduction=4, **changes)))
+    model = shaken(tune(small_base(), SideConfig(reduction=4, **changes)))
     model.save_side(tmp_path)
     again = QST.from_side(small_base(), tmp_path)
     assert torch.equal(again(idx)[0], model(idx)[0])
