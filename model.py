@@ -883,7 +883,7 @@ def quantize_folder(source, target, quant="nf4"):
 
 
 def save_pretrained(model, folder):
-    """Write an unquantized LLaMA as a Hugging Face folder, in the dtype of its weights."""
+    """Write an unquantized model as a Hugging Face folder, in the dtype of its weights."""
     c = model.config
     skip = {"lm_head.weight"} if c.tied else set()
     tensors = {
@@ -893,14 +893,24 @@ def save_pretrained(model, folder):
     }
     write_safetensors(Path(folder) / "model.safetensors", tensors)
     config = dict(
-        architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_ffn,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        head_dim=c.head_dim, max_position_embeddings=c.max_positions, rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta, rope_scaling=c.rope_scaling, attention_bias=c.attention_bias,
-        mlp_bias=c.mlp_bias, tie_word_embeddings=c.tied, bos_token_id=c.bos_id,
-        eos_token_id=c.eos_id, torch_dtype=str(next(iter(tensors.values())).dtype)[6:],
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, max_position_embeddings=c.max_positions,
+        tie_word_embeddings=c.tied, bos_token_id=c.bos_id, eos_token_id=c.eos_id,
+        torch_dtype=str(next(iter(tensors.values())).dtype)[6:],
     )  # fmt: skip
+    if c.family == "opt":
+        config |= dict(
+            architectures=["OPTForCausalLM"], model_type="opt", activation_function="relu",
+            ffn_dim=c.n_ffn, word_embed_proj_dim=c.embed_dim, enable_bias=c.mlp_bias,
+            do_layer_norm_before=c.pre_norm, _remove_final_layer_norm=c.pre_norm and not c.final_norm,
+        )  # fmt: skip
+    else:
+        config |= dict(
+            architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
+            intermediate_size=c.n_ffn, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
+            rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
+            attention_bias=c.attention_bias, mlp_bias=c.mlp_bias,
+        )  # fmt: skip
     write_json(Path(folder) / "config.json", config)
 
 
@@ -916,12 +926,12 @@ def count_weights(config):
         return sum(p.numel() for p in Transformer(config).parameters())
 
 
-def main():
-    if len(sys.argv) > 1:
-        if len(sys.argv) != 4 or sys.argv[1] != "quantize":
+def main(argv):
+    if argv:
+        if len(argv) != 3 or argv[0] != "quantize":
             sys.exit("error: it is `python model.py`, or `python model.py quantize IN OUT`")
         try:
-            return quantize_folder(*sys.argv[2:])
+            return quantize_folder(*argv[1:])
         except InputError as error:
             sys.exit(f"error: {error}")
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")
@@ -935,4 +945,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

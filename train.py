@@ -448,7 +448,8 @@ def introduce(folder, model, cfg, batch, result):
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     print()
-    told = {"QST" if cfg.side else "base": ""} if cfg.eval_only else {"base": "_before", "QST": "_after"}
+    tuned = cfg.method.upper()
+    told = {tuned if cfg.side else "base": ""} if cfg.eval_only else {"base": "_before", tuned: "_after"}
     line = lambda name, show: ", ".join(
         f"{show(result[name + end])} {who}" for who, end in told.items() if name + end in result
     )
@@ -468,7 +469,7 @@ def conclude(folder, cfg, result):
     for sample in result.get("samples", ()):
         print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
         for who in told:
-            print(f"   {who:10}{sample[who]}")
+            print(f"   {who:10}{sample.get(who, sample['answer'])}")
     print(f"\n{result['seconds']:.0f} s in all, peak memory {show_bytes(result['peak_memory_bytes'])}.")
     if cfg.eval_only or cfg.head == "classifier":
         return
@@ -542,7 +543,7 @@ def train(model, task, folder, cfg, result):
     after = task.score(model)
     samples = [s.pop("samples", []) for s in (before, after)]
     result["examples"] = after.pop("examples", 0)
-    result["samples"] = [{**b, "base": b["answer"], "QST": a["answer"]} for b, a in zip(*samples)]
+    result["samples"] = [{**b, "base": b["answer"], cfg.method.upper(): a["answer"]} for b, a in zip(*samples)]
     result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
     result |= {f"{name}_after": value for name, value in after.items()}
 

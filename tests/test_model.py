@@ -392,3 +392,13 @@ def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, told, tmp_path):
     other = copy("llama_rope3", tmp_path / "2", quantization_config={"quant_method": "gptq"})
     with pytest.raises(InputError, match="quantization_config is of gptq"):
         from_pretrained(other)
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_rope3", "llama_linear_bias_tied", "opt_pre", "opt_350m"])
+def test_a_saved_model_is_the_same_model(name, tmp_path):
+    """What `save_pretrained` writes is read to the same config and logits, bit for bit."""
+    base = from_pretrained(FIXTURES / name, "none", torch.float32)
+    save_pretrained(base, tmp_path)
+    again = from_pretrained(tmp_path, "none", torch.float32)
+    idx = torch.arange(3, 13).unsqueeze(0)
+    assert again.config == base.config and torch.equal(again(idx), base(idx))
