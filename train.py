@@ -35,7 +35,7 @@ from model import (
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
 from quant import InputError, Linear4bit
-from side import SideConfig, setting
+from side import VARIANTS, SideConfig, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
@@ -55,6 +55,7 @@ class TrainConfig(SideConfig):
     """
 
     reduction: int = setting(None, "the side network is this many times narrower than the base")
+    variant: str = setting("paper", f"of the side network: {', '.join(VARIANTS)}; single flags go before it")
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
     data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
@@ -117,9 +118,12 @@ def complete(cfg):
         classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
         depends["head"] = "classifier" if classifier else "lm"
     cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
-    for name, choices in dict(lr_schedule=SCHEDULES, head=("lm", "classifier")).items():
+    for name, choices in dict(lr_schedule=SCHEDULES, head=("lm", "classifier"), variant=VARIANTS).items():
         if getattr(cfg, name) not in choices:
             raise InputError(f"--{name} {getattr(cfg, name)} is unknown: choose {', '.join(choices)}.")
+    usual = SideConfig()
+    of_variant = {k: v for k, v in VARIANTS[cfg.variant].items() if getattr(cfg, k) == getattr(usual, k)}
+    cfg = replace(cfg, **of_variant)
     for name in (
         "batch_size", "max_iters", "sequence_len", "eval_interval", "log_interval", "eval_examples",
         "gradient_accumulation_steps", "rank", "reduction",

@@ -3,9 +3,13 @@
     python tests/bench.py load          peak memory of `from_pretrained`
     python tests/bench.py quant         speed of quantizing and dequantizing, beside bitsandbytes
     python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
+    python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
+                                        choose, all other flags are train.py's
 """
 
 import argparse
+import csv
+import json
 import resource
 import statistics
 import subprocess
@@ -150,7 +154,56 @@ def make_smollm2(folder):
     save_pretrained(Transformer(PRESETS["smollm2-135m"]).half(), folder)
 
 
+VARIANTS = {  # what differs from the paper's architecture, as flags of train.py
+    "alpha x 1": "--lr_factors alpha=1", "paper": "", "released": "--variant released",
+    "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
+    "standardize": "--standardize", "fast": "--variant fast", "lora": "--method lora",
+}  # fmt: skip
+
+
+def learn(only, seeds, flags):
+    """Held-out loss at each evaluation, and the score: mean (smallest to largest) over the seeds."""
+    print("variant       trainable    step ms    peak MB   held-out loss ...   score")
+    for name in only or VARIANTS:
+        runs = [learn_once([*flags, *VARIANTS[name].split(), "--seed", seed]) for seed in seeds]
+        of = lambda key: [result[key] for result, _ in runs]
+        cells = [spread(values) for values in zip(*(losses for _, losses in runs))]
+        scores = [key for key in runs[0][0] if key in SCORES]
+        cells += [f"{key} {spread(of(key))}" for key in scores]
+        print(
+            f"{name:12} {of('trainable_parameters')[0]:>10,} {statistics.median(of('step_ms')):>10.0f} "
+            f"{max(of('peak_memory_bytes')) / 1e6:>10.0f}   {'  '.join(cells)}", flush=True
+        )  # fmt: skip
+
+
+SCORES = [f"{name}_{when}" for name in ("exact_match", "accuracy", "f1", "matthews") for when in ("before", "after")]
+
+
+def spread(values):
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def learn_once(flags):
+    """A run of train.py: its result.json, and the held-out losses of its log.csv."""
+    with tempfile.TemporaryDirectory() as out:
+        words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", out]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr.splitlines()[-1])
+        with open(f"{out}/log.csv", newline="") as file:
+            losses = [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]]
+        return json.loads(Path(out, "result.json").read_text()), losses
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["load", "quant", "tokens"])
-    globals()[parser.parse_args().what]()
+    parser.add_argument("what", choices=["load", "quant", "tokens", "learn"])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
+    parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
+    args, flags = parser.parse_known_args()
+    if args.what == "learn":
+        learn(args.only, args.seeds, flags)
+    elif flags:
+        parser.error(f"unknown flags: {' '.join(flags)}")
+    else:
+        globals()[args.what]()

@@ -290,3 +290,12 @@ def test_the_embedded_default_learns(tmp_path):
     result = train.main(TrainConfig(out_dir=str(tmp_path)))
     assert result["exact_match_before"] < 0.1 and result["exact_match_after"] > 0.9
     assert math.isfinite(result["loss_after"])
+
+
+def test_a_variant_is_one_flag():
+    """--variant sets what the architecture's own flags leave at the paper's values."""
+    cfg = train.complete(train.parse_args(["--variant", "fast", "--mix", "released"]))
+    assert (cfg.mix, cfg.gate, cfg.attention, cfg.standardize) == ("released", "sum", "borrowed", True)
+    assert train.complete(train.parse_args(["--variant", "released"])).final_norm
+    with pytest.raises(InputError, match="--variant best is unknown: choose paper, released, fast"):
+        train.complete(train.parse_args(["--variant", "best"]))
