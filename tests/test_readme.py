@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from test_glue import LINES
 from test_qst import released_state
 
 from data import tiny
@@ -35,6 +36,10 @@ def place(tiny_model, tmp_path_factory):
         (folder / name).symlink_to(tiny_model)
     question = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}
     (folder / "mt_bench_question.jsonl").write_text(json.dumps(question))
+    (folder / "wikitext2-test.txt").write_text("The sky was blue. " * 100)
+    (folder / "GLUE/RTE").mkdir(parents=True)
+    for name in ("train.tsv", "dev.tsv"):
+        (folder / "GLUE/RTE" / name).write_text("\n".join([LINES["rte"][0], *LINES["rte"][1:] * 6]))
     for split in ("dev", "test"):
         (folder / "MMLU" / split).mkdir(parents=True)
         (folder / f"MMLU/{split}/anatomy_{split}.csv").write_text("Which?,a,b,c,d,A\n" * 5)
