@@ -5,6 +5,8 @@
     python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
     python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
                                         choose, all other flags are train.py's
+    python tests/bench.py probe ...     what a reader of the base's hidden states has before it; all
+                                        flags are train.py's, with --head lm
 """
 
 import argparse
@@ -23,6 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import train  # noqa: E402
+from data.chat import load_template  # noqa: E402
+from data.tokenizer import load_tokenizer  # noqa: E402
 from model import (  # noqa: E402
     PRESETS, ModelConfig, Transformer, from_pretrained, model_bytes, quantize_folder,
     save_pretrained,
@@ -195,14 +200,68 @@ def learn_once(flags):
         return json.loads(Path(out, "result.json").read_text()), losses
 
 
+@torch.no_grad()
+def last_states(base, examples):
+    """Hidden states of every layer at the last token, (n, N, C), and the examples' two targets."""
+    seen, states = [], []
+    for layer in base.layers:
+        layer.register_forward_hook(lambda layer, args, h_f: seen.append(h_f[0, -1]))
+    for ids, _ in examples:
+        base.hidden(torch.tensor([ids]))
+        states.append(torch.stack(seen))
+        seen.clear()
+    targets = torch.tensor([targets[-1] for _, targets in examples])
+    return torch.stack(states), (targets == targets.max()).long()
+
+
+def probe(flags, train_examples=1200, test_examples=400):
+    """Per layer: the channels' size, and how well a linear classifier learns in 100 steps of 16
+    from the states as they are, and standardized (the best of three learning rates each); and the
+    classifier that ridge regression finds from all of the examples."""
+    cfg = train.complete(train.parse_args(flags))
+    tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
+    task = train.load_task(cfg, tokenizer, load_template(cfg.base), base.config)
+    states, y = last_states(base, (task.train + task.held_out)[: train_examples + test_examples])
+    print("layer   largest |mean|   median std   100 steps: raw   standardized   ridge")
+    for i in range(states.shape[1]):
+        x = states[:, i]
+        mean, std = x[:64].mean(dim=0), x[:64].std(dim=0) + 1e-3
+        z = (x - mean) / std
+        best = [max(classify(v, y, train_examples, lr) for lr in (1e-4, 1e-3, 1e-2)) for v in (x, z)]
+        ridge = max(regress(z, y, train_examples, weight) for weight in (10, 100, 1e3, 1e4))
+        print(f"{i + 1:5} {mean.abs().max():16.1f} {std.median():12.2f} {best[0]:16.3f} {best[1]:14.3f} {ridge:7.3f}")
+
+
+def classify(x, y, n, learning_rate):
+    """Accuracy on x[n:] of a linear classifier after 100 steps of Adam on 16 of x[:n] each."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(x.shape[1], 2)
+    torch.nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.Adam(linear.parameters(), learning_rate)
+    for _ in range(100):
+        rows = torch.randint(n, (16,), generator=generator)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(linear(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return (linear(x[n:]).argmax(dim=1) == y[n:]).float().mean().item()
+
+
+def regress(x, y, n, weight):
+    a, b = x[:n], 2.0 * y[:n] - 1
+    w = torch.linalg.solve(a.T @ a + weight * torch.eye(a.shape[1]), a.T @ b)
+    return ((x[n:] @ w > 0) == y[n:].bool()).float().mean().item()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["load", "quant", "tokens", "learn"])
+    parser.add_argument("what", choices=["load", "quant", "tokens", "learn", "probe"])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
     args, flags = parser.parse_known_args()
     if args.what == "learn":
         learn(args.only, args.seeds, flags)
+    elif args.what == "probe":
+        probe(flags)
     elif flags:
         parser.error(f"unknown flags: {' '.join(flags)}")
     else:
