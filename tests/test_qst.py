@@ -8,7 +8,6 @@ import torch
 from conftest import small_base, small_config
 from torch.nn import functional as F
 
-import side
 import train
 from model import (
     IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left, positions_and_mask, rotary_table,
@@ -175,9 +174,12 @@ def test_master_weights_stay_in_fp32(dtype, idx):
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
-VARIANTS = side.VARIANTS | {
-    "residual": dict(mix="residual"), "even": dict(gate="even"), "borrowed": dict(attention="borrowed"),
-    "standardize": dict(standardize=True), "lora": dict(method="lora"),
+# What is not the paper's. Together: the variant that README recommends.
+FAST = dict(mix="residual", gate="sum", attention="borrowed", standardize=True)
+VARIANTS = {
+    "paper": {}, "released": RELEASED, "residual": dict(mix="residual"), "sum": dict(gate="sum"),
+    "borrowed": dict(attention="borrowed"), "standardize": dict(standardize=True), "fast": FAST,
+    "lora": dict(method="lora"),
 }  # fmt: skip
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 
@@ -212,26 +214,14 @@ def test_borrowed_attention(family, idx):
     assert torch.allclose(attention(h_g, mask, None, None, look), expected, atol=1e-5)
 
 
-def test_the_residual_mix_is_a_sum(base):
-    side = shaken(QST(base, SideConfig(reduction=4, mix="residual"))).side
+def test_mixes_and_gates(base):
+    """The residual mix and the summing gate are sums, without a parameter of their own."""
+    side = shaken(QST(base, SideConfig(reduction=4, mix="residual", gate="sum"))).side
+    assert side.alpha is None and side.gamma is None
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
-    assert side.alpha is None
     assert torch.allclose(side.mix(h_f, h_g), h_f + h_g @ side.upsample.weight.T, atol=1e-6)
-
-
-def test_the_even_gate_is_a_mean(base):
-    """At its start, what reaches the end is the mean of all downsampled states, if the side's layers
-    add nothing; with the paper's gate, each earlier one weighs half as much."""
-    states = torch.randn(4, 2, 5, 32)
-    for gate, weights in (("even", [0.25] * 4), ("scalar", [0.125, 0.125, 0.25, 0.5])):
-        side = QST(base, SideConfig(reduction=4, gate=gate)).side
-        for layer in side.layers:
-            layer.self_attn.o_proj.weight.data.zero_(), layer.mlp.down_proj.weight.data.zero_()
-        h_g = side.start(states[0])
-        for i in range(3):
-            h_g = side.rung(i, states[i + 1], h_g)
-        down = [downsample(h_f) for downsample, h_f in zip(side.downsample, states)]
-        assert torch.allclose(h_g, sum(w * d for w, d in zip(weights, down)), atol=1e-5)
+    expected = side.layers[2](side.downsample[3](h_f) + h_g)
+    assert torch.equal(side.rung(2, h_f, h_g), expected)
 
 
 def test_standardization(base, idx, tmp_path):
