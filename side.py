@@ -38,7 +38,7 @@ class SideConfig:
     standardize: bool = setting(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = setting("scalar", "gamma: a scalar from 0; even: from log i; channel: a vector from 0.5")
+    gate: str = setting("scalar", "scalar: gamma, from 0; channel: a vector, from 0.5; sum: no gate")
     mix: str = setting("alpha", "alpha: a scalar, from 1; released: a vector; residual: a plain sum")
     attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
@@ -56,7 +56,7 @@ class SideConfig:
 CHOICES = {
     "method": ("qst", "lora"),
     "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
-    "gate": ("scalar", "even", "channel"),
+    "gate": ("scalar", "channel", "sum"),
     "mix": ("alpha", "released", "residual"),
     "attention": ("own", "borrowed"),
 }
@@ -71,7 +71,7 @@ RELEASED = dict(
 )  # fmt: skip
 
 # What we found to learn fastest: see "Why QST learns slowly" in the README.
-FAST = dict(gate="even", attention="borrowed")
+FAST = dict(mix="residual", gate="sum", attention="borrowed", standardize=True)
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 
@@ -150,12 +150,12 @@ class SideNetwork(nn.Module):
         self.downsample = nn.ModuleList(
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
+        self.gamma = None
         for name in ("mean", "scale"):  # of the channels of h_f_0 ... h_f_N: see QST.calibrate
             self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
-        start = torch.full((N, c), 0.5) if config.gate == "channel" else torch.zeros(N)
-        if config.gate == "even":  # beta_i = i / (i + 1)
-            start = torch.arange(1.0, N + 1).log()
-        self.gamma = nn.Parameter(start)
+        if config.gate != "sum":
+            channel = config.gate == "channel"
+            self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
         borrows = config.attention == "borrowed"
         self.layers = nn.ModuleList(DecoderLayer(self.narrow, borrows) for _ in range(N))
         self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
@@ -183,6 +183,8 @@ class SideNetwork(nn.Module):
         """
         h_f = self.standardized(i + 1, h_f)
         down = self.downsample[i if self.config.share_first else i + 1](h_f)
+        if self.gamma is None:
+            return self.layers[i](down + h_g, *context)
         beta = torch.sigmoid(self.gamma[i])
         mixed = (1 - beta).to(down.dtype) * down + beta.to(down.dtype) * h_g
         return self.layers[i](mixed, *context)
