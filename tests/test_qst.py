@@ -8,6 +8,7 @@ import torch
 from conftest import small_base, small_config
 from torch.nn import functional as F
 
+import side
 import train
 from model import (
     IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left, positions_and_mask, rotary_table,
@@ -174,12 +175,9 @@ def test_master_weights_stay_in_fp32(dtype, idx):
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
-# What is not the paper's. Together: the variant that README recommends.
-FAST = dict(mix="residual", gate="sum", attention="borrowed", standardize=True)
-VARIANTS = {
-    "paper": {}, "released": RELEASED, "residual": dict(mix="residual"), "sum": dict(gate="sum"),
-    "borrowed": dict(attention="borrowed"), "standardize": dict(standardize=True), "fast": FAST,
-    "lora": dict(method="lora"),
+VARIANTS = side.VARIANTS | {
+    "residual": dict(mix="residual"), "sum": dict(gate="sum"), "borrowed": dict(attention="borrowed"),
+    "standardize": dict(standardize=True), "lora": dict(method="lora"),
 }  # fmt: skip
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 

@@ -295,7 +295,7 @@ def test_the_embedded_default_learns(tmp_path):
 def test_a_variant_is_one_flag():
     """--variant sets what the architecture's own flags leave at the paper's values."""
     cfg = train.complete(train.parse_args(["--variant", "fast", "--mix", "released"]))
-    assert (cfg.mix, cfg.gate, cfg.attention, cfg.standardize) == ("released", "sum", "borrowed", True)
+    assert (cfg.mix, cfg.gate, cfg.standardize) == ("released", "sum", True)
     assert train.complete(train.parse_args(["--variant", "released"])).final_norm
     with pytest.raises(InputError, match="--variant best is unknown: choose paper, released, fast"):
         train.complete(train.parse_args(["--variant", "best"]))
