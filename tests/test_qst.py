@@ -179,7 +179,7 @@ FAST = dict(mix="residual", gate="sum", attention="borrowed", standardize=True)
 VARIANTS = {
     "paper": {}, "released": RELEASED, "residual": dict(mix="residual"), "sum": dict(gate="sum"),
     "borrowed": dict(attention="borrowed"), "standardize": dict(standardize=True), "fast": FAST,
-    "lora": dict(method="lora"),
+    "qlora": dict(method="qlora"),
 }  # fmt: skip
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 
@@ -250,7 +250,7 @@ def test_lora(idx, tmp_path):
     """Only the branches learn, one for every linear layer of the base; they are saved and loaded."""
     base = small_base()
     expected = base(idx)
-    model = tune(base, SideConfig(method="lora", rank=4))
+    model = tune(base, SideConfig(method="qlora", rank=4))
     assert sum(p.numel() for p in model.parameters()) == 3 * 4 * (4 * 64 + 3 * (32 + 48))
     shaken(model)
     model.loss(idx, idx).backward()
