@@ -29,7 +29,7 @@ from model import (
     rotary_table, save_pretrained, some, token_loss, write_json, write_safetensors,
 )  # fmt: skip
 from quant import PACKED, InputError
-from side import PARTS, RELEASED, SideConfig, SideNetwork, check_quant, full_weight
+from side import INSIDE, RELEASED, SideConfig, SideNetwork, check_quant, full_weight
 
 FORMAT = 1  # of a side checkpoint
 
@@ -147,7 +147,7 @@ class QST(Generator, nn.Module):
         tensors = {name: read() for name, read in read_safetensors(path).items()}
         side = self.side
         if config != side.config:
-            if config.method in PARTS or side.config.method in PARTS:
+            if config.method in INSIDE or side.config.method in INSIDE:
                 raise InputError(f"{folder} has other settings than these parts: load the base anew.")
             side = QST(self.base, config).side
         fill(side, tensors, path)
@@ -160,7 +160,7 @@ class Finetuned(QST):
 
     @staticmethod
     def make_side(base, config):
-        return PARTS[config.method](base, config)
+        return INSIDE[config.method](base, config)
 
     def calibrate(self, prompts):
         """There are no downsamplers."""
@@ -189,7 +189,7 @@ class Finetuned(QST):
 
 def tune(base, config):
     """A base with what is to be trained: `QST`, of which LST is a setting, or another method."""
-    return (Finetuned if config.method in PARTS else QST)(base, config)
+    return (Finetuned if config.method in INSIDE else QST)(base, config)
 
 
 def fill(module, tensors, where):

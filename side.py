@@ -412,7 +412,7 @@ class Thawed(nn.Module):
         self.weights = nn.ParameterDict({k.replace(".", "/"): p for k, p in made.values()})
 
 
-PARTS = {"qlora": Branches, "lora": Branches, "adapter": Adapters, "peqa": Thawed, "full": Thawed}
+INSIDE = {"qlora": Branches, "lora": Branches, "adapter": Adapters, "peqa": Thawed, "full": Thawed}
 
 
 def main():
