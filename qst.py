@@ -25,8 +25,9 @@ from tqdm import tqdm
 from data import chat, mt_bench
 from data.tokenizer import load_tokenizer
 from model import (
-    OPT_NAMES, Generator, Transformer, copy_tokenizer, from_pretrained, pad_left, positions_and_mask, read_json, read_safetensors,
-    rotary_table, save_pretrained, some, token_loss, write_json, write_safetensors,
+    OPT_NAMES, Generator, Transformer, copy_tokenizer, from_pretrained, pad_left, positions_and_mask,
+    read_json, read_safetensors, rotary_table, save_pretrained, some, token_loss, write_json,
+    write_safetensors,
 )  # fmt: skip
 from quant import PACKED, InputError
 from side import INSIDE, RELEASED, SideConfig, SideNetwork, check_quant, full_weight
@@ -355,7 +356,7 @@ def add_base_flags(parser):
 
 def load_base(args, side=None):
     device = pick_device(args.device)
-    quant = args.quant or (read_side(side)[1]["quant"] if side else "nf4")
+    quant = args.quant or side and read_side(side)[1].get("quant") or "nf4"
     return from_pretrained(args.base, quant, pick_dtype(args.dtype, device), device)
 
 

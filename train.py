@@ -160,11 +160,12 @@ def complete_method(cfg):
     asked = (cfg.peqa_bits, cfg.group_size) != (4, 0)
     if cfg.side:
         side, base = read_side(cfg.side)
-        cfg = replace(cfg, method=side.method, quant=cfg.quant or base["quant"])
+        cfg = replace(cfg, method=side.method, quant=cfg.quant or base.get("quant"))
     elif asked and (cfg.method != "peqa" or cfg.quant):
         raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
     if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:
-        raise InputError(f"--peqa_bits {cfg.peqa_bits} --group_size {cfg.group_size}: choose 3 or 4, and 0 or more.")
+        told = f"--peqa_bits {cfg.peqa_bits} --group_size {cfg.group_size}"
+        raise InputError(f"{told}: choose 3 or 4, and 0 or more.")
     default = QUANTS[cfg.method][0]
     if cfg.method == "peqa":
         default = f"int{cfg.peqa_bits}" + f"-{cfg.group_size}" * (cfg.group_size > 0)

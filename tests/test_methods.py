@@ -183,7 +183,8 @@ def test_checkpointing(method, family, idx):
 
 
 @pytest.mark.parametrize("method, kind", [
-    ("lora", "nf4"), ("qlora", "none"), ("full", "nf4"), ("peqa", "nf4"), ("qst", "int4"), ("adapter", "int3"),
+    ("lora", "nf4"), ("qlora", "none"), ("full", "nf4"), ("peqa", "nf4"), ("qst", "int4"),
+    ("adapter", "int3"),
 ])  # fmt: skip
 def test_contradictions(method, kind):
     """A method refuses a base that is stored otherwise than it needs, before anything is loaded."""
@@ -349,39 +350,38 @@ def test_pruning_by_nothing_is_the_base(family, kind):
 @each_family
 def test_pruning_keeps_what_counts(family):
     """Of a base whose weights are 0 but in half of the channels, it keeps that half: attention and
-    MLP compute the same, in it, as those of the base."""
+    MLP compute the same, in it, as those of the base. Some channels of the half are only read, or
+    only written to, and of rotary pairs only one counts."""
     base = small_base("none", **FAMILIES[family])
     opt = family == "opt"
     pick = lambda n, keep: torch.randperm(n)[:keep].sort().values
     torch.manual_seed(3)
     hidden = pick(32, 16)
 
-    def inside(heads):
-        """Half of each head's channels, as a mask over those of all: rotary pairs together."""
-        masks = []
-        for _ in range(heads):
-            first = pick(8, 4) if opt else pick(4, 2)
-            index = first if opt else torch.cat([first, first + 4])
-            masks.append(torch.zeros(8).index_fill_(0, index, 1.0))
-        return torch.stack(masks)
+    def inside(rotary):
+        """Half of each head's channels, or of half of its rotary pairs the second, as a mask."""
+        picked = [pick(4, 2) + 4 if rotary else pick(8, 4) for _ in range(n_kv)]
+        return torch.stack([torch.zeros(8).index_fill_(0, index, 1.0) for index in picked])
 
     def cut(linear, rows, columns):
         linear.weight.mul_(rows.unsqueeze(1) * columns)
         if linear.bias is not None:
             linear.bias.mul_(rows)
 
-    h = torch.zeros(32).index_fill_(0, hidden, 1.0)
+    n_kv = base.config.n_kv_head
+    read = torch.zeros(32).index_fill_(0, hidden[2:], 1.0)
+    written = torch.zeros(32).index_fill_(0, hidden[:-2], 1.0)
     for layer in base.layers:
-        attention, mlp, n_kv = layer.self_attn, layer.mlp, base.config.n_kv_head
-        looks, values = inside(n_kv), inside(n_kv)
+        attention, mlp = layer.self_attn, layer.mlp
+        looks, values = inside(rotary=not opt), inside(rotary=False)
         every = lambda mask: mask.repeat_interleave(4 // n_kv, dim=0).flatten()
-        cut(attention.q_proj, every(looks), h), cut(attention.k_proj, looks.flatten(), h)
-        cut(attention.v_proj, values.flatten(), h), cut(attention.o_proj, h, every(values))
+        cut(attention.q_proj, every(looks), read), cut(attention.k_proj, looks.flatten(), read)
+        cut(attention.v_proj, values.flatten(), read), cut(attention.o_proj, written, every(values))
         ffn = torch.zeros(48).index_fill_(0, pick(48, 24), 1.0)
         for name in ("gate_proj", "up_proj"):
             if getattr(mlp, name) is not None:
-                cut(getattr(mlp, name), ffn, h)
-        cut(mlp.down_proj, h, ffn)
+                cut(getattr(mlp, name), ffn, read)
+        cut(mlp.down_proj, written, ffn)
     assert hidden_score(base.layers[0]).nonzero().squeeze(1).tolist() == hidden.tolist()
     side = tune(base, SideConfig(method="lst", reduction=2)).side
     prune(base, side)
