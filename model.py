@@ -19,15 +19,17 @@ import mmap
 import os
 import sys
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from quant import (
     ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Linear4bit,
-    Quantized4bit, quantize_4bit,
+    Quantized4bit, frozen_linear, parse_int,
 )  # fmt: skip
 
 
@@ -327,7 +329,7 @@ class Generator:
 
     @property
     def device(self):
-        return next(self.buffers()).device
+        return next(chain(self.buffers(), self.parameters())).device
 
     def loss(self, idx, targets):
         """Mean loss of (B, T): only the tokens that have a target reach the head.
@@ -405,6 +407,8 @@ def token_loss(logits, targets):
 class Transformer(Generator, nn.Module):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
+    checkpoint = False  # whether backward computes a layer's activations again from its input
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -452,7 +456,10 @@ class Transformer(Generator, nn.Module):
         x = self.embed(idx, positions)
         rope = rotary_table(self.config, positions, x.dtype)
         for layer, layer_cache in zip(self.layers, cache):
-            x = layer(x, mask, rope, layer_cache)
+            if self.checkpoint and torch.is_grad_enabled():
+                x = checkpoint(layer, x, mask, rope, use_reentrant=False)
+            else:
+                x = layer(x, mask, rope, layer_cache)
         return self.final(x)
 
     def forward(self, idx, keep=None, cache=None):
@@ -462,11 +469,14 @@ class Transformer(Generator, nn.Module):
         """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
 
         One tensor is in memory beside the 4-bit model at any time.
+        quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
         read: function of (name, shape) that gives the tensor, or a `Quantized4bit` to be taken as
         it is; default: the weights of this model
         """
-        if quant not in ("nf4", "fp4", "none"):
-            raise InputError(f"--quant {quant} is unknown: choose nf4, fp4 or none.")
+        if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
+            raise InputError(
+                f"--quant {quant} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
+            )
         own = dict(self.named_parameters())
         read = read or (lambda name, shape: own.pop(name).detach())
         for path, module in list(self.named_modules()):
@@ -476,13 +486,11 @@ class Transformer(Generator, nn.Module):
             for attribute, name in names.items():
                 tensor = read(name, getattr(module, attribute).shape).to(device)
                 if attribute == "weight" and isinstance(module, Linear):
-                    if quant != "none" and module is not self.lm_head:
-                        tensor = quantize_4bit(tensor, quant, name=name)
-                    if isinstance(tensor, Quantized4bit):
+                    packs = quant != "none" and module is not self.lm_head
+                    if packs or isinstance(tensor, Quantized4bit):
                         module.weight = None
-                        layer = Linear4bit(tensor, module.bias)
-                        self.set_submodule(path, layer)
-                        module = layer
+                        module = frozen_linear(tensor, quant, module.bias, name)
+                        self.set_submodule(path, module)
                         continue
                 delattr(module, attribute)
                 module.register_buffer(attribute, tensor.to(dtype))
@@ -759,7 +767,7 @@ def _rope_config(c, path):
 def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     """Load a LLaMA or OPT folder, quantizing tensor by tensor, and freeze it.
 
-    quant: "nf4" or "fp4", always double-quantized, or "none"
+    quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
     Peak memory is the 4-bit model and the largest tensor. Every tensor of the model must be in
     the folder, and every tensor of the folder in the model, or the names are told. A folder that
@@ -876,10 +884,16 @@ def quantize_folder(source, target, quant="nf4"):
         bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=["lm_head"],
     )  # fmt: skip
     write_safetensors(target / "model.safetensors", tensors)
-    for path in source.iterdir():  # the tokenizer, and what else is not weights
-        if path.suffix in (".json", ".model", ".txt", ".jinja") and "index" not in path.name:
-            write_atomically(target / path.name, lambda file: file.write(path.read_bytes()))
+    copy_tokenizer(source, target)
     write_json(target / "config.json", settings)
+
+
+def copy_tokenizer(source, target):
+    """Copy a folder's tokenizer, and what else is neither weights nor config.json."""
+    for path in Path(source).iterdir():
+        kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
+        if kept and "index" not in path.name:
+            write_atomically(Path(target) / path.name, lambda file: file.write(path.read_bytes()))
 
 
 def save_pretrained(model, folder):

@@ -3,6 +3,7 @@
     python qst.py --base FOLDER --side FOLDER --prompt "..."
     python qst.py chat --base FOLDER --side FOLDER
     python qst.py answer --base FOLDER --side FOLDER --questions FILE.jsonl --out FILE.jsonl
+    python qst.py merge --base FOLDER --side FOLDER --out FOLDER
     python qst.py import-released FOLDER --base FOLDER --out FOLDER
 
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
@@ -24,11 +25,12 @@ from tqdm import tqdm
 from data import chat, mt_bench
 from data.tokenizer import load_tokenizer
 from model import (
-    OPT_NAMES, Generator, from_pretrained, pad_left, positions_and_mask, read_json, read_safetensors,
-    rotary_table, some, token_loss, write_json, write_safetensors,
+    OPT_NAMES, Generator, Transformer, copy_tokenizer, from_pretrained, pad_left, positions_and_mask,
+    read_json, read_safetensors, rotary_table, save_pretrained, some, token_loss, write_json,
+    write_safetensors,
 )  # fmt: skip
-from quant import InputError, Linear4bit
-from side import RELEASED, Branches, SideConfig, SideNetwork
+from quant import PACKED, InputError
+from side import INSIDE, RELEASED, SideConfig, SideNetwork, check_quant, full_weight
 
 FORMAT = 1  # of a side checkpoint
 
@@ -41,9 +43,15 @@ class QST(Generator, nn.Module):
 
     def __init__(self, base, config=None):
         super().__init__()
+        config, device = config or SideConfig(), base.device
+        if any(True for _ in base.parameters()):
+            raise InputError("The base is not frozen, or holds another method's parts: load it anew.")
+        check_quant(config.method, quant_kind(base))
         self.base, self.config = base, base.config
-        with torch.device(base.embed_tokens.weight.device):
-            self.side = self.make_side(base, config or SideConfig())
+        # Taken now: a method may be about to change the base.
+        self.fingerprint = fingerprint(base) if device.type != "meta" else None
+        with torch.device(device):
+            self.side = self.make_side(base, config)
 
     @staticmethod
     def make_side(base, config):
@@ -118,7 +126,7 @@ class QST(Generator, nn.Module):
         write_safetensors(folder / "side.safetensors", self.side.state_dict())
         write_json(
             folder / "side.json",
-            {"format": FORMAT, "config": asdict(self.side.config), "base": fingerprint(self.base)},
+            {"format": FORMAT, "config": asdict(self.side.config), "base": self.fingerprint},
         )
 
     @staticmethod
@@ -132,13 +140,17 @@ class QST(Generator, nn.Module):
         It must have been trained on this base; every tensor must be there, and no other.
         """
         config, trained_on = read_side(folder)
-        ours = fingerprint(self.base)
+        ours = self.fingerprint
         if differ := [key for key in ours if trained_on.get(key) != ours[key]]:
             told = ", ".join(f"{k} {trained_on.get(k)} there and {ours[k]} here" for k in differ)
             raise InputError(f"{folder} was trained on another base: {told}.")
         path = Path(folder) / "side.safetensors"
         tensors = {name: read() for name, read in read_safetensors(path).items()}
-        side = self.side if config == self.side.config else type(self)(self.base, config).side
+        side = self.side
+        if config != side.config:
+            if config.method in INSIDE or side.config.method in INSIDE:
+                raise InputError(f"{folder} has other settings than these parts: load the base anew.")
+            side = QST(self.base, config).side
         fill(side, tensors, path)
         self.side = side
         return self
@@ -147,7 +159,9 @@ class QST(Generator, nn.Module):
 class Finetuned(QST):
     """A method that trains parts inside the base, so that backward runs through all of it."""
 
-    make_side = staticmethod(Branches)
+    @staticmethod
+    def make_side(base, config):
+        return INSIDE[config.method](base, config)
 
     def calibrate(self, prompts):
         """There are no downsamplers."""
@@ -158,10 +172,25 @@ class Finetuned(QST):
     def new_cache(self, max_len):
         return self.base.new_cache(max_len)
 
+    def merge(self, dtype=torch.bfloat16):
+        """One frozen `Transformer` of plain weights that computes what base and parts compute."""
+
+        def read(name, shape):
+            path, _, attribute = name.rpartition(".")
+            module = self.base.get_submodule(path)
+            packed = attribute == "weight" and isinstance(module, PACKED)
+            return full_weight(module) if packed else getattr(module, attribute).detach()
+
+        if self.side.config.method == "adapter":
+            raise InputError("The bottlenecks of --method adapter are not linear: nothing to merge.")
+        with torch.device("meta"):
+            merged = Transformer(self.config)
+        return merged.freeze("none", dtype, self.device, read)
+
 
 def tune(base, config):
-    """A base with what is to be trained: `QST`, or another method."""
-    return (QST if config.method == "qst" else Finetuned)(base, config)
+    """A base with what is to be trained: `QST`, of which LST is a setting, or another method."""
+    return (Finetuned if config.method in INSIDE else QST)(base, config)
 
 
 def fill(module, tensors, where):
@@ -204,15 +233,18 @@ def fingerprint(base):
     and scales of what is in 4 bits, and of the rest the signs, which are the same in every dtype.
     """
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
-    digest, quant = hashlib.sha256(json.dumps(shape).encode()), "none"
+    digest = hashlib.sha256(json.dumps(shape).encode())
     for module in base.modules():
-        packed = isinstance(module, Linear4bit)
-        quant = module.kind if packed else quant
+        packed = isinstance(module, PACKED)
         for name, tensor in module.named_buffers(recurse=False):
             some = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
             some = some if packed and name != "bias" else some.signbit()
             digest.update(some.numpy().tobytes())
-    return {"quant": quant, "weights": digest.hexdigest()[:16]}
+    return {"quant": quant_kind(base), "weights": digest.hexdigest()[:16]}
+
+
+def quant_kind(base):
+    return next((m.kind for m in base.modules() if isinstance(m, PACKED)), "none")
 
 
 # --------------------------------------------------------------------------------------
@@ -316,19 +348,21 @@ def add_model_flags(parser, max_new_tokens):
 
 def add_base_flags(parser):
     parser.add_argument("--base", required=True, help="folder of a LLaMA or OPT model")
-    parser.add_argument("--quant", default="nf4", help="nf4, fp4 or none (as it was trained)")
+    parser.add_argument("--quant", help="nf4, fp4, none, int4, int4-64, ...; default: nf4, or what "
+        "--side was trained on")  # fmt: skip
     parser.add_argument("--dtype", default="auto", help="fp32, bf16, fp16; auto: by the device")
     parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
 
 
-def load_base(args):
+def load_base(args, side=None):
     device = pick_device(args.device)
-    return from_pretrained(args.base, args.quant, pick_dtype(args.dtype, device), device)
+    quant = args.quant or side and read_side(side)[1].get("quant") or "nf4"
+    return from_pretrained(args.base, quant, pick_dtype(args.dtype, device), device)
 
 
 def load_model(args):
     """The base with its side network, if there is one, and its tokenizer."""
-    tokenizer, base = load_tokenizer(args.base), load_base(args)
+    tokenizer, base = load_tokenizer(args.base), load_base(args, args.side)
     model = QST.from_side(base, args.side) if args.side else base
     if args.side and model.side.classifier is not None:
         raise InputError(f"--side {args.side} is a classifier: score it with train.py --eval_only.")
@@ -469,10 +503,33 @@ def import_command(argv):
     print(f"{args.out}: reduction {config.reduction}, rank {config.rank}, as released")
 
 
-COMMANDS = {"chat": chat_command, "answer": answer_command, "import-released": import_command}
+def merge_command(argv):
+    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder of
+    plain weights, in bf16 if --dtype does not say otherwise."""
+    parser = Parser("qst.py merge", description=merge_command.__doc__)
+    parser.add_argument("--side", required=True, help="the --out_dir of a run of train.py")
+    parser.add_argument("--out", required=True, help="the folder to write, with its tokenizer")
+    add_base_flags(parser)
+    args = parser.parse_args(argv)
+    if Path(args.out).resolve() == Path(args.base).resolve():
+        raise InputError(f"--out {args.out} is the base: give another folder.")
+    model, _ = load_model(args)
+    if not isinstance(model, Finetuned):
+        raise InputError(f"--side {args.side} is a side network, which cannot be merged into the base.")
+    dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
+    save_pretrained(model.merge(dtype), args.out)
+    copy_tokenizer(args.base, args.out)
+    print(f"{args.out}: {model.side.config.method}, merged in {str(dtype).removeprefix('torch.')}")
+
+
+COMMANDS = {
+    "chat": chat_command, "answer": answer_command, "import-released": import_command,
+    "merge": merge_command,
+}  # fmt: skip
 ALSO = (
     "Also, each with its own --help: `qst.py chat` talks to a model, `qst.py answer` answers the"
-    " questions of MT-Bench, and `qst.py import-released` reads the authors' side checkpoints."
+    " questions of MT-Bench, `qst.py merge` writes a LoRA's model as a folder of plain weights, and"
+    " `qst.py import-released` reads the authors' side checkpoints."
 )
 
 

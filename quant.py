@@ -1,4 +1,5 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
+And whole numbers of 3 or 4 bits with scales that can learn, `LinearInt`: further down.
 
 How it works
     A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
@@ -33,6 +34,7 @@ Run `python quant.py` to see the code books, the errors and the bits per weight.
 """
 
 import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
@@ -532,6 +534,181 @@ class Linear4bit(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 
 
+# --------------------------------------------------------------------------------------
+# Integers with scales that can learn (PEQA, arXiv 2305.14152 §3)
+#
+# Of the weights of an output channel, or of a group of `group_size` neighbours in it, we keep a step
+# `scale`, the whole number `zero` that stands for 0, and of each weight a whole number of b bits:
+#
+#     code = clamp(round(W / scale) + zero, 0, 2^b - 1)            W ~ scale * (code - zero)
+#
+# The codes are packed eight at a time, b bits each, into b bytes: 3 bits take 3 bits.
+
+
+def parse_int(kind):
+    """"int4" or "int3-64" -> bits and group size, 0 for a whole channel; None for other kinds."""
+    found = re.fullmatch(r"int([34])(?:-([1-9]\d*))?", kind)
+    return found and (int(found[1]), int(found[2] or 0))
+
+
+def pack(codes, bits):
+    """uint8 (n,) below 2^bits -> uint8 (ceil(n / 8) * bits,), the first code in the lowest bits."""
+    eights = F.pad(codes, (0, -len(codes) % 8)).view(-1, 8).long()
+    words = (eights << bits * torch.arange(8, device=codes.device)).sum(dim=1, keepdim=True)
+    return (words >> 8 * torch.arange(bits, device=codes.device) & 255).to(torch.uint8).view(-1)
+
+
+def unpack_codes(packed, bits):
+    """Undo `pack`: int32 (n,), n a multiple of 8."""
+    at = lambda n, step: torch.arange(0, n * step, step, dtype=torch.int32, device=packed.device)
+    words = (packed.view(-1, bits).int() << at(bits, 8)).sum(dim=1, keepdim=True, dtype=torch.int32)
+    return (words >> at(8, bits) & 2**bits - 1).view(-1)
+
+
+@dataclass
+class QuantizedInt:
+    """A matrix of packed whole numbers.
+
+    codes: uint8 (ceil(n / 8) * bits,)
+    scales: fp32 (rows, groups); zeros: uint8 (rows, groups)
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor
+    shape: tuple
+    bits: int
+
+    @property
+    def nbytes(self):
+        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+
+    def chunks(self):
+        """Cut the rows into slices of so many that a slice begins with a whole byte."""
+        rows, columns = self.shape
+        step = max(8, chunk_size(self.codes.device) // columns // 8 * 8)
+        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+    def steps(self, rows):
+        """code - zero for a slice of rows, in the scales' dtype: (rows, groups, group_size)."""
+        first, last = rows.start * self.shape[1], rows.stop * self.shape[1]
+        packed = self.codes[first // 8 * self.bits : -(-last // 8) * self.bits]
+        codes = unpack_codes(packed, self.bits)[: last - first]
+        zeros = self.zeros[rows].unsqueeze(-1)
+        return (codes.view(*zeros.shape[:2], -1) - zeros).to(self.scales.dtype)
+
+    def dequantize(self, dtype=torch.float32, out=None):
+        """Return the weights, rounded once to `dtype`; out: optional buffer of their shape."""
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device) if out is None else out
+        for rows in self.chunks():
+            out[rows] = (self.steps(rows) * self.scales[rows].unsqueeze(-1)).flatten(1)
+        return out
+
+
+def quantize_int(weight, bits=4, group_size=0, name="the weight"):
+    """Round a matrix to the nearest of 2^bits equal steps from each group's smallest weight to its
+    largest; 0 is among them, so that the zero point fits in as many bits.
+
+    group_size: weights of a row that share a scale; 0: all of them
+    """
+    columns = weight.shape[1]
+    if columns % (group_size or columns):
+        raise InputError(f"--group_size {group_size} does not divide {name}'s {columns} columns.")
+    parts, top = [], 2**bits - 1
+    for chunk in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):
+        groups = chunk.float().unflatten(1, (-1, group_size or columns))
+        low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
+        scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / top
+        scale = torch.where(scale == 0, 1.0, scale)  # of nothing but zeros
+        zero = (-low / scale).round()
+        codes = ((groups / scale).round() + zero).clamp(0, top).to(torch.uint8)
+        parts.append((pack(codes.view(-1), bits), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)))
+    codes, scales, zeros = map(torch.cat, zip(*parts))
+    if not weight.is_meta and not scales.isfinite().all():
+        raise InputError(f"{name} has NaN or infinite values and cannot be quantized.")
+    return QuantizedInt(codes, scales, zeros, weight.shape, bits)
+
+
+class _LinearIntFunction(torch.autograd.Function):
+    """`F.linear` with a gradient for the scales too, that keeps x and never a weight: the codes are
+    unpacked again, and where the scales need the gradient of W, some of its rows at a time."""
+
+    @staticmethod
+    def forward(ctx, x, scales, layer):
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,), layer, grad_x, grad_scales = ctx.saved_tensors, ctx.layer, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ layer.unpack(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            q, x, grad = layer.quantized, x.flatten(0, -2), grad.flatten(0, -2)
+            grad_scales = torch.empty_like(q.scales)
+            for rows in q.chunks():  # dL/dscale = the sum of dL/dW * (code - zero) over the group
+                steps = q.steps(rows)
+                grad_scales[rows] = ((grad[:, rows].T @ x).view_as(steps) * steps).sum(dim=-1)
+        return grad_x, grad_scales, None
+
+
+class LinearInt(nn.Module):
+    """A linear layer with weights of 3 or 4 bits, frozen but for the scales, if they are made a
+    Parameter. That one number is the scale of the quantizer and what PEQA adds to it.
+
+    x: (..., in_features), any float dtype, in which the product is computed and returned
+    """
+
+    def __init__(self, weight: QuantizedInt, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bits = weight.bits
+        for name in ("codes", "scales", "zeros"):
+            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @property
+    def quantized(self):
+        shape = torch.Size((self.out_features, self.in_features))
+        return QuantizedInt(self.codes, self.scales.detach(), self.zeros, shape, self.bits)
+
+    @property
+    def kind(self):
+        groups = self.scales.shape[1]
+        return f"int{self.bits}" + (f"-{self.in_features // groups}" if groups > 1 else "")
+
+    def unpack(self, dtype):
+        """The weight in the scratch buffer that `Linear4bit.unpack` has too."""
+        weight = self.quantized
+        buffer = scratch("weight", weight.shape.numel(), dtype, self.codes.device)
+        return weight.dequantize(dtype, buffer.view(weight.shape))
+
+    def product(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.unpack(x.dtype), bias)
+
+    def forward(self, x):
+        if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
+            return _LinearIntFunction.apply(x, self.scales, self)
+        return self.product(x)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
+
+
+PACKED = (Linear4bit, LinearInt)  # each has `kind`, `quantized`, `unpack` and `product`
+
+
+def frozen_linear(weight, kind, bias=None, name="the weight"):
+    """A layer of PACKED for a matrix, or for a `Quantized4bit`, which is taken as it is."""
+    if isinstance(weight, Quantized4bit):
+        return Linear4bit(weight, bias)
+    if numbers := parse_int(kind):
+        return LinearInt(quantize_int(weight, *numbers, name=name), bias)
+    return Linear4bit(quantize_4bit(weight, kind, name=name), bias)
+
+
 def main():
     print("NF4 ", " ".join(f"{level:.4f}" for level in NF4_CODEBOOK))
     print("FP4 ", " ".join(f"{level:.4f}" for level in FP4_CODEBOOK.sort().values))
@@ -545,6 +722,10 @@ def main():
             error = (q.dequantize() - weight).abs().mean()
             label = f"{kind}{', double quantization' if double_quant else ''}"
             print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
+    for kind in ("int4", "int4-64", "int3", "int3-64"):
+        q = quantize_int(weight, *parse_int(kind))
+        error = (q.dequantize() - weight).abs().mean()
+        print(f"{kind:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import InputError, Linear4bit
+from quant import PACKED, InputError
 
 
 def setting(default, help):
@@ -31,21 +31,25 @@ def setting(default, help):
 class SideConfig:
     """The side network's architecture. The defaults are the paper's; RELEASED has the other."""
 
-    method: str = setting("qst", "qst; or, to compare with, lora: low-rank branches in the base")
+    method: str = setting("qst", "qst; or, to compare with, lst, lora, qlora, adapter, peqa, full")
     reduction: int = setting(16, "the side network is this many times narrower than the base")
-    rank: int = setting(16, "of the lora and adapter downsamplers, and of LoRA")
-    downsample: str = setting("adapter", "linear, lora, adapter, maxpool or avgpool")
+    rank: int = setting(16, "of the lora and adapter downsamplers, of LoRA and of Adapter")
+    downsample: str = setting(None, "adapter (lst: linear), linear, lora, maxpool or avgpool")
     standardize: bool = setting(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
     share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
     gate: str = setting("scalar", "scalar: gamma, from 0; channel: a vector, from 0.5; sum: no gate")
-    mix: str = setting("alpha", "alpha: a scalar, from 1; released: a vector; residual: a plain sum")
+    mix: str = setting(None, "alpha: a scalar, from 1; released: a vector; residual: a plain sum; "
+        "side: the side network alone (lst)")  # fmt: skip
     attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
     final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
     n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
 
     def __post_init__(self):
+        if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings
+            self.downsample, self.mix = self.downsample or "linear", self.mix or "side"
+        self.downsample, self.mix = self.downsample or "adapter", self.mix or "alpha"
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(
@@ -53,11 +57,29 @@ class SideConfig:
                 )
 
 
+# What each method's base may be stored in; the first is the default. int4 stands for int4-64 too.
+QUANTS = {
+    "qst": ("nf4", "fp4", "none"),
+    "lst": ("none", "nf4", "fp4"),
+    "qlora": ("nf4", "fp4"),
+    "lora": ("none",),
+    "adapter": ("none", "nf4", "fp4"),
+    "peqa": ("int4", "int3"),
+    "full": ("none",),
+}
+
+
+def check_quant(method, quant):
+    if quant.partition("-")[0] not in QUANTS[method]:
+        kinds = " or ".join(QUANTS[method])
+        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
+
+
 CHOICES = {
-    "method": ("qst", "lora"),
+    "method": tuple(QUANTS),
     "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
     "gate": ("scalar", "channel", "sum"),
-    "mix": ("alpha", "released", "residual"),
+    "mix": ("alpha", "released", "residual", "side"),
     "attention": ("own", "borrowed"),
 }
 
@@ -163,7 +185,7 @@ class SideNetwork(nn.Module):
         self.alpha, self.classifier = None, make_classifier(base_config, config)
         if config.mix == "residual":
             nn.init.zeros_(self.upsample.weight)
-        else:
+        elif config.mix != "side":
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
 
     def start(self, h_f):
@@ -200,14 +222,88 @@ class SideNetwork(nn.Module):
         """
         up = self.upsample(self.norm(h_g))
         if self.alpha is None:
-            return h_f + up
+            return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
         return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
 
 
 # --------------------------------------------------------------------------------------
-# What other methods train
+# A side network that starts as the base, pruned
+
+
+def full_weight(linear):
+    """The weight of a frozen layer in fp32, whatever it is stored in."""
+    packed = isinstance(linear, PACKED)
+    return linear.quantized.dequantize() if packed else linear.weight.detach().float()
+
+
+@torch.no_grad()
+def prune(base, side):
+    """Start the side network's layers as the base's, pruned (LST, arXiv 2206.06522 §2.3).
+
+    A channel counts for as much as the magnitudes of all weights that write to it and read it, and
+    those that count most are kept, in their order:
+    - of the hidden state, the same in all layers, which are joined by it;
+    - of the MLP, each layer's own;
+    - in each attention head, those of its queries and keys, rotary pairs together, and those of its
+      values. Heads that share a key choose together.
+    Downsamplers, gates and the upsampler start as usual.
+
+    differs from the paper: magnitudes, where LST has Fisher information, which needs gradients of
+    the base; and one choice for the hidden state, where it chooses matrix by matrix.
+    """
+    c, n_kv, group = side.narrow, base.config.n_kv_head, base.config.n_head // base.config.n_kv_head
+    top = lambda score, n: score.topk(n).indices.sort().values
+    hidden = top(sum(map(hidden_score, base.layers)), c.n_embd)
+    for layer, own in zip(base.layers, side.layers):
+        linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, *PACKED))}
+        W = {name.split(".")[-1]: full_weight(m) for name, m in linears.items()}
+        heads = lambda name: W[name].abs().sum(1).view(n_kv, -1, base.config.head_dim).sum(1)
+        score = heads("q_proj") + heads("k_proj")  # (n_kv, D)
+        if base.config.family == "opt":
+            looks = top(score, c.head_dim)
+        else:
+            first = top(score.view(n_kv, 2, -1).sum(1), c.head_dim // 2)
+            looks = torch.cat([first, first + base.config.head_dim // 2], dim=1)
+        out = W["o_proj"].abs().sum(0).view(n_kv, group, -1).sum(1)
+        values = top(heads("v_proj") + out, c.head_dim)
+        ffn = sum(W[n].abs().sum(1) for n in ("gate_proj", "up_proj") if n in W)
+        ffn = top(ffn + W["down_proj"].abs().sum(0), c.n_ffn)
+
+        def rows(index, repeat=1):
+            """Channels (n_kv, d) within heads -> within the rows of all heads, (n,)."""
+            index = index.repeat_interleave(repeat, dim=0)
+            first = torch.arange(len(index), device=index.device) * base.config.head_dim
+            return (first.unsqueeze(1) + index).flatten()
+
+        kept = {
+            "q_proj": (rows(looks, group), hidden), "k_proj": (rows(looks), hidden),
+            "v_proj": (rows(values), hidden), "o_proj": (hidden, rows(values, group)),
+            "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
+        }  # fmt: skip
+        for path, module in own.named_modules():
+            name, source = path.split(".")[-1], layer.get_submodule(path)
+            if name in W:
+                module.weight.copy_(W[name][kept[name][0]][:, kept[name][1]])
+            elif "layernorm" in name:
+                module.weight.copy_(source.weight[hidden])
+            if getattr(module, "bias", None) is not None:
+                module.bias.copy_(source.bias[kept[name][0] if name in W else hidden])
+
+
+def hidden_score(layer):
+    """The magnitudes of a layer's weights that read and write each channel of h_f: (C,)."""
+    score = 0
+    for name, module in layer.named_modules():
+        if isinstance(module, (Linear, *PACKED)):
+            writes = name.endswith(("o_proj", "down_proj"))
+            score = score + full_weight(module).abs().sum(1 if writes else 0)
+    return score
+
+
+# --------------------------------------------------------------------------------------
+# What other methods train, inside the base
 
 
 class Branched(nn.Module):
@@ -216,28 +312,107 @@ class Branched(nn.Module):
     def __init__(self, linear, branch):
         super().__init__()
         self.linear, self.branch = linear, branch
+        self.weighted = 16 / len(branch.down.weight)
 
     def forward(self, x):
-        return self.linear(x) + 16 / len(self.branch.down.weight) * self.branch(x)
+        return self.linear(x) + self.weighted * self.branch(x)
+
+    @property
+    def weight(self):
+        """Both in one, in fp32."""
+        branch = self.branch.up.weight.detach().float() @ self.branch.down.weight.detach().float()
+        return full_weight(self.linear) + self.weighted * branch
+
+    @property
+    def bias(self):
+        return self.linear.bias
 
 
-class Branches(nn.Module):
-    """LoRA (arXiv 2106.09685 §4.1): a low-rank branch, from 0, for every linear layer of the base.
+class Adapted(nn.Module):
+    """A frozen part of a layer with a bottleneck behind it, and a residual around that."""
 
-    On a base of 4 bits it is QLoRA (arXiv 2305.14314 §3).
-    """
+    def __init__(self, part, bottleneck):
+        super().__init__()
+        self.part, self.bottleneck = part, bottleneck
+
+    def forward(self, *args):
+        y = self.part(*args)
+        return y + self.bottleneck(y)
+
+
+class Inserted(nn.Module):
+    """Low-rank modules in every layer of the base, which start at 0 and so at the base."""
 
     def __init__(self, base, config):
         super().__init__()
         self.config, self.classifier = config, make_classifier(base.config, config)
-        self.layers = nn.ModuleList()
-        for layer in base.layers:
-            linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
-            branches = {n: LowRank(m.in_features, m.out_features, config.rank) for n, m in linears.items()}
-            for name, branch in branches.items():
-                nn.init.zeros_(branch.up.weight)
-                layer.set_submodule(name, Branched(linears[name], branch))
-            self.layers.append(nn.ModuleDict({n.split(".")[-1]: b for n, b in branches.items()}))
+        self.layers = nn.ModuleList(nn.ModuleDict(self.insert(layer)) for layer in base.layers)
+
+    def insert(self, layer):
+        """Put the modules in, and return them by a name."""
+        found = {}
+        for path, module in self.places(layer).items():
+            low_rank = self.make(module, self.config.rank)
+            nn.init.zeros_(low_rank.up.weight)
+            layer.set_submodule(path, self.wrapper(module, low_rank))
+            found[path.split(".")[-1]] = low_rank
+        return found
+
+
+class Branches(Inserted):
+    """LoRA (arXiv 2106.09685 §4.1): a low-rank branch for every linear layer of the base.
+
+    On a base of 4 bits it is QLoRA (arXiv 2305.14314 §3).
+    """
+
+    wrapper = Branched
+
+    @staticmethod
+    def places(layer):
+        return {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, *PACKED))}
+
+    @staticmethod
+    def make(linear, rank):
+        return LowRank(linear.in_features, linear.out_features, rank)
+
+
+class Adapters(Inserted):
+    """Adapter (arXiv 1902.00751 §2.1): bottlenecks behind the attention and the MLP of each layer.
+
+    differs from the paper: no biases, and the base's norms stay frozen.
+    """
+
+    wrapper = Adapted
+
+    @staticmethod
+    def places(layer):
+        return {"self_attn": layer.self_attn, "mlp": layer.mlp}
+
+    @staticmethod
+    def make(part, rank):
+        last = part.o_proj if hasattr(part, "o_proj") else part.down_proj
+        return LowRank(last.out_features, last.out_features, rank, nonlinear=True)
+
+
+class Thawed(nn.Module):
+    """Tensors of the base itself that learn: in full finetuning all, in PEQA (arXiv 2305.14152 §3)
+    the scales of its `LinearInt` layers, of which the whole numbers stay as they are."""
+
+    def __init__(self, base, config):
+        super().__init__()
+        self.config, self.classifier = config, make_classifier(base.config, config)
+        made = {}  # by the buffer's id: a tied head stays tied
+        for path, module in base.named_modules():
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                if config.method == "full" or name == "scales":
+                    weight = made.setdefault(id(buffer), (f"{path}.{name}", nn.Parameter(buffer)))[1]
+                    delattr(module, name)
+                    module.register_parameter(name, weight)
+        # A ParameterDict takes no dots.
+        self.weights = nn.ParameterDict({k.replace(".", "/"): p for k, p in made.values()})
+
+
+INSIDE = {"qlora": Branches, "lora": Branches, "adapter": Adapters, "peqa": Thawed, "full": Thawed}
 
 
 def main():

@@ -34,8 +34,8 @@ from model import (
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
-from quant import InputError, Linear4bit
-from side import VARIANTS, SideConfig, setting
+from quant import PACKED, InputError
+from side import INSIDE, QUANTS, VARIANTS, SideConfig, check_quant, prune, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
@@ -64,7 +64,12 @@ class TrainConfig(SideConfig):
     eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
     head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
     out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
-    quant: str = setting("nf4", "nf4, fp4 or none: how the base's linear layers are stored")
+    init: str = setting("random", "or pruned: the side network's layers start as the base's, pruned")
+    checkpoint: bool = setting(False, "backward computes the base's activations again, layer by layer")
+    quant: str = setting(None, "nf4, fp4 or none: how the base's linear layers are stored; by default "
+        "what the method needs, or --side was trained on")  # fmt: skip
+    peqa_bits: int = setting(4, "bits of a weight, 4 or 3, for --method peqa")
+    group_size: int = setting(0, "weights that share a scale, for --method peqa; 0: a whole channel")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
     sequence_len: int = setting(None, "longest sequence, in tokens; what is longer is cut off")
@@ -113,6 +118,9 @@ def complete(cfg):
         raise InputError(f"--task {task} is not for this: choose {', '.join(TASKS)}; all but tiny need --base.")
     column = 2 if task == "tiny" else 1 if task in glue.FORMS else 0
     depends = {name: row[column] for name, row in DEFAULTS.items()}
+    if cfg.method == "lst":
+        depends["reduction"] = 8
+    cfg = complete_method(cfg)
     depends |= dict(task=task, out_dir="out-eval" if cfg.eval_only else "out", head="lm")
     if task in glue.FORMS:  # a side checkpoint knows; the base has no classifier
         classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
@@ -144,6 +152,33 @@ def complete(cfg):
     if cfg.threads > (os.cpu_count() or 1):
         raise InputError(f"--threads {cfg.threads} is more than this machine's {os.cpu_count()}.")
     read_factors(cfg.lr_factors)
+    return cfg
+
+
+def complete_method(cfg):
+    """Fill in how the base is stored, and refuse what the method has no use for."""
+    asked = (cfg.peqa_bits, cfg.group_size) != (4, 0)
+    if cfg.side:
+        side, base = read_side(cfg.side)
+        cfg = replace(cfg, method=side.method, quant=cfg.quant or base.get("quant"))
+    elif asked and (cfg.method != "peqa" or cfg.quant):
+        raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
+    if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:
+        told = f"--peqa_bits {cfg.peqa_bits} --group_size {cfg.group_size}"
+        raise InputError(f"{told}: choose 3 or 4, and 0 or more.")
+    default = QUANTS[cfg.method][0]
+    if cfg.method == "peqa":
+        default = f"int{cfg.peqa_bits}" + f"-{cfg.group_size}" * (cfg.group_size > 0)
+    cfg = replace(cfg, quant=cfg.quant or default)
+    if not cfg.eval_only:  # a base may be evaluated in any form
+        check_quant(cfg.method, cfg.quant)
+    if cfg.checkpoint and cfg.method not in INSIDE:
+        raise InputError(f"--checkpoint has no use: --method {cfg.method} keeps nothing of the base.")
+    has_layers = cfg.side or cfg.eval_only or cfg.method in INSIDE
+    if cfg.init not in ("random", "pruned") or cfg.init == "pruned" and has_layers:
+        raise InputError(f"--init {cfg.init}: choose random, or pruned for a new side network (qst, lst).")
+    if cfg.method == "full" and cfg.dtype == "fp16":
+        raise InputError("--method full cannot learn in --dtype fp16: give bf16 or fp32.")
     return cfg
 
 
@@ -338,6 +373,7 @@ def load_task(cfg, tokenizer, template, config):
 
 def make_model(cfg, base, task):
     """The side network on its base: a new one, or the one of --side; or the base alone."""
+    base.checkpoint = cfg.checkpoint
     if cfg.side:
         model = QST.from_side(base, cfg.side)
         if (found := model.side.config.n_labels) != task.n_labels:
@@ -347,6 +383,8 @@ def make_model(cfg, base, task):
         return base
     config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
     model = tune(base, replace(config, n_labels=task.n_labels))
+    if cfg.init == "pruned":
+        prune(base, model.side)
     model.calibrate([ids for ids, _ in task.train[:64]])
     return model
 
@@ -425,7 +463,7 @@ def fit(model, optimizer, task, cfg, result):
 
 def introduce(folder, model, cfg, batch, result):
     """Print what a reader wants to know before the run."""
-    config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
+    config, layers = model.config, [m for m in model.modules() if isinstance(m, PACKED)]
     bits = ""
     if layers:
         nbytes = sum(layer.quantized.nbytes for layer in layers)
@@ -433,9 +471,14 @@ def introduce(folder, model, cfg, batch, result):
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     tuned = model.side.config
-    what = f"low-rank branches of rank {tuned.rank}"
-    if tuned.method == "qst":
-        what = f"a side network {tuned.reduction} times narrower, {tuned.downsample} downsamplers"
+    branches = f"low-rank branches of rank {tuned.rank}"
+    what = {
+        "lora": branches, "qlora": branches, "adapter": f"bottlenecks of rank {tuned.rank}",
+        "peqa": "the scales of the base's integers", "full": "the base itself",
+    }.get(
+        tuned.method,
+        f"a side network {tuned.reduction} times narrower, {tuned.downsample} downsamplers",
+    )  # fmt: skip
     steps = cfg.gradient_accumulation_steps
     print(
         f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}\n"
@@ -479,10 +522,9 @@ def conclude(folder, cfg, result):
         return
     prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
     script = os.path.relpath(Path(__file__).parent / "qst.py")
-    quant = "" if cfg.quant == "nf4" else f" --quant {cfg.quant}"
     print(
         f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
-        f"--side {shlex.quote(cfg.out_dir)}{quant} --prompt {shlex.quote(prompt)}"
+        f"--side {shlex.quote(cfg.out_dir)} --prompt {shlex.quote(prompt)}"
     )
 
 
@@ -512,10 +554,10 @@ def main(cfg):
     base = from_pretrained(folder, cfg.quant, dtype, device)
     torch.manual_seed(cfg.seed)
     model = make_model(cfg, base, task)
-    trainable = sum(p.numel() for p in model.parameters())
+    trainable, weights = sum(p.numel() for p in model.parameters()), count_weights(config)
     result = dict(
         trainable_parameters=trainable,
-        total_parameters=count_weights(config) + trainable,
+        total_parameters=weights + trainable if cfg.method != "full" else max(weights, trainable),
         weights_bytes=model_bytes(model),
     )
     if cfg.eval_only:

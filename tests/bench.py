@@ -162,7 +162,7 @@ def make_smollm2(folder):
 VARIANTS = {  # what differs from the paper's architecture, as flags of train.py
     "alpha x 1": "--lr_factors alpha=1", "paper": "", "released": "--variant released",
     "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
-    "standardize": "--standardize", "fast": "--variant fast", "lora": "--method lora",
+    "standardize": "--standardize", "fast": "--variant fast", "qlora": "--method qlora",
 }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def test_master_weights_stay_in_fp32(dtype, idx):
 
 VARIANTS = side.VARIANTS | {
     "residual": dict(mix="residual"), "sum": dict(gate="sum"), "borrowed": dict(attention="borrowed"),
-    "standardize": dict(standardize=True), "lora": dict(method="lora"),
+    "standardize": dict(standardize=True), "qlora": dict(method="qlora"),
 }  # fmt: skip
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 
@@ -248,7 +248,7 @@ def test_lora(idx, tmp_path):
     """Only the branches learn, one for every linear layer of the base; they are saved and loaded."""
     base = small_base()
     expected = base(idx)
-    model = tune(base, SideConfig(method="lora", rank=4))
+    model = tune(base, SideConfig(method="qlora", rank=4))
     assert sum(p.numel() for p in model.parameters()) == 3 * 4 * (4 * 64 + 3 * (32 + 48))
     shaken(model)
     model.loss(idx, idx).backward()

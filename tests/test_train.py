@@ -242,7 +242,7 @@ def test_a_mistake_shows_no_traceback():
 
 @pytest.mark.parametrize("changes, told", [
     (dict(reduction=3), "--reduction 3"), (dict(sequence_len=500), "500 tokens .* 128 positions"),
-    (dict(quant="int4"), "--quant int4"), (dict(dtype="fp8"), "--dtype fp8"),
+    (dict(quant="int5"), "--method qst needs a base with --quant nf4 or fp4 or none, and not int5"), (dict(dtype="fp8"), "--dtype fp8"),
     (dict(max_examples=1), "leaves 0 examples"),
     (dict(sequence_len=5), "leaves 0 examples"),
 ])  # fmt: skip
