@@ -3,6 +3,7 @@
     python train.py                                       the embedded default: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
     python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
+    python train.py --plan --preset llama-2-70b           what a step needs, by method; no weights
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
@@ -21,21 +22,27 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import batches, chat, collate, glue, instruct, mean_loss, mmlu, text, tiny
 from data.tokenizer import load_tokenizer
 from model import (
-    ModelConfig, Transformer, check_length, count_weights, from_pretrained,
+    PRESETS, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
-from quant import InputError, Linear4bit
-from side import VARIANTS, SideConfig, setting
+from quant import InputError, Linear4bit, drop_scratch
+from side import CHOICES, VARIANTS, SideConfig, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
 
@@ -61,6 +68,8 @@ class TrainConfig(SideConfig):
     data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
     instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
+    plan: bool = setting(False, "only tell the memory of a step, by method, on --base or --preset")
+    preset: str = setting("", f"of --plan: {', '.join(PRESETS)}")
     eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
     head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
     out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
@@ -102,14 +111,17 @@ DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded defa
 
 def complete(cfg):
     """Fill in what depends, and refuse what makes no sense."""
-    if cfg.base and not cfg.data:
+    if cfg.preset and not cfg.plan:
+        raise InputError("--preset is for --plan: to train, give --base, the folder of a model.")
+    if cfg.base and not cfg.data and not cfg.plan:
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
     if cfg.n_labels:
         raise InputError("--n_labels is not yours to set: --task and --head tell it.")
-    task = cfg.task or ("instruct" if cfg.base else "tiny")
-    if task not in TASKS or bool(cfg.base) != (task != "tiny"):
+    real = bool(cfg.base or cfg.plan)
+    task = cfg.task or ("instruct" if real else "tiny")
+    if task not in TASKS or real != (task != "tiny"):
         raise InputError(f"--task {task} is not for this: choose {', '.join(TASKS)}; all but tiny need --base.")
     column = 2 if task == "tiny" else 1 if task in glue.FORMS else 0
     depends = {name: row[column] for name, row in DEFAULTS.items()}
@@ -319,6 +331,119 @@ def train_tiny_base(tokenizer):
 
 
 # --------------------------------------------------------------------------------------
+# The memory account: one real training step, of the real modules, on tensors without memory
+
+
+class Attention(TorchFunctionMode):
+    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu".
+
+    By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
+    A fused kernel keeps queries, keys, values, output and one fp32 number a query, and it has a
+    meta implementation that can be called by its name. Which one is used follows torch's own rules:
+    flash attention where keys and values are equally wide (on CUDA in 16 bits only, and padded to a
+    multiple of 8); otherwise on CUDA the memory-efficient one, unless queries share their keys; and
+    what is left is the plain formula, on the real device too.
+    """
+
+    def __init__(self, device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        (q, k, v), D, causal = args, args[2].shape[-1], kwargs["is_causal"]
+        aten, same = torch.ops.aten, q.shape[-1] == D
+        if same and self.device == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
+        if same and q.dtype != torch.float32:
+            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in args)
+            return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
+        if self.device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
+            return aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
+            )[0]
+        return func(*args, **kwargs)
+
+
+class Live(TorchDispatchMode):
+    """Add up the storages that operators make, each until it is freed; `peak` is the most."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        storages = lambda *trees: {
+            t.untyped_storage()._cdata: t.untyped_storage()
+            for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
+        }  # fmt: skip
+        given = storages(args, kwargs)  # views, and what is written in place, are nothing new
+        for key, storage in storages(out).items():
+            if key not in given:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def memory_report(cfg, config=None):
+    """Account for the memory of one training step, in bytes, without allocating any of it.
+
+    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ...; --device cpu is a
+        CPU, anything else a GPU; config: a `ModelConfig` in place of --preset and --base
+
+    The real modules are built on the meta device and run one real step there, forward and
+    backward. Every position has a target, for all methods alike.
+        activations   what forward keeps for backward, each storage once: `activation_bytes`
+        gradients     as while they accumulate: they are there from the start to the end
+        optimizer     the two moments of AdamW
+        transient     the step's peak above the four others: logits, a layer's intermediates, the
+                      unpacked weight, and what is recomputed
+        total         the sum, and so the peak
+    Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
+    """
+    cfg = complete(replace(cfg, plan=True))
+    device = "cpu" if cfg.device == "cpu" else "cuda"
+    dtype = pick_dtype(cfg.dtype, torch.device(device))
+    with torch.device("meta"):
+        base = Transformer(config or config_of(cfg))
+        idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    model = tune(base.freeze(cfg.quant, dtype, "meta"), side_config(cfg))
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(p.grad.nbytes for p in parameters)
+    targets = torch.zeros(idx.shape, dtype=torch.long)
+    with Attention(device):
+        activations = activation_bytes(model, idx, targets)
+        drop_scratch()  # so that this step makes it, and it is counted
+        with Live() as live, FlopCounterMode(display=False) as flops:
+            model.loss(idx, targets).backward()
+        drop_scratch()
+    weights, optimizer = model_bytes(model), 2 * gradients
+    return dict(
+        method=cfg.method, checkpoint=getattr(cfg, "checkpoint", False), weights_bytes=weights,
+        gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
+        transient_bytes=live.peak - activations,
+        total_bytes=weights + gradients + optimizer + live.peak,
+        trainable_parameters=sum(p.numel() for p in parameters),
+        flops_per_token=round(flops.get_total_flops() / idx.numel()),
+    )  # fmt: skip
+
+
+def config_of(cfg):
+    """The shape of --preset, or of the model in --base."""
+    if cfg.base:
+        return read_config(cfg.base)
+    if cfg.preset not in PRESETS:
+        raise InputError(f"--preset {cfg.preset} is unknown: choose {', '.join(PRESETS)}; or give --base.")
+    return PRESETS[cfg.preset]
+
+
+# --------------------------------------------------------------------------------------
 # A run
 
 
@@ -345,10 +470,13 @@ def make_model(cfg, base, task):
         return model
     if cfg.eval_only:
         return base
-    config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
-    model = tune(base, replace(config, n_labels=task.n_labels))
+    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels))
     model.calibrate([ids for ids, _ in task.train[:64]])
     return model
+
+
+def side_config(cfg):
+    return SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
 
 
 def fit(model, optimizer, task, cfg, result):
@@ -496,6 +624,8 @@ def main(cfg):
     """
     started = time.time()
     cfg = complete(cfg)
+    if cfg.plan:
+        return plan(cfg)
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()
