@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
 from data import batches, chat, collate, glue, instruct, mean_loss, mmlu, text, tiny
@@ -334,6 +334,9 @@ def train_tiny_base(tokenizer):
 # The memory account: one real training step, of the real modules, on tensors without memory
 
 
+aten = torch.ops.aten
+
+
 class Attention(TorchFunctionMode):
     """Let attention on meta tensors be what it is on a device, "cuda" or "cpu".
 
@@ -353,7 +356,7 @@ class Attention(TorchFunctionMode):
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         (q, k, v), D, causal = args, args[2].shape[-1], kwargs["is_causal"]
-        aten, same = torch.ops.aten, q.shape[-1] == D
+        same = q.shape[-1] == D
         if same and self.device == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
         if same and q.dtype != torch.float32:
@@ -364,6 +367,12 @@ class Attention(TorchFunctionMode):
                 q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
             )[0]
         return func(*args, **kwargs)
+
+
+ATTENTION_FLOPS = {  # torch counts those of CUDA's kernels only (and all of T x T, causal or not)
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 class Live(TorchDispatchMode):
@@ -420,7 +429,7 @@ def memory_report(cfg, config=None):
     with Attention(device):
         activations = activation_bytes(model, idx, targets)
         drop_scratch()  # so that this step makes it, and it is counted
-        with Live() as live, FlopCounterMode(display=False) as flops:
+        with Live() as live, FlopCounterMode(None, 1, False, ATTENTION_FLOPS) as flops:
             model.loss(idx, targets).backward()
         drop_scratch()
     weights, optimizer = model_bytes(model), 2 * gradients
@@ -441,6 +450,49 @@ def config_of(cfg):
     if cfg.preset not in PRESETS:
         raise InputError(f"--preset {cfg.preset} is unknown: choose {', '.join(PRESETS)}; or give --base.")
     return PRESETS[cfg.preset]
+
+
+ROWS = {  # of the plan: (whether the base is in 4 bits, whether backward runs through it)
+    "full": (False, True), "adapter": (False, True), "lora": (False, True), "qlora": (True, True),
+    "peqa": (False, True), "lst": (False, False), "qst": (True, False),
+}  # fmt: skip
+CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
+
+
+def account(cfg, config=None):
+    """Yield a `memory_report` for each method that there is, with and without checkpointing.
+
+    Only where backward runs through the base are the base's activations there to be recomputed.
+    """
+    for name, (packed, through) in ROWS.items():
+        method = "lora" if name == "qlora" and name not in CHOICES["method"] else name
+        if method not in CHOICES["method"]:
+            continue
+        row = replace(cfg, method=method, quant=cfg.quant if packed else "none")
+        yield memory_report(row, config) | dict(method=name)
+        if through and hasattr(row, "checkpoint"):
+            yield memory_report(replace(row, checkpoint=True), config) | dict(method=name)
+
+
+def plan(cfg):
+    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports."""
+    config = config_of(cfg)
+    print(
+        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with a\n"
+        f"target, in GB of 10^9 bytes; * where it fits on a GPU of {', '.join(map(str, CARDS))} GB\n\n"
+        f"{'method':15}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
+        + "".join(f"{card:>3}" for card in CARDS)
+    )
+    rows = []
+    for row in account(cfg, config):
+        rows.append(row)
+        label = row["method"] + ", checkpoint" * row["checkpoint"]
+        cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
+        fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
+        print(f"{label:15}{cells}{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  {fits}", flush=True)
+    write_json(Path(cfg.out_dir) / "plan.json", rows)
+    return rows
 
 
 # --------------------------------------------------------------------------------------
