@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
 from data import batches, chat, collate, glue, instruct, mean_loss, mmlu, text, tiny
@@ -247,6 +247,11 @@ def activation_bytes(model, idx, targets):
 
     The model's own weights are not counted, nor what it makes and drops again.
     """
+    return loss_and_kept(model, idx, targets)[1]
+
+
+def loss_and_kept(model, idx, targets):
+    """The loss, and its `activation_bytes`."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -258,9 +263,7 @@ def activation_bytes(model, idx, targets):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.loss(idx, targets)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del loss
-    return total
+    return loss, sum(storage.nbytes() for storage in kept.values())
 
 
 def progress(iterations, desc):
@@ -369,19 +372,23 @@ class Attention(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-ATTENTION_FLOPS = {  # torch counts those of CUDA's kernels only (and all of T x T, causal or not)
+FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention as if not causal
     aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 
 
 class Live(TorchDispatchMode):
-    """Add up the storages that operators make, each until it is freed; `peak` is the most."""
+    """Add up the storages that operators make, each until it is freed (`peak` is the most), and
+    the floating-point operations."""
 
-    now = peak = 0
+    now = peak = flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
         storages = lambda *trees: {
             t.untyped_storage()._cdata: t.untyped_storage()
             for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
@@ -426,12 +433,11 @@ def memory_report(cfg, config=None):
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in parameters)
     targets = torch.zeros(idx.shape, dtype=torch.long)
-    with Attention(device):
-        activations = activation_bytes(model, idx, targets)
-        drop_scratch()  # so that this step makes it, and it is counted
-        with Live() as live, FlopCounterMode(None, 1, False, ATTENTION_FLOPS) as flops:
-            model.loss(idx, targets).backward()
-        drop_scratch()
+    drop_scratch()  # so that this step makes it, and it is counted
+    with Attention(device), Live() as live:
+        loss, activations = loss_and_kept(model, idx, targets)
+        loss.backward()
+    drop_scratch()
     weights, optimizer = model_bytes(model), 2 * gradients
     return dict(
         method=cfg.method, checkpoint=getattr(cfg, "checkpoint", False), weights_bytes=weights,
@@ -439,7 +445,7 @@ def memory_report(cfg, config=None):
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
         trainable_parameters=sum(p.numel() for p in parameters),
-        flops_per_token=round(flops.get_total_flops() / idx.numel()),
+        flops_per_token=round(live.flops / idx.numel()),
     )  # fmt: skip
 
 
