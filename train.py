@@ -424,18 +424,15 @@ def memory_report(cfg, config=None):
     cfg = complete(replace(cfg, plan=True))
     device = "cpu" if cfg.device == "cpu" else "cuda"
     dtype = pick_dtype(cfg.dtype, torch.device(device))
-    with torch.device("meta"):
-        base = Transformer(config or config_of(cfg))
-        idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
-    model = tune(base.freeze(cfg.quant, dtype, "meta"), side_config(cfg))
+    model = untrained(cfg, config or config_of(cfg), dtype, "meta")
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in parameters)
-    targets = torch.zeros(idx.shape, dtype=torch.long)
+    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
     drop_scratch()  # so that this step makes it, and it is counted
     with Attention(device), Live() as live:
-        loss, activations = loss_and_kept(model, idx, targets)
+        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         loss.backward()
     drop_scratch()
     weights, optimizer = model_bytes(model), 2 * gradients
@@ -445,8 +442,16 @@ def memory_report(cfg, config=None):
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
         trainable_parameters=sum(p.numel() for p in parameters),
-        flops_per_token=round(live.flops / idx.numel()),
+        flops_per_token=round(live.flops / targets.numel()),
     )  # fmt: skip
+
+
+def untrained(cfg, config, dtype, device):
+    """A model with random weights: the base, frozen, and what --method trains."""
+    with torch.device(device):
+        base = Transformer(config)
+    base.checkpoint = getattr(cfg, "checkpoint", False)
+    return tune(base.freeze(cfg.quant, dtype, device), side_config(cfg))
 
 
 def config_of(cfg):
@@ -458,27 +463,27 @@ def config_of(cfg):
     return PRESETS[cfg.preset]
 
 
-ROWS = {  # of the plan: (whether the base is in 4 bits, whether backward runs through it)
-    "full": (False, True), "adapter": (False, True), "lora": (False, True), "qlora": (True, True),
-    "peqa": (False, True), "lst": (False, False), "qst": (True, False),
+ROWS = {  # of the plan: (what the base is stored in, whether backward runs through it)
+    "full": ("none", True), "adapter": ("none", True), "lora": ("none", True),
+    "qlora": ("nf4", True), "peqa": ("int4", True), "lst": ("none", False), "qst": ("nf4", False),
 }  # fmt: skip
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
 
 
-def account(cfg, config=None):
-    """Yield a `memory_report` for each method that there is, with and without checkpointing.
+def rows(cfg):
+    """Yield the name and the settings of each method that there is, with and without checkpointing.
 
     Only where backward runs through the base are the base's activations there to be recomputed.
     """
-    for name, (packed, through) in ROWS.items():
+    for name, (quant, through) in ROWS.items():
+        # Until there is a method of that name: LoRA on a base of 4 bits is QLoRA.
         method = "lora" if name == "qlora" and name not in CHOICES["method"] else name
-        if method not in CHOICES["method"]:
-            continue
-        row = replace(cfg, method=method, quant=cfg.quant if packed else "none")
-        yield memory_report(row, config) | dict(method=name)
-        if through and hasattr(row, "checkpoint"):
-            yield memory_report(replace(row, checkpoint=True), config) | dict(method=name)
+        if method in CHOICES["method"]:
+            quant = cfg.quant or quant if quant == "nf4" else quant
+            yield name, (row := replace(cfg, method=method, quant=quant))
+            if through and hasattr(row, "checkpoint"):
+                yield name, replace(row, checkpoint=True)
 
 
 def plan(cfg):
@@ -490,15 +495,15 @@ def plan(cfg):
         f"{'method':15}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
-    rows = []
-    for row in account(cfg, config):
-        rows.append(row)
+    reports = []
+    for name, settings in rows(cfg):
+        reports.append(row := memory_report(settings, config) | dict(method=name))
         label = row["method"] + ", checkpoint" * row["checkpoint"]
         cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         print(f"{label:15}{cells}{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  {fits}", flush=True)
-    write_json(Path(cfg.out_dir) / "plan.json", rows)
-    return rows
+    write_json(Path(cfg.out_dir) / "plan.json", reports)
+    return reports
 
 
 # --------------------------------------------------------------------------------------

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Transformer, model_bytes
-from qst import QST, pick_dtype, tune
+from qst import QST, pick_dtype
 from quant import InputError
 from side import SideConfig
 from train import (
     Attention, Live, TrainConfig, activation_bytes, complete, main, memory_report, parse_args,
-    side_config,
+    untrained,
 )  # fmt: skip
 
 SMALL = dict(device="cpu", reduction=2, batch_size=3, sequence_len=12)
@@ -40,7 +40,7 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
     report = memory_report(cfg, config)
     cfg = complete(cfg)
     dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
-    model = tune(Transformer(config).freeze(cfg.quant, dtype), side_config(cfg))
+    model = untrained(cfg, config, dtype, "cpu")
     idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
     kept = activation_bytes(model, idx, idx)
     if config.family == "opt" and dtype != torch.float32:
