@@ -341,7 +341,7 @@ aten = torch.ops.aten
 
 
 class Attention(TorchFunctionMode):
-    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu".
+    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu", or "meta" itself.
 
     By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
     A fused kernel keeps queries, keys, values, output and one fp32 number a query, and it has a
@@ -362,7 +362,7 @@ class Attention(TorchFunctionMode):
         same = q.shape[-1] == D
         if same and self.device == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
-        if same and q.dtype != torch.float32:
+        if same and self.device == "cuda" and q.dtype != torch.float32:
             q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in args)
             return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
         if self.device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
@@ -408,8 +408,9 @@ class Live(TorchDispatchMode):
 def memory_report(cfg, config=None):
     """Account for the memory of one training step, in bytes, without allocating any of it.
 
-    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ...; --device cpu is a
-        CPU, anything else a GPU; config: a `ModelConfig` in place of --preset and --base
+    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ... Its device is "cpu",
+        or "meta" for attention by the plain formula; anything else is a GPU
+    config: a `ModelConfig`, in place of --preset or --base
 
     The real modules are built on the meta device and run one real step there, forward and
     backward. Every position has a target, for all methods alike.
@@ -422,7 +423,7 @@ def memory_report(cfg, config=None):
     Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
     """
     cfg = complete(replace(cfg, plan=True))
-    device = "cpu" if cfg.device == "cpu" else "cuda"
+    device = cfg.device if cfg.device in ("cpu", "meta") else "cuda"
     dtype = pick_dtype(cfg.dtype, torch.device(device))
     model = untrained(cfg, config or config_of(cfg), dtype, "meta")
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -459,7 +460,8 @@ def config_of(cfg):
     if cfg.base:
         return read_config(cfg.base)
     if cfg.preset not in PRESETS:
-        raise InputError(f"--preset {cfg.preset} is unknown: choose {', '.join(PRESETS)}; or give --base.")
+        known = ", ".join(PRESETS)
+        raise InputError(f"--preset {cfg.preset} is unknown: choose {known}; or give --base.")
     return PRESETS[cfg.preset]
 
 
@@ -490,9 +492,9 @@ def plan(cfg):
     """Print the account of every method, and leave it in out_dir/plan.json: a list of reports."""
     config = config_of(cfg)
     print(
-        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with a\n"
-        f"target, in GB of 10^9 bytes; * where it fits on a GPU of {', '.join(map(str, CARDS))} GB\n\n"
-        f"{'method':15}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
+        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens,"
+        f" each with a target.\nIn GB of 10^9 bytes; * where a GPU of so many has room for it.\n\n"
+        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports = []
@@ -500,8 +502,9 @@ def plan(cfg):
         reports.append(row := memory_report(settings, config) | dict(method=name))
         label = row["method"] + ", checkpoint" * row["checkpoint"]
         cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
+        cells += f"{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
-        print(f"{label:15}{cells}{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  {fits}", flush=True)
+        print(f"{label:20}{cells}{fits}", flush=True)
     write_json(Path(cfg.out_dir) / "plan.json", reports)
     return reports
 

@@ -34,7 +34,7 @@ from model import (  # noqa: E402
 )  # fmt: skip
 from quant import quantize_4bit  # noqa: E402
 from train import (  # noqa: E402
-    ROWS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
+    COLUMNS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
 )  # fmt: skip
 
 
@@ -229,12 +229,12 @@ TABLE_3 = {  # floating-point operations a token, in units of the paper's own
 TABLE_6 = {"linear": 7.8, "lora": 7.3, "adapter": 7.3, "maxpool": 7.3, "avgpool": 7.3}  # 7B
 
 
-def reports(preset, batch_size, sequence_len, methods=ROWS):
-    """{(method, whether checkpointed): memory_report}, of the methods that there are."""
+def reports(preset, batch_size, sequence_len):
+    """{(method, whether checkpointed): two of `memory_report`}, of the methods that there are: with
+    the attention of a GPU, and with the plain formula, whose (T, T) matrices are kept."""
     cfg = TrainConfig(preset=preset, batch_size=batch_size, sequence_len=sequence_len)
-    chosen = [(name, row) for name, row in rows(cfg) if name in methods]
-    found = [(name, memory_report(row)) for name, row in chosen]
-    return {(name, report["checkpoint"]): report for name, report in found}
+    pairs = [(name, *(memory_report(replace(row, device=d)) for d in ("cuda", "meta"))) for name, row in rows(cfg)]
+    return {(name, fused["checkpoint"]): (fused, plain) for name, fused, plain in pairs}
 
 
 def beside(ours, theirs):
@@ -250,13 +250,15 @@ def paper():
     """Every table in turn; GB are 10^9 bytes."""
     table("LLaMA-2-70B, batch 16, length 384 (Fig. 1a)", "", "weights", "paper", "gradients and optimizer",
           "paper", "activations and transients", "paper", "total", "paper", "ours / paper")  # fmt: skip
-    for (method, checkpoint), r in reports("llama-2-70b", 16, 384).items():
-        GB = {name.removesuffix("_bytes"): n / 1e9 for name, n in r.items() if name.endswith("_bytes")}
-        ours = (GB["weights"], GB["gradients"] + GB["optimizer"], GB["activations"] + GB["transient"])
-        theirs = FIGURE_1A.get(method, ("-",) * 4) if not checkpoint else ("-",) * 4
-        cells = " | ".join(f"{a:.1f} | {b}" for a, b in zip(ours, theirs))
-        total = beside(GB["total"], None if theirs[3] == "-" else theirs[3])
-        print(f"| {label(method, checkpoint)} | {cells} | {total} |", flush=True)
+    for (method, checkpoint), pair in reports("llama-2-70b", 16, 384).items():
+        theirs = None if checkpoint else FIGURE_1A.get(method)
+        for r, how in zip(pair, ("", ", plain attention")):
+            weights, gradients, optimizer, activations, transient, total = (
+                r[f"{name}_bytes"] / 1e9 for name in COLUMNS
+            )
+            parts = (weights, gradients + optimizer, activations + transient)
+            cells = " | ".join(f"{a:.1f} | {b}" for a, b in zip(parts, theirs or "---"))
+            print(f"| {label(method, checkpoint)}{how} | {cells} | {beside(total, theirs and theirs[3])} |", flush=True)
     grid("Batch 16, length 512 (Table 1)", TABLE_1, 16, 512)
     flops = grid("Batch 4, length 384 (Table 2)", TABLE_2, 4, 384)
     relative(flops)
@@ -275,13 +277,14 @@ def label(method, checkpoint):
 
 def grid(title, theirs, batch_size, sequence_len):
     """A table of totals, a line a method and preset. Returns {(method, preset): operations}."""
-    table(title, "", "model", "GB", "paper", "ours / paper")
+    table(title, "", "model", "with plain attention, GB", "ours, GB", "paper", "ours / paper")
     flops = {}
     for preset in {preset: None for row in theirs.values() for preset in row}:
-        for (method, checkpoint), r in reports(preset, batch_size, sequence_len).items():
+        for (method, checkpoint), (r, plain) in reports(preset, batch_size, sequence_len).items():
             told = None if checkpoint else theirs.get(method, {}).get(preset)
-            print(f"| {label(method, checkpoint)} | {preset} | {beside(r['total_bytes'] / 1e9, told)} |", flush=True)
-            flops.setdefault((method, preset), r["flops_per_token"])
+            cells = f"{plain['total_bytes'] / 1e9:.1f} | {beside(r['total_bytes'] / 1e9, told)}"
+            print(f"| {label(method, checkpoint)} | {preset} | {cells} |", flush=True)
+            flops[label(method, checkpoint), preset] = r["flops_per_token"]
     return flops
 
 
@@ -289,11 +292,11 @@ def relative(flops):
     table("Floating-point operations a token (Table 3)", "", "model", "10^9, forward and backward",
           "times QST's on 7B", "paper", "ours / paper")  # fmt: skip
     one = flops["qst", "llama-2-7b"]
-    for method, row in TABLE_3.items():
-        for preset, theirs in row.items():
-            if ours := flops.get((method, preset)):
-                ratio = beside(ours / one, round(theirs / TABLE_3["qst"]["llama-2-7b"], 2))
-                print(f"| {method} | {preset} | {ours / 1e9:.1f} | {ratio} |")
+    for (method, preset), ours in flops.items():
+        theirs = TABLE_3.get(method, {}).get(preset)
+        ratio = beside(ours / one, theirs and round(theirs / TABLE_3["qst"]["llama-2-7b"], 2))
+        if "llama" in preset:
+            print(f"| {method} | {preset} | {ours / 1e9:.1f} | {ratio} |")
 
 
 def curve(title, name, values, methods=("qlora", "qst")):
