@@ -434,7 +434,8 @@ def memory_report(cfg, config=None):
     drop_scratch()  # so that this step makes it, and it is counted
     with Attention(device), Live() as live:
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
-        loss.backward()
+        # Not loss.backward(), which is a torch function: layers computed again would escape the mode.
+        torch.autograd.backward(loss)
     drop_scratch()
     weights, optimizer = model_bytes(model), 2 * gradients
     return dict(

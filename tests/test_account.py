@@ -29,6 +29,8 @@ COMBINATIONS = {
     "lora": dict(method="lora", quant="none"),
     "qlora": dict(method="lora"),
 }
+if hasattr(TrainConfig, "checkpoint"):
+    COMBINATIONS["checkpoint"] = dict(method="lora", quant="none", checkpoint=True)
 
 
 @pytest.mark.parametrize("changes", COMBINATIONS.values(), ids=COMBINATIONS)
