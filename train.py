@@ -10,6 +10,7 @@ A run leaves in --out_dir: side.safetensors and side.json (the side network that
 held-out examples), last/ (the same of the last iteration), log.csv and result.json.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -28,7 +29,6 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
@@ -340,7 +340,8 @@ def train_tiny_base(tokenizer):
 aten = torch.ops.aten
 
 
-class Attention(TorchFunctionMode):
+@contextlib.contextmanager
+def attention_of(device):
     """Let attention on meta tensors be what it is on a device, "cuda" or "cpu", or "meta" itself.
 
     By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
@@ -350,26 +351,28 @@ class Attention(TorchFunctionMode):
     multiple of 8); otherwise on CUDA the memory-efficient one, unless queries share their keys; and
     what is left is the plain formula, on the real device too.
     """
+    plain = F.scaled_dot_product_attention
 
-    def __init__(self, device):
-        super().__init__()
-        self.device = device
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        (q, k, v), D, causal = args, args[2].shape[-1], kwargs["is_causal"]
-        same = q.shape[-1] == D
-        if same and self.device == "cpu":
+    def attention(q, k, v, is_causal, **other):
+        D, causal, same = v.shape[-1], is_causal, q.shape[-1] == v.shape[-1]
+        if same and device == "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
-        if same and self.device == "cuda" and q.dtype != torch.float32:
-            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in args)
+        if same and device == "cuda" and q.dtype != torch.float32:
+            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in (q, k, v))
             return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
-        if self.device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
+        if device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
             return aten._scaled_dot_product_efficient_attention(
                 q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
             )[0]
-        return func(*args, **kwargs)
+        return plain(q, k, v, is_causal=causal, **other)
+
+    # Replaced, and not caught by a TorchFunctionMode: backward computes checkpointed layers again
+    # where no such mode is on.
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention as if not causal
@@ -432,10 +435,9 @@ def memory_report(cfg, config=None):
     gradients = sum(p.grad.nbytes for p in parameters)
     targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
     drop_scratch()  # so that this step makes it, and it is counted
-    with Attention(device), Live() as live:
+    with attention_of(device), Live() as live:
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
-        # Not loss.backward(), which is a torch function: layers computed again would escape the mode.
-        torch.autograd.backward(loss)
+        loss.backward()
     drop_scratch()
     weights, optimizer = model_bytes(model), 2 * gradients
     return dict(

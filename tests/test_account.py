@@ -13,7 +13,7 @@ from qst import QST, pick_dtype
 from quant import InputError
 from side import SideConfig
 from train import (
-    Attention, Live, TrainConfig, activation_bytes, complete, main, memory_report, parse_args,
+    Live, TrainConfig, activation_bytes, attention_of, complete, main, memory_report, parse_args,
     untrained,
 )  # fmt: skip
 
@@ -79,7 +79,7 @@ def test_attention_keeps_what_a_fused_kernel_keeps(device, bits):
     q, k, v = make(), make(), make()
     kept = {}
     keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t)
-    with Attention(device), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with attention_of(device), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=False)
     least = 4 * q.nbytes + 2 * 4 * 50 * 4
     assert y.shape == q.shape
@@ -101,7 +101,7 @@ def test_the_plain_formula_can_be_counted():
 def test_narrow_heads_are_padded_on_cuda():
     """Flash attention takes widths of a multiple of 8: OPT-1.3B's side network has 4."""
     q = torch.zeros(2, 4, 50, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
-    with Attention("cuda"):
+    with attention_of("cuda"):
         y = F.scaled_dot_product_attention(q, q, q, is_causal=True, enable_gqa=False)
     assert y.shape == q.shape and y.untyped_storage().nbytes() == 2 * q.nbytes
 
