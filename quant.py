@@ -119,13 +119,18 @@ def scratch(use, numel, dtype, device):
     return buffer[:numel]
 
 
+def drop_scratch():
+    """Free these buffers; the next use makes a new one."""
+    _scratch.clear()
+
+
 # --------------------------------------------------------------------------------------
 # Block-wise quantization: one function for the weights, and again for their scales
 
 
 def chunk_size(device):
     """Weights to handle at a time: on a CPU, what is in between should stay in the cache."""
-    return 1 << 20 if device.type == "cpu" else 1 << 26
+    return {"cpu": 1 << 20, "meta": 1 << 60}.get(device.type, 1 << 26)
 
 
 def lookup(table, index, out=None):

@@ -3,12 +3,14 @@
     python train.py                                       the embedded default: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
     python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
+    python train.py --plan --preset llama-2-70b           what a step needs, by method; no weights
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
 held-out examples), last/ (the same of the last iteration), log.csv and result.json.
 """
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -21,20 +23,25 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 from tqdm import tqdm
 
 from data import batches, chat, collate, glue, instruct, mean_loss, mmlu, text, tiny
 from data.tokenizer import load_tokenizer
 from model import (
-    ModelConfig, Transformer, check_length, count_weights, from_pretrained,
+    PRESETS, ModelConfig, Transformer, check_length, count_weights, from_pretrained,
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
-from quant import PACKED, InputError
+from quant import PACKED, InputError, drop_scratch
 from side import INSIDE, QUANTS, VARIANTS, SideConfig, check_quant, prune, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
@@ -61,6 +68,8 @@ class TrainConfig(SideConfig):
     data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
     instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
+    plan: bool = setting(False, "only tell the memory of a step, by method, on --base or --preset")
+    preset: str = setting("", f"of --plan: {', '.join(PRESETS)}")
     eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
     head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
     out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
@@ -107,14 +116,17 @@ DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded defa
 
 def complete(cfg):
     """Fill in what depends, and refuse what makes no sense."""
-    if cfg.base and not cfg.data:
+    if cfg.preset and not cfg.plan:
+        raise InputError("--preset is for --plan: to train, give --base, the folder of a model.")
+    if cfg.base and not cfg.data and not cfg.plan:
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
     if cfg.n_labels:
         raise InputError("--n_labels is not yours to set: --task and --head tell it.")
-    task = cfg.task or ("instruct" if cfg.base else "tiny")
-    if task not in TASKS or bool(cfg.base) != (task != "tiny"):
+    real = bool(cfg.base or cfg.plan)
+    task = cfg.task or ("instruct" if real else "tiny")
+    if task not in TASKS or real != (task != "tiny"):
         raise InputError(f"--task {task} is not for this: choose {', '.join(TASKS)}; all but tiny need --base.")
     column = 2 if task == "tiny" else 1 if task in glue.FORMS else 0
     depends = {name: row[column] for name, row in DEFAULTS.items()}
@@ -270,6 +282,11 @@ def activation_bytes(model, idx, targets):
 
     The model's own weights are not counted, nor what it makes and drops again.
     """
+    return loss_and_kept(model, idx, targets)[1]
+
+
+def loss_and_kept(model, idx, targets):
+    """The loss, and its `activation_bytes`."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -281,9 +298,7 @@ def activation_bytes(model, idx, targets):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.loss(idx, targets)
-    total = sum(storage.nbytes() for storage in kept.values())
-    del loss
-    return total
+    return loss, sum(storage.nbytes() for storage in kept.values())
 
 
 def progress(iterations, desc):
@@ -354,6 +369,177 @@ def train_tiny_base(tokenizer):
 
 
 # --------------------------------------------------------------------------------------
+# The memory account: one real training step, of the real modules, on tensors without memory
+
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def attention_of(device):
+    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu", or "meta" itself.
+
+    By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
+    A fused kernel keeps queries, keys, values, output and one fp32 number a query, and it has a
+    meta implementation that can be called by its name. Which one is used follows torch's own rules:
+    flash attention where keys and values are equally wide (on CUDA in 16 bits only, and padded to a
+    multiple of 8); otherwise on CUDA the memory-efficient one, unless queries share their keys; and
+    what is left is the plain formula, on the real device too.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(q, k, v, is_causal, **other):
+        D, causal, same = v.shape[-1], is_causal, q.shape[-1] == v.shape[-1]
+        if same and device == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
+        if same and device == "cuda" and q.dtype != torch.float32:
+            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in (q, k, v))
+            return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
+        if device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
+            return aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
+            )[0]
+        return plain(q, k, v, is_causal=causal, **other)
+
+    # Replaced, and not caught by a TorchFunctionMode: backward computes checkpointed layers again
+    # where no such mode is on.
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention as if not causal
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class Live(TorchDispatchMode):
+    """Add up the storages that operators make, each until it is freed (`peak` is the most), and
+    the floating-point operations."""
+
+    now = peak = flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        storages = lambda *trees: {
+            t.untyped_storage()._cdata: t.untyped_storage()
+            for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
+        }  # fmt: skip
+        given = storages(args, kwargs)  # views, and what is written in place, are nothing new
+        for key, storage in storages(out).items():
+            if key not in given:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def memory_report(cfg, config=None):
+    """Account for the memory of one training step, in bytes, without allocating any of it.
+
+    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ... Its device is "cpu",
+        or "meta" for attention by the plain formula; anything else is a GPU
+    config: a `ModelConfig`, in place of --preset or --base
+
+    The real modules are built on the meta device and run one real step there, forward and
+    backward. Every position has a target, for all methods alike.
+        activations   what forward keeps for backward, each storage once: `activation_bytes`
+        gradients     as while they accumulate: they are there from the start to the end
+        optimizer     the two moments of AdamW
+        transient     the step's peak above the four others: logits, a layer's intermediates, the
+                      unpacked weight, and what is recomputed
+        total         the sum, and so the peak
+    Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
+    """
+    cfg = complete(replace(cfg, plan=True))
+    device = cfg.device if cfg.device in ("cpu", "meta") else "cuda"
+    dtype = pick_dtype(cfg.dtype, torch.device(device))
+    model = untrained(cfg, config or config_of(cfg), dtype, "meta")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(p.grad.nbytes for p in parameters)
+    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    drop_scratch()  # so that this step makes it, and it is counted
+    with attention_of(device), Live() as live:
+        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
+        loss.backward()
+    drop_scratch()
+    weights, optimizer = model_bytes(model), 2 * gradients
+    return dict(
+        method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
+        gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
+        transient_bytes=live.peak - activations,
+        total_bytes=weights + gradients + optimizer + live.peak,
+        trainable_parameters=sum(p.numel() for p in parameters),
+        flops_per_token=round(live.flops / targets.numel()),
+    )  # fmt: skip
+
+
+def untrained(cfg, config, dtype, device):
+    """A model with random weights: the base, frozen, and what --method trains."""
+    with torch.device(device):
+        base = Transformer(config)
+    base.checkpoint = cfg.checkpoint
+    return tune(base.freeze(cfg.quant, dtype, device), side_config(cfg))
+
+
+def config_of(cfg):
+    """The shape of --preset, or of the model in --base."""
+    if cfg.base:
+        return read_config(cfg.base)
+    if cfg.preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise InputError(f"--preset {cfg.preset} is unknown: choose {known}; or give --base.")
+    return PRESETS[cfg.preset]
+
+
+ROWS = ("full", "adapter", "lora", "qlora", "peqa", "lst", "qst")
+CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
+
+
+def rows(cfg):
+    """Yield the settings of each method, with and without checkpointing.
+
+    Only where backward runs through the base are the base's activations there to be recomputed.
+    """
+    for method in ROWS:
+        for checkpoint in (False, True) if method in INSIDE else (False,):
+            yield replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+
+
+def plan(cfg):
+    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports."""
+    config = config_of(cfg)
+    print(
+        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens,"
+        f" each with a target.\nIn GB of 10^9 bytes; * where a GPU of so many has room for it.\n\n"
+        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
+        + "".join(f"{card:>3}" for card in CARDS)
+    )
+    reports = []
+    for settings in rows(cfg):
+        reports.append(row := memory_report(settings, config))
+        label = row["method"] + ", checkpoint" * row["checkpoint"]
+        cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
+        cells += f"{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  "
+        fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
+        print(f"{label:20}{cells}{fits}", flush=True)
+    write_json(Path(cfg.out_dir) / "plan.json", reports)
+    return reports
+
+
+# --------------------------------------------------------------------------------------
 # A run
 
 
@@ -381,12 +567,15 @@ def make_model(cfg, base, task):
         return model
     if cfg.eval_only:
         return base
-    config = SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
-    model = tune(base, replace(config, n_labels=task.n_labels))
+    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels))
     if cfg.init == "pruned":
         prune(base, model.side)
     model.calibrate([ids for ids, _ in task.train[:64]])
     return model
+
+
+def side_config(cfg):
+    return SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
 
 
 def fit(model, optimizer, task, cfg, result):
@@ -538,6 +727,8 @@ def main(cfg):
     """
     started = time.time()
     cfg = complete(cfg)
+    if cfg.plan:
+        return plan(cfg)
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()

@@ -3,6 +3,8 @@
     python tests/bench.py load          peak memory of `from_pretrained`
     python tests/bench.py quant         speed of quantizing and dequantizing, beside bitsandbytes
     python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
+    python tests/bench.py account       the memory account beside the peak memory of real steps
+    python tests/bench.py paper         the paper's tables of memory, and ours, as Markdown
     python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
                                         choose, all other flags are train.py's
     python tests/bench.py probe ...     what a reader of the base's hidden states has before it; all
@@ -11,13 +13,16 @@
 
 import argparse
 import csv
+import ctypes
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +38,9 @@ from model import (  # noqa: E402
     save_pretrained,
 )  # fmt: skip
 from quant import quantize_4bit  # noqa: E402
+from train import (  # noqa: E402
+    COLUMNS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
+)  # fmt: skip
 
 
 def peak():
@@ -40,10 +48,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def alone(function, *args):
+def alone(function, *args, **environment):
     """Call a function of this file in a fresh process, and return what it prints."""
     code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]; import bench; bench.{function}(*{args!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
         sys.exit(done.stderr)
     return [float(word) for word in done.stdout.split()]
@@ -159,6 +167,159 @@ def make_smollm2(folder):
     save_pretrained(Transformer(PRESETS["smollm2-135m"]).half(), folder)
 
 
+ACCOUNTS = {  # name: flags of train.py
+    "qst": "", "qst, linear": "--downsample linear", "qst, maxpool": "--downsample maxpool",
+    "qst, released": "--variant released", "qst, borrowed": "--variant fast",
+    "lora": "--method lora", "qlora": "--method qlora",
+}  # fmt: skip
+
+
+def account_once(flags):
+    """Print how much a process grows by training, and the account's total without the weights."""
+    config = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
+    cfg = parse_args(["--plan", "--device", "cpu", "--sequence_len", "256", *flags.split()])
+    report, cfg = memory_report(cfg, config), complete(cfg)
+    model = untrained(cfg, config, torch.float32, "cpu")
+    optimizer = make_optimizer(model, cfg)
+    idx = torch.randint(32000, (cfg.batch_size, cfg.sequence_len))
+    model.loss(idx[:1, :16], idx[:1, :16]).backward()  # torch has loaded what it needs
+    optimizer.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda name: next(
+        1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
+    )
+    before = status("VmRSS")
+    for _ in range(2):  # the second accumulates, beside the optimizer's moments
+        model.loss(idx, idx).backward()
+        optimizer.step()
+    print(status("VmHWM") - before, report["total_bytes"] - report["weights_bytes"])
+
+
+def account():
+    """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens.
+
+    What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
+    lives and not of what the allocator keeps.
+    """
+    print("| | measured, MB | account, MB | account / measured |\n|---|---|---|---|")
+    for name, flags in ACCOUNTS.items():
+        grown, told = alone("account_once", flags, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+        print(f"| {name} | {grown / 1e6:,.0f} | {told / 1e6:,.0f} | {told / grown:.3f} |", flush=True)
+
+
+# What the paper tells, in GB (QST, arXiv 2401.07159)
+
+FIGURE_1A = {  # LLaMA-2-70B, batch 16, length 384: weights, optimizer, activations, total
+    "full": (140, 420, 197, 757), "qlora": (36, 13, 197, 246), "lst": (140, 24, 78, 242),
+    "qst": (36, 4, 69, 109),
+}  # fmt: skip
+TABLE_1 = {  # batch 16, length 512
+    "qlora": {"opt-1.3b": 31.3, "opt-2.7b": 47.0, "opt-6.7b": 63.6},
+    "lst": {"opt-1.3b": 20.9, "opt-2.7b": 30.7}, "lora": {"opt-1.3b": 32.9, "opt-2.7b": 50.4},
+    "adapter": {"opt-1.3b": 32.5, "opt-2.7b": 49.9},
+    "qst": {"opt-1.3b": 17.7, "opt-2.7b": 24.4, "opt-6.7b": 27.5},
+}  # fmt: skip
+TABLE_2 = {  # batch 4, length 384
+    "qlora": {"llama-2-7b": 15.6, "llama-2-13b": 25.4, "llama-2-70b": 95.5, "opt-1.3b": 6.3,
+              "opt-6.7b": 15.5, "opt-66b": 87.5},
+    "qst": {"llama-2-7b": 7.3, "llama-2-13b": 12.6, "llama-2-70b": 56.0, "opt-1.3b": 3.2,
+            "opt-6.7b": 7.2, "opt-66b": 52.3},
+}  # fmt: skip
+TABLE_3 = {  # floating-point operations a token, in units of the paper's own
+    "qst": {"llama-2-7b": 4.4, "llama-2-13b": 6.1, "llama-2-70b": 15.3},
+    "qlora": {"llama-2-7b": 11.7, "llama-2-13b": 16.0, "llama-2-70b": 38.1},
+    "lst": {"llama-2-7b": 11.0, "llama-2-13b": 19.0, "llama-2-70b": 80.7},
+}  # fmt: skip
+TABLE_6 = {"linear": 7.8, "lora": 7.3, "adapter": 7.3, "maxpool": 7.3, "avgpool": 7.3}  # 7B
+
+
+def reports(preset, batch_size, sequence_len):
+    """{(method, whether checkpointed): two of `memory_report`}, of the methods that there are: with
+    the attention of a GPU, and with the plain formula, whose (T, T) matrices are kept."""
+    cfg = TrainConfig(preset=preset, batch_size=batch_size, sequence_len=sequence_len)
+    pairs = [(name, *(memory_report(replace(row, device=d)) for d in ("cuda", "meta"))) for name, row in rows(cfg)]
+    return {(name, fused["checkpoint"]): (fused, plain) for name, fused, plain in pairs}
+
+
+def beside(ours, theirs):
+    """The paper's figure and ours, with the ratio."""
+    return f"{ours:.1f} | {theirs or '-'} | {f'{ours / theirs:.2f}' if theirs else '-'}"
+
+
+def table(title, *columns):
+    print(f"\n**{title}**\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+
+
+def paper():
+    """Every table in turn; GB are 10^9 bytes."""
+    table("LLaMA-2-70B, batch 16, length 384 (Fig. 1a)", "", "weights", "paper", "gradients and optimizer",
+          "paper", "activations and transients", "paper", "total", "paper", "ours / paper")  # fmt: skip
+    for (method, checkpoint), pair in reports("llama-2-70b", 16, 384).items():
+        theirs = None if checkpoint else FIGURE_1A.get(method)
+        for r, how in zip(pair, ("", ", plain attention")):
+            weights, gradients, optimizer, activations, transient, total = (
+                r[f"{name}_bytes"] / 1e9 for name in COLUMNS
+            )
+            parts = (weights, gradients + optimizer, activations + transient)
+            cells = " | ".join(f"{a:.1f} | {b}" for a, b in zip(parts, theirs or "---"))
+            print(f"| {label(method, checkpoint)}{how} | {cells} | {beside(total, theirs and theirs[3])} |", flush=True)
+    grid("Batch 16, length 512 (Table 1)", TABLE_1, 16, 512)
+    flops = grid("Batch 4, length 384 (Table 2)", TABLE_2, 4, 384)
+    relative(flops)
+    table("Downsamplers: LLaMA-2-7B, batch 4, length 384 (Table 6)", "", "GB", "paper", "ours / paper", "trainable")
+    for downsample, theirs in TABLE_6.items():
+        r = memory_report(TrainConfig(preset="llama-2-7b", downsample=downsample))
+        print(f"| {downsample} | {beside(r['total_bytes'] / 1e9, theirs)} | {r['trainable_parameters']:,} |")
+    curve("Batch size: LLaMA-2-7B, length 384 (Fig. 4)", "batch_size", (1, 2, 4, 8, 16, 32))
+    curve("Length: LLaMA-2-7B, batch 4 (Fig. 4)", "sequence_len", (128, 256, 384, 512, 1024, 2048))
+    curve("Reduction: LLaMA-2-7B, batch 4, length 384 (Fig. 5)", "reduction", (2, 4, 8, 16, 32, 64), ["qst"])
+
+
+def label(method, checkpoint):
+    return method + ", checkpoint" * checkpoint
+
+
+def grid(title, theirs, batch_size, sequence_len):
+    """A table of totals, a line a method and preset. Returns {(method, preset): operations}."""
+    table(title, "", "model", "with plain attention, GB", "ours, GB", "paper", "ours / paper")
+    flops = {}
+    for preset in {preset: None for row in theirs.values() for preset in row}:
+        for (method, checkpoint), (r, plain) in reports(preset, batch_size, sequence_len).items():
+            told = None if checkpoint else theirs.get(method, {}).get(preset)
+            cells = f"{plain['total_bytes'] / 1e9:.1f} | {beside(r['total_bytes'] / 1e9, told)}"
+            print(f"| {label(method, checkpoint)} | {preset} | {cells} |", flush=True)
+            flops[label(method, checkpoint), preset] = r["flops_per_token"]
+    return flops
+
+
+def relative(flops):
+    table("Floating-point operations a token (Table 3)", "", "model", "10^9, forward and backward",
+          "times QST's on 7B", "paper", "ours / paper")  # fmt: skip
+    one = flops["qst", "llama-2-7b"]
+    for (method, preset), ours in flops.items():
+        theirs = TABLE_3.get(method, {}).get(preset)
+        ratio = beside(ours / one, theirs and round(theirs / TABLE_3["qst"]["llama-2-7b"], 2))
+        if "llama" in preset:
+            print(f"| {method} | {preset} | {ours / 1e9:.1f} | {ratio} |")
+
+
+def curve(title, name, values, methods=("qlora", "qst")):
+    """A line a method: the total, in GB, over a setting."""
+    table(title, "", *map(str, values))
+    start = TrainConfig(preset="llama-2-7b", batch_size=4, sequence_len=384)
+    lines = {}
+    for value in values:
+        for method, row in rows(replace(start, **{name: value})):
+            if method in methods:
+                r = memory_report(row)
+                lines.setdefault(label(method, r["checkpoint"]), []).append(f"{r['total_bytes'] / 1e9:.1f}")
+                if name == "reduction":
+                    lines.setdefault("10^9 operations a token", []).append(f"{r['flops_per_token'] / 1e9:.1f}")
+    for who, cells in lines.items():
+        print(f"| {who} | {' | '.join(cells)} |", flush=True)
+
+
 VARIANTS = {  # what differs from the paper's architecture, as flags of train.py
     "alpha x 1": "--lr_factors alpha=1", "paper": "", "released": "--variant released",
     "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
@@ -254,7 +415,9 @@ def regress(x, y, n, weight):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("what", choices=["load", "quant", "tokens", "learn", "probe"])
+    parser.add_argument(
+        "what", choices=["load", "quant", "tokens", "account", "paper", "learn", "probe"]
+    )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
     args, flags = parser.parse_known_args()

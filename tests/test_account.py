@@ -1,0 +1,186 @@
+"""The memory account: on meta tensors, what a real step keeps and takes."""
+
+import json
+
+import pytest
+import torch
+from conftest import small_config
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import Transformer, model_bytes
+from qst import QST, pick_dtype
+from quant import InputError
+from side import SideConfig
+from train import (
+    Live, TrainConfig, activation_bytes, attention_of, complete, main, memory_report, parse_args,
+    untrained,
+)  # fmt: skip
+
+SMALL = dict(device="cpu", reduction=2, batch_size=3, sequence_len=12)
+COMBINATIONS = {
+    "adapter": dict(),
+    "linear": dict(downsample="linear"),
+    "maxpool": dict(downsample="maxpool"),
+    "released": dict(variant="released"),
+    "borrowed attention": dict(variant="fast"),
+    "16 bits": dict(quant="none", dtype="bf16"),
+    "half": dict(dtype="fp16"),
+    "lora": dict(method="lora"),
+    "qlora": dict(method="qlora"),
+    "checkpoint": dict(method="lora", checkpoint=True),
+    "adapters": dict(method="adapter"),
+    "peqa": dict(method="peqa"),
+    "lst": dict(method="lst"),
+    "full": dict(method="full"),
+}
+
+
+@pytest.mark.parametrize("changes", COMBINATIONS.values(), ids=COMBINATIONS)
+@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2), dict(family="opt")], ids=["llama", "grouped", "opt"])
+def test_the_account_is_that_of_a_real_step(changes, shape):
+    """What a real model on the CPU keeps for backward, its gradients, optimizer states, parameters
+    and floating-point operations are the account's, exactly."""
+    cfg, config = TrainConfig(**SMALL | changes), small_config(**shape)
+    report = memory_report(cfg, config)
+    cfg = complete(cfg)
+    dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
+    model = untrained(cfg, config, dtype, "cpu")
+    idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    kept = activation_bytes(model, idx, idx)
+    if config.family == "opt" and dtype != torch.float32:
+        # LayerNorm's mean and deviation are fp32 on meta tensors, as on CUDA; in 16 bits here.
+        norms = 2 * config.n_layer + (cfg.method == "lora")
+        kept += norms * 2 * idx.numel() * 2
+    assert report["activations_bytes"] == kept
+    with Live() as live:
+        model.loss(idx, idx).backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for n, t in state.items() if n != "step"]
+    assert report["gradients_bytes"] == sum(p.grad.nbytes for p in trained)
+    assert report["optimizer_bytes"] == sum(t.nbytes for t in states)
+    assert report["weights_bytes"] == model_bytes(model)
+    assert report["trainable_parameters"] == sum(p.numel() for p in trained)
+    assert report["flops_per_token"] == round(live.flops / idx.numel())
+
+
+def test_the_total_is_the_sum():
+    """The parts add up to the total, and the transient part is positive."""
+    report = memory_report(TrainConfig(**SMALL), small_config())
+    parts = ("weights", "gradients", "optimizer", "activations", "transient")
+    assert report["total_bytes"] == sum(report[f"{part}_bytes"] for part in parts)
+    assert report["transient_bytes"] > 3 * 12 * 61 * 4  # the logits' gradient
+
+
+@pytest.mark.parametrize("device, bits", [("cuda", 16), ("cuda", 32), ("cpu", 32)])
+def test_attention_keeps_what_a_fused_kernel_keeps(device, bits):
+    """Queries, keys, values and output, and one fp32 number a query; no (T, T) matrix."""
+    dtype = torch.bfloat16 if bits == 16 else torch.float32
+    make = lambda: torch.zeros(2, 4, 50, 8, device="meta", dtype=dtype, requires_grad=True)
+    q, k, v = make(), make(), make()
+    kept = {}
+    keep = lambda t: kept.setdefault(t.untyped_storage()._cdata, t)
+    with attention_of(device), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=False)
+    least = 4 * q.nbytes + 2 * 4 * 50 * 4
+    assert y.shape == q.shape
+    # The kernels add a seed of random numbers, and the memory-efficient one rounds T up to 64.
+    total = sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert least <= total <= least + 2 * 4 * 14 * 4 + 32
+
+
+def test_the_plain_formula_can_be_counted():
+    """On the device "meta", attention keeps a (T, T) matrix a head, and more than on a GPU."""
+    fused, plain = (
+        memory_report(TrainConfig(**SMALL | dict(device=d, sequence_len=64)), small_config())
+        for d in ("cuda", "meta")
+    )
+    matrices = 3 * small_config().n_layer * small_config().n_head * 64 * 64 * 2
+    assert plain["activations_bytes"] > fused["activations_bytes"] + matrices / 2
+
+
+def test_narrow_heads_are_padded_on_cuda():
+    """Flash attention takes widths of a multiple of 8: OPT-1.3B's side network has 4."""
+    q = torch.zeros(2, 4, 50, 4, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with attention_of("cuda"):
+        y = F.scaled_dot_product_attention(q, q, q, is_causal=True, enable_gqa=False)
+    assert y.shape == q.shape and y.untyped_storage().nbytes() == 2 * q.nbytes
+
+
+def test_live_bytes():
+    """A storage counts from the operator that makes it until nobody holds it; a view is nothing."""
+    x = torch.zeros(100, device="meta")
+    with Live() as live:
+        y = x + 1
+        z = y.view(10, 10)
+        assert live.now == 400
+        z.add_(1)
+        del y
+        assert live.now == 400
+        del z
+        assert live.now == 0
+        (x * 2) * 3
+    assert (live.now, live.peak) == (0, 800)
+
+
+def test_floating_point_operations():
+    """They are those that torch's FlopCounterMode counts, 4-bit layers included, and those of the
+    CPU's attention, which it does not know: QST's base has a forward pass and no backward."""
+    config = small_config(n_embd=64, n_ffn=96)
+    model = QST(Transformer(config).freeze("nf4", torch.float32), SideConfig(reduction=8))
+    idx = torch.zeros(3, 12, dtype=torch.long)
+    with Live() as live, FlopCounterMode(display=False) as products:
+        model.loss(idx, idx).backward()
+    one = 2 * 3 * 12 * 12 * config.n_layer  # a product with the (T, T) matrices, a channel of width
+    attention = one * (2 * 64 + (2 + 5) * 8)  # forward has two such products, and backward five
+    assert live.flops == products.get_total_flops() + attention
+    weights = config.n_layer * (4 * 64 * 64 + 3 * 64 * 96)
+    assert 2 * weights < live.flops / idx.numel() < 4 * weights
+
+
+def test_plan(tmp_path, capsys):
+    """--plan prints a line for each method, with its numbers in plan.json, and needs no weights."""
+    flags = f"--plan --preset smollm2-135m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
+    rows = main(parse_args(flags.split()))
+    assert json.loads((tmp_path / "plan.json").read_text()) == rows
+    told = capsys.readouterr().out
+    assert {"qst", "qlora", "lora"} <= {row["method"] for row in rows}
+    for row in rows:
+        assert row["method"] in told and f"{row['total_bytes'] / 1e9:.2f}" in told
+    totals = {row["method"]: row["total_bytes"] for row in rows if not row["checkpoint"]}
+    assert totals["qst"] < totals["qlora"] < totals["lora"]
+
+
+def test_plan_of_a_folder(tmp_path):
+    """With --base, the shape is that of the folder's config.json; weights need not be there."""
+    fields = dict(
+        model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    flags = f"--plan --base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
+    assert main(parse_args(flags.split()))
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--plan --preset llama-9", "choose smollm2-135m, "),
+        ("--plan", "--preset"),
+        ("--preset llama-2-7b", "--plan"),
+        ("--plan --preset opt-1.3b --sequence_len 4096", "2048 positions"),
+    ],
+)
+def test_mistakes(flags, told, tmp_path):
+    """A mistake is one sentence that says what to do."""
+    with pytest.raises(InputError, match=told):
+        main(parse_args([*flags.split(), "--out_dir", str(tmp_path)]))
+
+
+def test_seventy_billion_in_seconds():
+    """The account of LLaMA-2-70B's step takes seconds, and no memory to speak of: its weights are
+    those that the paper tells (36 GB), and a little."""
+    report = memory_report(TrainConfig(preset="llama-2-70b", batch_size=16, sequence_len=384))
+    assert 36e9 < report["weights_bytes"] < 38e9
