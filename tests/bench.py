@@ -238,8 +238,8 @@ def reports(preset, batch_size, sequence_len):
     """{(method, whether checkpointed): two of `memory_report`}, of the methods that there are: with
     the attention of a GPU, and with the plain formula, whose (T, T) matrices are kept."""
     cfg = TrainConfig(preset=preset, batch_size=batch_size, sequence_len=sequence_len)
-    pairs = [(name, *(memory_report(replace(row, device=d)) for d in ("cuda", "meta"))) for name, row in rows(cfg)]
-    return {(name, fused["checkpoint"]): (fused, plain) for name, fused, plain in pairs}
+    pairs = [[memory_report(replace(row, device=d)) for d in ("cuda", "meta")] for row in rows(cfg)]
+    return {(fused["method"], fused["checkpoint"]): (fused, plain) for fused, plain in pairs}
 
 
 def beside(ours, theirs):
@@ -310,10 +310,10 @@ def curve(title, name, values, methods=("qlora", "qst")):
     start = TrainConfig(preset="llama-2-7b", batch_size=4, sequence_len=384)
     lines = {}
     for value in values:
-        for method, row in rows(replace(start, **{name: value})):
-            if method in methods:
+        for row in rows(replace(start, **{name: value})):
+            if row.method in methods:
                 r = memory_report(row)
-                lines.setdefault(label(method, r["checkpoint"]), []).append(f"{r['total_bytes'] / 1e9:.1f}")
+                lines.setdefault(label(row.method, r["checkpoint"]), []).append(f"{r['total_bytes'] / 1e9:.1f}")
                 if name == "reduction":
                     lines.setdefault("10^9 operations a token", []).append(f"{r['flops_per_token'] / 1e9:.1f}")
     for who, cells in lines.items():
