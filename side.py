@@ -93,7 +93,7 @@ RELEASED = dict(
 )  # fmt: skip
 
 # What we found to learn fastest: see "Why QST learns slowly" in the README.
-FAST = dict(gate="sum", attention="borrowed", standardize=True)
+FAST = dict(gate="sum", standardize=True)
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 

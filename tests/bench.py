@@ -169,7 +169,7 @@ def make_smollm2(folder):
 
 ACCOUNTS = {  # name: flags of train.py
     "qst": "", "qst, linear": "--downsample linear", "qst, maxpool": "--downsample maxpool",
-    "qst, released": "--variant released", "qst, borrowed": "--variant fast",
+    "qst, released": "--variant released", "qst, borrowed": "--attention borrowed",
     "lora": "--method lora", "qlora": "--method qlora",
 }  # fmt: skip
 
