@@ -98,13 +98,20 @@ def test_offline(server, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fetching_unpacks(server, tmp_path, monkeypatch):
+def test_fetching_unpacks(server, tmp_path, monkeypatch, capsys):
     """All files of a name arrive in their places."""
     base, _, name = server.url.rpartition("/")
     monkeypatch.setitem(download.SOURCES, "X", {f"MRPC/{name}": (base, SHA256), name: (base, SHA256)})
     download.fetch("X", tmp_path)
     assert (tmp_path / "MRPC" / name).read_bytes() == (tmp_path / name).read_bytes() == CONTENT
-    assert server.url in download.where("X")
+    monkeypatch.setattr("sys.argv", ["x.py", "--data", str(tmp_path), "--download", str(tmp_path)])
+    seen = []
+    download.command_line(seen.append, "X")  # what is there already is not fetched again
+    assert seen == [str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["x.py", "--help"])
+    with pytest.raises(SystemExit):
+        download.command_line(seen.append, "X")
+    assert server.url in capsys.readouterr().out
 
 
 def packed(path, name, content=b"content"):
