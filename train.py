@@ -518,8 +518,11 @@ def rows(cfg):
             yield replace(cfg, method=method, quant=None, checkpoint=checkpoint)
 
 
-def plan(cfg):
-    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports."""
+def plan(cfg, given):
+    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports.
+
+    given: the settings before `complete`, so that what depends on the method still does
+    """
     config = config_of(cfg)
     print(
         f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens,"
@@ -528,7 +531,7 @@ def plan(cfg):
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports = []
-    for settings in rows(cfg):
+    for settings in rows(given):
         reports.append(row := memory_report(settings, config))
         label = row["method"] + ", checkpoint" * row["checkpoint"]
         cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
@@ -726,9 +729,9 @@ def main(cfg):
     cfg: a `TrainConfig`
     """
     started = time.time()
-    cfg = complete(cfg)
+    given, cfg = cfg, complete(cfg)
     if cfg.plan:
-        return plan(cfg)
+        return plan(cfg, given)
     try:
         Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out_dir).close()
