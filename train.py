@@ -138,6 +138,8 @@ def complete(cfg):
         classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
         depends["head"] = "classifier" if classifier else "lm"
     cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
+    if cfg.eval_only and not cfg.side and cfg.head == "classifier":
+        raise InputError("--head classifier: the base has none; give --head lm, or --side.")
     for name, choices in dict(lr_schedule=SCHEDULES, head=("lm", "classifier"), variant=VARIANTS).items():
         if getattr(cfg, name) not in choices:
             raise InputError(f"--{name} {getattr(cfg, name)} is unknown: choose {', '.join(choices)}.")
@@ -172,6 +174,8 @@ def complete_method(cfg):
     asked = (cfg.peqa_bits, cfg.group_size) != (4, 0)
     if cfg.side:
         side, base = read_side(cfg.side)
+        if cfg.method not in (side.method, SideConfig().method):
+            raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
         cfg = replace(cfg, method=side.method, quant=cfg.quant or base.get("quant"))
     elif asked and (cfg.method != "peqa" or cfg.quant):
         raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
@@ -498,8 +502,8 @@ def config_of(cfg):
     if cfg.base:
         return read_config(cfg.base)
     if cfg.preset not in PRESETS:
-        known = ", ".join(PRESETS)
-        raise InputError(f"--preset {cfg.preset} is unknown: choose {known}; or give --base.")
+        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "--plan needs --preset or --base"
+        raise InputError(f"{wrong}: choose {', '.join(PRESETS)}; or give --base.")
     return PRESETS[cfg.preset]
 
 
@@ -782,7 +786,7 @@ def train(model, task, folder, cfg, result):
         return
     after = task.score(model)
     samples = [s.pop("samples", []) for s in (before, after)]
-    result["examples"] = after.pop("examples", 0)
+    result["examples"] = after.pop("examples", len(task.held_out[: cfg.eval_examples]))
     result["samples"] = [{**b, "base": b["answer"], cfg.method.upper(): a["answer"]} for b, a in zip(*samples)]
     result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
     result |= {f"{name}_after": value for name, value in after.items()}

@@ -228,7 +228,8 @@ def load(cfg, tokenizer, template):
 def show(folder):
     """Count the examples of every task of GLUE that a folder has, and print one of each."""
     for task, form in FORMS.items():
-        if (files(folder, form) / form.dev).exists():
+        own = Path(folder).resolve().name == form.folder  # or it is the folder of all
+        if (own or (Path(folder) / form.folder).is_dir()) and (files(folder, form) / form.dev).exists():
             train, dev = (read(files(folder, form) / name, form)[0] for name in ("train.tsv", form.dev))
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
 

@@ -158,7 +158,10 @@ def answer_ids(tokenizer, text):
     for letter in LETTERS:
         *head, last = tokenizer.encode(f"{text} {letter}")
         if head != before:
-            raise InputError(f'The tokenizer does not make " {letter}" one token behind "Answer:".')
+            raise InputError(
+                f'MMLU cannot be asked: this tokenizer does not make " {letter}" one token behind '
+                f'"Answer:", as those of larger vocabularies do.'
+            )
         ids.append(last)
     return ids
 
