@@ -89,20 +89,26 @@ class QST(Generator, nn.Module):
         """
         if not self.side.config.standardize:
             return
-        idx, keep = pad_left(prompts, device=self.device)
-        seen = []
-        hooks = [self.base.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0]))]
+        layers, side = self.base.layers, self.side
+        sums = torch.zeros(2, *side.mean.shape, dtype=torch.float64, device=self.device)
+
+        def see(i, h_f):
+            h_f = h_f[keep.bool()].double()
+            sums[:, i] += torch.stack([h_f.sum(dim=0), h_f.square().sum(dim=0)])
+
+        hooks = [layers[0].register_forward_pre_hook(lambda layer, args: see(0, args[0]))]
         hooks += [
-            layer.register_forward_hook(lambda layer, args, h_f: seen.append(h_f))
-            for layer in self.base.layers
+            layer.register_forward_hook(lambda layer, args, h_f, i=i: see(i, h_f))
+            for i, layer in enumerate(layers, 1)
         ]
-        self.base.hidden(idx, keep)
+        for start in range(0, len(prompts), 4):  # a few at a time, of which nothing is kept
+            idx, keep = pad_left(prompts[start : start + 4], device=self.device)
+            self.base.hidden(idx, keep)
         for hook in hooks:
             hook.remove()
-        for i, h_f in enumerate(seen):
-            h_f = h_f[keep.bool()].float()
-            self.side.mean[i] = h_f.mean(dim=0)
-            self.side.scale[i] = (h_f.var(dim=0) + 1e-6).rsqrt()
+        mean, square = sums / sum(map(len, prompts))
+        side.mean.copy_(mean)
+        side.scale.copy_((square - mean.square() + 1e-6).rsqrt())
 
     def head(self, h):
         """(..., C) -> logits (..., V), or (..., n_labels) of a classifier."""

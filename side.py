@@ -9,6 +9,9 @@ QST (arXiv 2401.07159 §3.2), with N layers in both networks:
     h_g_i = layer_i((1 - beta_i) * downsample_i(h_f_i) + beta_i * h_g_{i-1})     beta = sigmoid(gamma)
     h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)                        to the frozen LM head
 
+Other ways to gate, to mix, to attend and to read h_f are settings of the same `SideNetwork`. Below
+it stands what the methods train that QST is compared with: modules inside the base.
+
 Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
 
@@ -29,7 +32,7 @@ def setting(default, help):
 
 @dataclass
 class SideConfig:
-    """The side network's architecture. The defaults are the paper's; RELEASED has the other."""
+    """What is trained. The defaults are the paper's side network; VARIANTS has others."""
 
     method: str = setting("qst", "qst; or, to compare with, lst, lora, qlora, adapter, peqa, full")
     reduction: int = setting(16, "the side network is this many times narrower than the base")

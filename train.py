@@ -692,7 +692,8 @@ def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     print()
     tuned = cfg.method.upper()
-    told = {tuned if cfg.side else "base": ""} if cfg.eval_only else {"base": "_before", tuned: "_after"}
+    start = "base" if cfg.head == "lm" and cfg.method != "lst" else "untrained"
+    told = {tuned if cfg.side else "base": ""} if cfg.eval_only else {start: "_before", tuned: "_after"}
     line = lambda name, show: ", ".join(
         f"{show(result[name + end])} {who}" for who, end in told.items() if name + end in result
     )
@@ -776,7 +777,7 @@ def train(model, task, folder, cfg, result):
     longest = sorted(task.train, key=lambda pair: len(pair[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
     result |= dict(
-        optimizer_bytes=2 * 4 * result["trainable_parameters"],  # AdamW's two moments, in fp32
+        optimizer_bytes=2 * sum(p.nbytes for p in model.parameters()),  # AdamW's two moments
         activations_bytes=activation_bytes(model, idx.to(model.device), targets),
     )
     introduce(folder, model, cfg, idx, result)
@@ -787,7 +788,7 @@ def train(model, task, folder, cfg, result):
     after = task.score(model)
     samples = [s.pop("samples", []) for s in (before, after)]
     result["examples"] = after.pop("examples", len(task.held_out[: cfg.eval_examples]))
-    result["samples"] = [{**b, "base": b["answer"], cfg.method.upper(): a["answer"]} for b, a in zip(*samples)]
+    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in zip(*samples)]
     result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
     result |= {f"{name}_after": value for name, value in after.items()}
 
