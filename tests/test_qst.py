@@ -238,7 +238,7 @@ def test_standardization(base, idx, tmp_path):
     for i in range(4):
         tokens = torch.cat([row[i][0] for row in states])
         seen = model.side.standardized(i, tokens)
-        assert seen.mean(0).abs().max() < 1e-4 and torch.allclose(seen.var(0), torch.ones(32), atol=1e-2)
+        assert seen.mean(0).abs().max() < 1e-4 and torch.allclose(seen.var(0, correction=0), torch.ones(32), atol=1e-3)
     model.save_side(tmp_path)
     again = QST.from_side(base, tmp_path)
     assert torch.equal(again.side.mean, model.side.mean) and torch.equal(again(idx)[0], model(idx)[0])
