@@ -193,7 +193,7 @@ def quantize_blockwise(values, codebook, block_size):
     n, per_byte = values.numel(), 2 if len(codebook) == 16 else 1
     codes = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-n // block_size), device=values.device)
-    step = chunk_size(values.device) // 4  # there are more arrays in between than elsewhere
+    step = max(ABSMAX_BLOCK_SIZE, chunk_size(values.device) // 8)  # more arrays are in between here
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
@@ -334,18 +334,20 @@ def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
     """
     in_features = x.shape[1]
     scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
-    pairs, y = pair_table(kind, codes.device), x.new_empty(len(x), out_features)
+    pairs = pair_table(kind, codes.device)
     whole = BLOCK_SIZE // math.gcd(in_features, BLOCK_SIZE)  # so many rows are whole blocks
     step = max(1, chunk_size(x.device) // (whole * in_features)) * whole
-    for start in range(0, out_features, step):
-        rows = min(step, out_features - start)
-        first = start * in_features // BLOCK_SIZE
-        part = scales[first : first + -(-rows * in_features // BLOCK_SIZE)]
-        buffer = scratch("rows", len(part) * BLOCK_SIZE, x.dtype, x.device)
-        unpack(codes[first * BLOCK_SIZE // 2 :][: buffer.numel() // 2], part, pairs, buffer)
-        weight = buffer[: rows * in_features].view(rows, in_features)
-        torch.mm(x, weight.T, out=y[:, start : start + rows])
-    return y
+
+    def product(codes, scales, rows):
+        buffer = scratch("rows", len(scales) * BLOCK_SIZE, x.dtype, x.device)
+        unpack(codes, scales, pairs, buffer)
+        return torch.mm(x, buffer[: rows * in_features].view(rows, in_features).T)
+
+    if step >= out_features:
+        return product(codes, scales, out_features)
+    blocks = step * in_features // BLOCK_SIZE
+    parts = zip(codes.split(blocks * BLOCK_SIZE // 2), scales.split(blocks), range(out_features, 0, -step))
+    return torch.cat([product(*part, min(step, left)) for *part, left in parts], dim=1)
 
 
 # `Library` and not `custom_op`: a call takes 2 us and not 17.
