@@ -215,9 +215,11 @@ class MLP(nn.Module):
         self.down_proj = Linear(n_ffn, C, bias=bias)
 
     def forward(self, x):
+        inplace = not torch.is_grad_enabled()  # two arrays of (B, T, n_ffn) and not three
         if self.gate_proj is None:
-            return self.down_proj(F.relu(self.up_proj(x)))
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(F.relu(self.up_proj(x), inplace))
+        gate = F.silu(self.gate_proj(x), inplace)
+        return self.down_proj(gate.mul_(self.up_proj(x)) if inplace else gate * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
@@ -325,7 +327,12 @@ def pad_left(prompts, pad_id=0, device=None):
 
 
 class Generator:
-    """Loss and generation, for any model with `hidden`, `head`, `new_cache` and `config`."""
+    """Loss and generation, for any model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
+
+    chunk_loss: whether the loss of a frozen head is computed from some of the logits at a time
+    """
+
+    chunk_loss = True
 
     @property
     def device(self):
@@ -338,7 +345,10 @@ class Generator:
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         h = self.hidden(idx).flatten(0, 1)[at.to(idx.device)]
-        return token_loss(self.head(h), targets.flatten()[at].to(idx.device))
+        targets = targets.flatten()[at].to(idx.device)
+        if self.chunk_loss and not self.head_learns:
+            return _ChunkedLoss.apply(h, targets, self.head, max(1, CHUNK // self.config.vocab_size))
+        return token_loss(self.head(h), targets)
 
     @torch.no_grad()
     def stream(
@@ -392,7 +402,10 @@ def check_length(config, length, advice):
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
 
 
-def token_loss(logits, targets):
+CHUNK = 1 << 24  # logits to hold at a time
+
+
+def token_loss(logits, targets, reduction="mean"):
     """Mean cross-entropy, in fp32: logits (..., V), targets (...), the ids that follow.
 
     With targets in fp32, ratings, it is the mean squared error of logits (..., 1).
@@ -401,7 +414,32 @@ def token_loss(logits, targets):
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
         return F.mse_loss(logits.squeeze(-1)[on], targets[on])
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX)
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """`token_loss(head(h), targets)` of a frozen head, without all of the logits at once.
+
+    The gradient of h (n, C) is formed chunk by chunk in forward, while a chunk's logits are there:
+    nothing is computed twice. It is that of the sum, so that it does not vanish in 16 bits.
+    """
+
+    @staticmethod
+    def forward(ctx, h, targets, head, rows):
+        learns, total, grads = ctx.needs_input_grad[0], h.new_zeros((), dtype=torch.float32), []
+        for part, target in zip(h.split(rows), targets.split(rows)):
+            with torch.set_grad_enabled(learns):
+                part = part.detach().requires_grad_(learns)
+                loss = token_loss(head(part), target, "sum")
+            total += loss.detach()
+            grads += torch.autograd.grad(loss, part) if learns else ()
+        ctx.n = len(targets)
+        ctx.save_for_backward(*grads)
+        return total / ctx.n
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.cat(ctx.saved_tensors).mul_(grad / ctx.n), None, None, None
 
 
 class Transformer(Generator, nn.Module):
@@ -444,6 +482,10 @@ class Transformer(Generator, nn.Module):
     def head(self, x):
         """(..., C) -> logits (..., V)."""
         return self.lm_head(x if self.project_out is None else self.project_out(x))
+
+    @property
+    def head_learns(self):
+        return self.lm_head.weight.requires_grad
 
     def new_cache(self, max_len):
         return [KVCache(max_len) for _ in self.layers]

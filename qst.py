@@ -61,7 +61,7 @@ class QST(Generator, nn.Module):
         """Climb the ladder: idx (B, T) -> the state that the LM head reads, (B, T, C)."""
         base, side = self.base, self.side
         N = len(base.layers)
-        look = [] if side.config.attention == "borrowed" else None
+        borrowed = side.config.attention == "borrowed"
         cache = cache or [None] * 2 * N
         past = cache[0].length if cache[0] else 0
         with torch.no_grad():  # nothing of the base is kept for the backward pass
@@ -71,6 +71,7 @@ class QST(Generator, nn.Module):
             rope_g = rotary_table(side.narrow, positions, h_f.dtype)
         h_g = side.start(h_f)
         for i in range(N):
+            look = [] if borrowed else None  # for the layer's queries and keys
             with torch.no_grad():
                 h_f = base.layers[i](h_f, mask, rope_f, cache[i], look)
             h_g = side.rung(i, h_f, h_g, mask, rope_g, cache[N + i], look)
@@ -114,6 +115,10 @@ class QST(Generator, nn.Module):
         """(..., C) -> logits (..., V), or (..., n_labels) of a classifier."""
         classifier = self.side.classifier
         return self.base.head(h) if classifier is None else classifier(h)
+
+    @property
+    def head_learns(self):
+        return self.side.classifier is not None or self.base.head_learns
 
     def forward(self, idx, targets=None):
         """idx (B, T), targets (B, T) the ids that follow -> logits (B, T, V), loss or None."""
@@ -260,7 +265,7 @@ RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
     "layers": ("qst_layers_parameters.pt", OPT_NAMES),
     "downsample": (
         "qst_downsample_parameters.pt",
-        {"0.down.": "adapter_A.", "0.up.": "adapter_B.", "1.": "post_layer_norm."},
+        {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."},
     ),
     "gamma": ("qst_z_parameters.pt", {}),
     "norm": ("qst_norm_parameters.pt", {}),
@@ -282,11 +287,11 @@ def import_released(base, folder):
                 name = name.replace(their_part, our_part)
             released[f"{ours}.{name}"] = tensor
     gates = [released.pop(f"gamma.{i}", None) for i in range(base.config.n_layer)]
-    if any(gate is None for gate in gates) or "downsample.0.0.down.weight" not in released:
+    if any(gate is None for gate in gates) or "downsample.0.down.weight" not in released:
         raise InputError(f"{folder} is not of a model with {base.config.n_layer} layers like {base.config.family}.")
     mix = read_pt(Path(folder) / f"lm_head_z_{'parameters' if opt else 'path'}.pt")
     released |= {"gamma": torch.stack(gates), "alpha": -mix if opt else mix}
-    rank, width = len(released["downsample.0.0.down.weight"]), len(gates[0])
+    rank, width = len(released["downsample.0.down.weight"]), len(gates[0])
     reduction = base.config.n_embd // width
     model = QST(base, SideConfig(**RELEASED, reduction=reduction, rank=rank))
     fill(model.side, released, folder)

@@ -130,7 +130,7 @@ def drop_scratch():
 
 def chunk_size(device):
     """Weights to handle at a time: on a CPU, what is in between should stay in the cache."""
-    return {"cpu": 1 << 20, "meta": 1 << 60}.get(device.type, 1 << 26)
+    return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
 def lookup(table, index, out=None):
@@ -193,7 +193,9 @@ def quantize_blockwise(values, codebook, block_size):
     n, per_byte = values.numel(), 2 if len(codebook) == 16 else 1
     codes = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-n // block_size), device=values.device)
-    step = max(ABSMAX_BLOCK_SIZE, chunk_size(values.device) // 8)  # more arrays are in between here
+    if values.is_meta:  # the loop below would only take its time
+        return codes, absmax
+    step = max(ABSMAX_BLOCK_SIZE, chunk_size(values.device) // (8 if values.is_cpu else 32))
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
@@ -288,6 +290,33 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
             absmax - offset, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE
         )
     return Quantized4bit(codes, absmax, nested_absmax, offset, weight.shape, kind)
+
+
+# --------------------------------------------------------------------------------------
+# Activations, kept for the backward pass in a few bits
+
+
+def pack_activation(x, bits):
+    """A tensor of any shape -> the tensors that are kept of it: x alone (16 bits), or codes and a
+    scale per block of 64: steps of a 127th of the largest magnitude (8 bits), or NF4 (4 bits)."""
+    if bits == 16:
+        return (x,)
+    if bits == 4:
+        return quantize_blockwise(x, NF4_CODEBOOK, BLOCK_SIZE)
+    x = x.reshape(-1)
+    blocks = F.pad(x, (0, -len(x) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30) / 127
+    return (blocks / steps).round_().to(torch.int8), steps
+
+
+def unpack_activation(packed, shape, bits, dtype):
+    """Undo `pack_activation`, as far as it can be undone."""
+    if bits == 16:
+        return packed[0]
+    codes, scales = packed
+    if bits == 4:
+        return Quantized4bit(codes, scales, None, None, shape).dequantize(dtype)
+    return (codes * scales).view(-1)[: shape.numel()].view(shape).to(dtype)
 
 
 # --------------------------------------------------------------------------------------

@@ -15,14 +15,16 @@ it stands what the methods train that QST is compared with: modules inside the b
 Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import PACKED, InputError
+from quant import PACKED, InputError, pack_activation, unpack_activation
 
 
 def setting(default, help):
@@ -100,21 +102,57 @@ FAST = dict(gate="sum", standardize=True)
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 
-class LowRank(nn.Module):
-    """Two factors with a narrow waist, and perhaps a nonlinearity between: (..., n_in) -> (..., n_out).
+def low_rank(n_in, n_out, rank, nonlinear=False, first=Linear):
+    """Two factors with a narrow waist, and perhaps SiLU between: (..., n_in) -> (..., n_out).
 
-    The low-rank pair of LoRA (arXiv 2106.09685 §4.1), or with SiLU the bottleneck of Adapter.
+    The low-rank pair of LoRA (arXiv 2106.09685 §4.1), or the bottleneck of Adapter.
     """
+    parts = OrderedDict(down=first(n_in, rank, bias=False))
+    if nonlinear:
+        parts["act"] = nn.SiLU()
+    return nn.Sequential(OrderedDict(**parts, up=Linear(rank, n_out, bias=False)))
 
-    def __init__(self, n_in, n_out, rank, nonlinear=False):
-        super().__init__()
-        self.down = Linear(n_in, rank, bias=False)
-        self.up = Linear(rank, n_out, bias=False)
-        self.nonlinear = nonlinear
 
-    def forward(self, x):
-        x = self.down(x)
-        return self.up(F.silu(x) if self.nonlinear else x)
+class _ReaderFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_f, weight, bits):
+        ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
+        ctx.save_for_backward(*pack_activation(h_f, bits))
+        return F.linear(h_f, weight.to(h_f.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h_f = unpack_activation(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
+        return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None
+
+
+class Reader(Linear):
+    """The first matrix of a downsampler. Its gradient is all that needs h_f in backward, and it may
+    keep it in `bits` bits, 8 or 4, for that; 16 stands for "as it is"."""
+
+    bits = 16
+
+    def forward(self, h_f):
+        if self.bits < 16 and torch.is_grad_enabled():
+            return _ReaderFunction.apply(h_f, self.weight, self.bits)
+        return super().forward(h_f)
+
+
+class Look:
+    """Queries and keys, exact when they are taken for the first time, for forward; the second time,
+    for backward, what is left of them in `bits` bits."""
+
+    def __init__(self, tensors, bits):
+        self.exact, self.bits = tensors, bits
+        self.shapes, self.dtype = [t.shape for t in tensors], tensors[0].dtype
+        pairs = [pack_activation(t, bits) for t in tensors]
+        self.each, self.packed = len(pairs[0]), [t for pair in pairs for t in pair]
+
+    def __iter__(self):
+        exact, self.exact = self.exact, None
+        parts = [self.packed[: self.each], self.packed[self.each :]]
+        left = zip(parts, self.shapes)
+        return iter(exact or [unpack_activation(p, s, self.bits, self.dtype) for p, s in left])
 
 
 class Pool(nn.Module):
@@ -130,14 +168,17 @@ class Pool(nn.Module):
 
 
 def make_downsample(config, n_in, n_out):
-    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6)."""
-    if config.downsample == "linear":
-        module = Linear(n_in, n_out, bias=False)
-    elif config.downsample in ("lora", "adapter"):
-        module = LowRank(n_in, n_out, config.rank, nonlinear=config.downsample == "adapter")
+    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6), as a
+    sequence whose first part alone sees h_f."""
+    if config.downsample in ("lora", "adapter"):
+        parts = low_rank(n_in, n_out, config.rank, config.downsample == "adapter", Reader)
+    elif config.downsample == "linear":
+        parts = nn.Sequential(OrderedDict(down=Reader(n_in, n_out, bias=False)))
     else:
-        module = Pool(config.reduction, config.downsample)
-    return nn.Sequential(module, LayerNorm(n_out)) if config.downsample_norm else module
+        parts = nn.Sequential(OrderedDict(pool=Pool(config.reduction, config.downsample)))
+    if config.downsample_norm:
+        parts.add_module("norm", LayerNorm(n_out))
+    return parts
 
 
 def narrow(config, reduction):
@@ -166,7 +207,12 @@ def make_classifier(base_config, config):
 
 
 class SideNetwork(nn.Module):
-    """The network that learns; its modules' names are those of the symbols above."""
+    """The network that learns; its modules' names are those of the symbols above.
+
+    checkpoint: whether backward computes each rung again from the few numbers that reach it
+    """
+
+    checkpoint, bits = False, 16
 
     def __init__(self, base_config, config):
         super().__init__()
@@ -191,6 +237,13 @@ class SideNetwork(nn.Module):
         elif config.mix != "side":
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
 
+    def save_memory(self, checkpoint, bits):
+        """Compute rungs again in backward, and keep h_f for it in 16 (as it is), 8 or 4 bits."""
+        self.checkpoint, self.bits = checkpoint, bits
+        for module in self.modules():
+            if isinstance(module, Reader):
+                module.bits = bits
+
     def start(self, h_f):
         """h_g_0 from the embedding."""
         return self.downsample[0](self.standardized(0, h_f))
@@ -201,17 +254,28 @@ class SideNetwork(nn.Module):
             return h_f
         return ((h_f - self.mean[i]) * self.scale[i]).to(h_f.dtype)
 
-    def rung(self, i, h_f, h_g, *context):
+    def rung(self, i, h_f, h_g, mask=None, rope=None, cache=None, look=None):
         """h_g after layer i = 0 ... N-1, from h_f after the same layer and h_g before it.
 
-        context: mask, rotary table, cache and look, as for `DecoderLayer`
+        look: the queries and keys of the base's layer, if they are borrowed; the rest as for
+            `DecoderLayer`
         """
-        h_f = self.standardized(i + 1, h_f)
-        down = self.downsample[i if self.config.share_first else i + 1](h_f)
+        first, *rest = self.downsample[i if self.config.share_first else i + 1]
+        z = first(self.standardized(i + 1, h_f))  # all that backward knows of h_f
+        if not (self.checkpoint and torch.is_grad_enabled()):
+            return self.climb(i, rest, z, h_g, mask, rope, cache, look)
+        look = look and Look(look, self.bits)
+        climb = lambda z, h_g, *kept: self.climb(i, rest, z, h_g, mask, rope, cache, look)
+        return checkpoint(climb, z, h_g, *(look.packed if look else ()), use_reentrant=False)
+
+    def climb(self, i, rest, z, h_g, *context):
+        """The narrow part of a rung, from what the downsampler's first part gave."""
+        for part in rest:
+            z = part(z)
         if self.gamma is None:
-            return self.layers[i](down + h_g, *context)
+            return self.layers[i](z + h_g, *context)
         beta = torch.sigmoid(self.gamma[i])
-        mixed = (1 - beta).to(down.dtype) * down + beta.to(down.dtype) * h_g
+        mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
         return self.layers[i](mixed, *context)
 
     def mix(self, h_f, h_g):
@@ -355,10 +419,10 @@ class Inserted(nn.Module):
         """Put the modules in, and return them by a name."""
         found = {}
         for path, module in self.places(layer).items():
-            low_rank = self.make(module, self.config.rank)
-            nn.init.zeros_(low_rank.up.weight)
-            layer.set_submodule(path, self.wrapper(module, low_rank))
-            found[path.split(".")[-1]] = low_rank
+            pair = self.make(module, self.config.rank)
+            nn.init.zeros_(pair.up.weight)
+            layer.set_submodule(path, self.wrapper(module, pair))
+            found[path.split(".")[-1]] = pair
         return found
 
 
@@ -376,7 +440,7 @@ class Branches(Inserted):
 
     @staticmethod
     def make(linear, rank):
-        return LowRank(linear.in_features, linear.out_features, rank)
+        return low_rank(linear.in_features, linear.out_features, rank)
 
 
 class Adapters(Inserted):
@@ -394,7 +458,7 @@ class Adapters(Inserted):
     @staticmethod
     def make(part, rank):
         last = part.o_proj if hasattr(part, "o_proj") else part.down_proj
-        return LowRank(last.out_features, last.out_features, rank, nonlinear=True)
+        return low_rank(last.out_features, last.out_features, rank, nonlinear=True)
 
 
 class Thawed(nn.Module):

@@ -41,7 +41,10 @@ from model import (
     model_bytes, read_config, save_pretrained, write_json,
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
-from quant import PACKED, InputError, drop_scratch
+from quant import (
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, PACKED, InputError, dequantize_blockwise, drop_scratch,
+    quantize_blockwise,
+)  # fmt: skip
 from side import INSIDE, QUANTS, VARIANTS, SideConfig, check_quant, prune, setting
 
 CACHE = Path(os.path.relpath(Path(__file__).parent / "data" / "cache"))   # the embedded default's base, git-ignored
@@ -69,12 +72,19 @@ class TrainConfig(SideConfig):
     instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     plan: bool = setting(False, "only tell the memory of a step, by method, on --base or --preset")
+    ladder: bool = setting(False, "of --plan: what each saving saves, one after the other")
     preset: str = setting("", f"of --plan: {', '.join(PRESETS)}")
     eval_only: bool = setting(False, "only evaluate --side, or the base; on all of --data")
     head: str = setting(None, "lm, or classifier, trained in its place (GLUE; its default)")
     out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
     init: str = setting("random", "or pruned: the side network's layers start as the base's, pruned")
-    checkpoint: bool = setting(False, "backward computes the base's activations again, layer by layer")
+    checkpoint: bool = setting(None, "backward computes each rung of the side network again (qst, lst; "
+        "their default), or each layer of the base (the others)")  # fmt: skip
+    h_f_bits: int = setting(8, "bits in which backward keeps the base's hidden states: 16, 8 or 4")
+    chunk_loss: bool = setting(True, "never hold more than 2^24 logits at a time")
+    optimizer_bits: int = setting(32, "of AdamW's two moments: 32, or 8 in blocks of 256")
+    side_dtype: str = setting("fp32", "of the weights that learn: fp32, or bf16, rounded at random "
+        "(with --optimizer_bits 8)")  # fmt: skip
     quant: str = setting(None, "nf4, fp4 or none: how the base's linear layers are stored; by default "
         "what the method needs, or --side was trained on")  # fmt: skip
     peqa_bits: int = setting(4, "bits of a weight, 4 or 3, for --method peqa")
@@ -188,8 +198,15 @@ def complete_method(cfg):
     cfg = replace(cfg, quant=cfg.quant or default)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
-    if cfg.checkpoint and cfg.method not in INSIDE:
-        raise InputError(f"--checkpoint has no use: --method {cfg.method} keeps nothing of the base.")
+    if cfg.checkpoint is None:
+        cfg = replace(cfg, checkpoint=cfg.method not in INSIDE)
+    for name, choices in dict(h_f_bits=(16, 8, 4), optimizer_bits=(32, 8), side_dtype=("fp32", "bf16")).items():
+        if getattr(cfg, name) not in choices:
+            raise InputError(f"--{name} {getattr(cfg, name)}: choose {', '.join(map(str, choices))}.")
+    if cfg.side_dtype == "bf16" and (cfg.optimizer_bits != 8 or cfg.method in INSIDE):
+        raise InputError("--side_dtype bf16 is for --method qst and lst, with --optimizer_bits 8.")
+    if cfg.ladder and (not cfg.plan or cfg.method in INSIDE):
+        raise InputError("--ladder goes with --plan, and with --method qst or lst.")
     has_layers = cfg.side or cfg.eval_only or cfg.method in INSIDE
     if cfg.init not in ("random", "pruned") or cfg.init == "pruned" and has_layers:
         raise InputError(f"--init {cfg.init}: choose random, or pruned for a new side network (qst, lst).")
@@ -240,10 +257,59 @@ def make_optimizer(model, cfg):
             factor = next((f for part, f in factors.items() if part in name.split(".")), 1.0)
             decays = parameter.dim() == 2 and name.endswith("weight")
             groups.setdefault((factor, cfg.weight_decay * decays), []).append(parameter)
-    return torch.optim.AdamW(
-        [dict(params=p, factor=f, weight_decay=decay) for (f, decay), p in groups.items()],
-        lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=parameter.device.type in ("cpu", "cuda"),
-    )  # fmt: skip
+    groups = [dict(params=p, factor=f, weight_decay=decay) for (f, decay), p in groups.items()]
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.optimizer_bits == 8:
+        return AdamW8bit(groups, cfg.learning_rate, betas)
+    fused = parameter.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
+
+    In blocks of 256, with the code book of the absmax values in quant.py. Of the second moment it
+    keeps the root, which is as large as the first moment and needs half as many decades; and never
+    0, so that nothing is divided by 0. Parameters in bf16 are rounded at random, up as often as it
+    takes to be right in the mean: an update is often smaller than half of their last digit.
+    """
+
+    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.update(parameter, self.state[parameter], **group)
+
+    def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
+        grad = parameter.grad.float().flatten()
+        t = state["step"] = state.get("step", 0) + 1
+        book = DYNAMIC_CODEBOOK.to(grad.device)
+        read = lambda name: dequantize_blockwise(state[name], book, state[name + "_absmax"], ABSMAX_BLOCK_SIZE)
+        mean, root = (read("mean"), read("root")) if t > 1 else (torch.zeros_like(grad), torch.zeros_like(grad))
+        mean.lerp_(grad, 1 - betas[0])
+        root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
+        for name, moment in dict(mean=mean, root=root).items():
+            state[name], state[name + "_absmax"] = quantize_blockwise(moment, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)
+        state["root"].clamp_(min=book.tolist().index(0.0) + 1)
+        value = parameter.float() * (1 - lr * weight_decay)
+        step = mean.div_(root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)).mul_(lr / (1 - betas[0] ** t))
+        value -= step.view_as(value)
+        if parameter.dtype == torch.bfloat16:  # the upper 16 bits of fp32
+            bits = value.view(torch.int32)
+            bits += torch.randint_like(bits, 1 << 16)
+            bits &= -1 << 16
+        parameter.copy_(value)
+
+
+def optimizer_bytes(parameters, bits):
+    """Bytes of AdamW's two moments."""
+    if bits == 32:
+        return 2 * sum(p.nbytes for p in parameters)
+    return 2 * sum(p.numel() + 4 * -(-p.numel() // ABSMAX_BLOCK_SIZE) for p in parameters)
 
 
 def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
@@ -292,7 +358,7 @@ def activation_bytes(model, idx, targets):
 def loss_and_kept(model, idx, targets):
     """The loss, and its `activation_bytes`."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end
 
     def keep(tensor):
         storage = tensor.untyped_storage()
@@ -478,7 +544,7 @@ def memory_report(cfg, config=None):
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         loss.backward()
     drop_scratch()
-    weights, optimizer = model_bytes(model), 2 * gradients
+    weights, optimizer = model_bytes(model), optimizer_bytes(parameters, cfg.optimizer_bits)
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
@@ -493,8 +559,21 @@ def untrained(cfg, config, dtype, device):
     """A model with random weights: the base, frozen, and what --method trains."""
     with torch.device(device):
         base = Transformer(config)
-    base.checkpoint = cfg.checkpoint
-    return tune(base.freeze(cfg.quant, dtype, device), side_config(cfg))
+    return save_memory(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
+
+
+def save_memory(model, cfg):
+    """Set what backward keeps, and in how many bits, and return the model."""
+    model.chunk_loss = cfg.chunk_loss
+    if cfg.method in INSIDE:
+        model.base.checkpoint = cfg.checkpoint
+        return model
+    model.side.save_memory(cfg.checkpoint, cfg.h_f_bits)
+    if cfg.side_dtype == "bf16":  # norms, gates and alpha are few, and stay in fp32
+        for parameter in model.side.parameters():
+            if parameter.dim() == 2:
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def config_of(cfg):
@@ -511,15 +590,26 @@ ROWS = ("full", "adapter", "lora", "qlora", "peqa", "lst", "qst")
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
 
+# What --ladder switches on, one after the other: from QST as it is written in the paper.
+AS_WRITTEN = dict(checkpoint=False, h_f_bits=16, chunk_loss=False, optimizer_bits=32, side_dtype="fp32")
+LADDER = {
+    "as written": {}, "rungs recomputed": dict(checkpoint=True), "h_f in 8 bits": dict(h_f_bits=8),
+    "loss in chunks": dict(chunk_loss=True), "AdamW in 8 bits": dict(optimizer_bits=8),
+    "side in bf16": dict(side_dtype="bf16"), "h_f in 4 bits": dict(h_f_bits=4),
+}  # fmt: skip
+
 
 def rows(cfg):
-    """Yield the settings of each method, with and without checkpointing.
-
-    Only where backward runs through the base are the base's activations there to be recomputed.
-    """
+    """Yield a label and settings: each method, with and without recomputing; or each saving."""
+    if cfg.ladder:
+        cfg = replace(cfg, **AS_WRITTEN)
+        for name, saving in LADDER.items():
+            yield name, (cfg := replace(cfg, **saving))
+        return
     for method in ROWS:
-        for checkpoint in (False, True) if method in INSIDE else (False,):
-            yield replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+        for checkpoint in (False, True):
+            label = method + ", checkpoint" * checkpoint
+            yield label, replace(cfg, method=method, quant=None, checkpoint=checkpoint)
 
 
 def plan(cfg, given):
@@ -531,15 +621,14 @@ def plan(cfg, given):
     print(
         f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens,"
         f" each with a target.\nIn GB of 10^9 bytes; * where a GPU of so many has room for it.\n\n"
-        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}     trainable  GFLOPs/token  "
+        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports = []
-    for settings in rows(given):
-        reports.append(row := memory_report(settings, config))
-        label = row["method"] + ", checkpoint" * row["checkpoint"]
+    for label, settings in rows(given):
+        reports.append(row := dict(label=label) | memory_report(settings, config))
         cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
-        cells += f"{row['trainable_parameters']:>14,}{row['flops_per_token'] / 1e9:14.1f}  "
+        cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         print(f"{label:20}{cells}{fits}", flush=True)
     write_json(Path(cfg.out_dir) / "plan.json", reports)
@@ -566,9 +655,8 @@ def load_task(cfg, tokenizer, template, config):
 
 def make_model(cfg, base, task):
     """The side network on its base: a new one, or the one of --side; or the base alone."""
-    base.checkpoint = cfg.checkpoint
     if cfg.side:
-        model = QST.from_side(base, cfg.side)
+        model = save_memory(QST.from_side(base, cfg.side), cfg)
         if (found := model.side.config.n_labels) != task.n_labels:
             raise InputError(f"--side {cfg.side} has {found} labels, and --task {cfg.task} {task.n_labels}.")
         return model
@@ -578,7 +666,7 @@ def make_model(cfg, base, task):
     if cfg.init == "pruned":
         prune(base, model.side)
     model.calibrate([ids for ids, _ in task.train[:64]])
-    return model
+    return save_memory(model, cfg)
 
 
 def side_config(cfg):
@@ -777,7 +865,7 @@ def train(model, task, folder, cfg, result):
     longest = sorted(task.train, key=lambda pair: len(pair[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
     result |= dict(
-        optimizer_bytes=2 * sum(p.nbytes for p in model.parameters()),  # AdamW's two moments
+        optimizer_bytes=optimizer_bytes([*model.parameters()], cfg.optimizer_bits),
         activations_bytes=activation_bytes(model, idx.to(model.device), targets),
     )
     introduce(folder, model, cfg, idx, result)

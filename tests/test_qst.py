@@ -64,7 +64,7 @@ def test_the_ladder_is_the_papers_equations(kind, idx):
     def down(i, h):
         d = side.downsample[i]
         if kind == "linear":
-            return h @ d.weight.T
+            return h @ d.down.weight.T
         if kind == "lora":
             return h @ d.down.weight.T @ d.up.weight.T
         if kind == "adapter":
