@@ -569,12 +569,17 @@ def make_model(cfg, base, task):
     base.checkpoint = cfg.checkpoint
     if cfg.side:
         model = QST.from_side(base, cfg.side)
-        if (found := model.side.config.n_labels) != task.n_labels:
-            raise InputError(f"--side {cfg.side} has {found} labels, and --task {cfg.task} {task.n_labels}.")
+        side = model.side.config
+        if side.n_labels != task.n_labels:
+            raise InputError(f"--side {cfg.side} has {side.n_labels} labels, and --task {cfg.task} {task.n_labels}.")
+        # Both halves of MNLI have the same labels; older side checkpoints do not tell their task.
+        if side.task and side.task.removesuffix("-mm") != cfg.task.removesuffix("-mm"):
+            raise InputError(f"--side {cfg.side} is a classifier for --task {side.task}, and not {cfg.task}.")
         return model
     if cfg.eval_only:
         return base
-    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels))
+    labels_of = cfg.task if task.n_labels else ""
+    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels, task=labels_of))
     if cfg.init == "pruned":
         prune(base, model.side)
     model.calibrate([ids for ids, _ in task.train[:64]])

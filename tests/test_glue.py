@@ -206,6 +206,26 @@ def test_a_side_of_another_task_is_refused(tiny_model, folder, tmp_path):
         run(tiny_model, folder, tmp_path / "eval", task="mnli", side=str(tmp_path / "out"), eval_only=True)
 
 
+def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
+    """As many labels are not the same labels, in scoring and in training; both halves of MNLI have
+    the same; what tells no task, as older side checkpoints do not, is taken, and words are free."""
+    out, on = tmp_path / "out", dict(side=str(tmp_path / "out"), max_iters=1)
+    train_one = lambda **of: run(tiny_model, folder, out, max_iters=1, **of)
+    again = lambda **of: run(tiny_model, folder, tmp_path / "again", **on | of)
+    train_one(task="rte")
+    for eval_only in (True, False):
+        with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):
+            again(task="mrpc", eval_only=eval_only)
+    about = json.loads((out / "side.json").read_text())
+    del about["config"]["task"]
+    (out / "side.json").write_text(json.dumps(about))
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
+    train_one(task="mnli")
+    assert again(task="mnli-mm", eval_only=True)["examples"] == 6
+    train_one(task="rte", head="lm")
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
+
+
 @pytest.mark.skipif(not (SHARED / "data/glue").is_dir(), reason="needs GLUE's own files")
 @pytest.mark.parametrize("task, train_rows, dev_rows", [("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)])
 def test_the_benchmarks_own_files(task, train_rows, dev_rows):
