@@ -522,8 +522,8 @@ def merge_command(argv):
     parser.add_argument("--out", required=True, help="the folder to write, with its tokenizer")
     add_base_flags(parser)
     args = parser.parse_args(argv)
-    if Path(args.out).resolve() == Path(args.base).resolve():
-        raise InputError(f"--out {args.out} is the base: give another folder.")
+    if any(Path(args.out).glob("*")):  # the base's own folder, for one
+        raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)
     if not isinstance(model, Finetuned):
         raise InputError(f"--side {args.side} is a side network, which cannot be merged into the base.")

@@ -251,8 +251,9 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     merged = from_pretrained(tmp_path / "merged", "none", torch.float32)(idx)
     base = from_pretrained(tiny_model, again["config"]["quant"], torch.float32)
     assert torch.allclose(merged, QST.from_side(base, out)(idx)[0], atol=1e-4)
-    with pytest.raises(InputError, match="is the base: give another"):
-        qst.main([*merge[:-1], str(tiny_model)])
+    for taken in (tiny_model, tmp_path / "merged"):
+        with pytest.raises(InputError, match="is not empty: give a new folder"):
+            qst.main([*merge[:-1], str(taken)])
 
 
 # --------------------------------------------------------------------------------------
