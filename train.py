@@ -65,7 +65,8 @@ class TrainConfig(SideConfig):
     variant: str = setting("paper", f"of the side network: {', '.join(VARIANTS)}; single flags go before it")
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
-    data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
+    data: str = setting("", "the task's file or folder: see the --help of data/instruct.py, data/glue.py "
+        "and data/mmlu.py; of text, a .txt file")  # fmt: skip
     instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     plan: bool = setting(False, "only tell the memory of a step, by method, on --base or --preset")

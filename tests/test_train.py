@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -195,6 +196,14 @@ def test_every_field_is_a_flag():
     assert shown.returncode == 0
     for name in TrainConfig.__dataclass_fields__:
         assert f"--{name}" in shown.stdout
+
+
+def test_the_help_of_data_leads_somewhere():
+    """Each file that it names has a --help, which says where its data comes from."""
+    named = re.findall(r"data/\w+\.py", TrainConfig.__dataclass_fields__["data"].metadata["help"])
+    for script in named:
+        assert "where it comes from" in command(script, "--help").stdout, script
+    assert len(named) == 3
 
 
 def test_defaults_are_the_papers():
