@@ -123,7 +123,7 @@ def complete(cfg):
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
-    if cfg.n_labels:
+    if cfg.n_labels and not cfg.side:
         raise InputError("--n_labels is not yours to set: --task and --head tell it.")
     real = bool(cfg.base or cfg.plan)
     task = cfg.task or ("instruct" if real else "tiny")
@@ -136,7 +136,7 @@ def complete(cfg):
     cfg = complete_method(cfg)
     depends |= dict(task=task, out_dir="out-eval" if cfg.eval_only else "out", head="lm")
     if task in glue.FORMS:  # a side checkpoint knows; the base has no classifier
-        classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
+        classifier = cfg.n_labels if cfg.side else not cfg.eval_only
         depends["head"] = "classifier" if classifier else "lm"
     cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
     if cfg.eval_only and not cfg.side and cfg.head == "classifier":
@@ -177,7 +177,8 @@ def complete_method(cfg):
         side, base = read_side(cfg.side)
         if cfg.method not in (side.method, SideConfig().method):
             raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
-        cfg = replace(cfg, method=side.method, quant=cfg.quant or base.get("quant"))
+        own = dict(task=cfg.task, variant="paper", quant=cfg.quant or base.get("quant"))
+        cfg = replace(cfg, **vars(side) | own)  # what is used, and so what result.json tells
     elif asked and (cfg.method != "peqa" or cfg.quant):
         raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
     if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:

@@ -187,6 +187,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
     assert (f"{metric}_before" in result) == (head == "lm")
     again = run(tiny_model, folder, tmp_path / "eval", task=task, side=str(out), eval_only=True)
+    assert train.complete(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
     assert again[metric] == pytest.approx(result[f"{metric}_after"]) and again["examples"] == 6
     assert json.loads((tmp_path / "eval/result.json").read_text())[metric] == again[metric]
     side = QST.from_side(from_pretrained(tiny_model, "nf4", torch.float32), out).side
