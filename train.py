@@ -816,6 +816,8 @@ def parse_args(argv=None):
         if f.name in DEFAULTS:
             default = "{}, on GLUE {}, embedded {}".format(*DEFAULTS[f.name])
         kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        if f.name == "preset":  # alone, it asks what there is
+            kind |= dict(nargs="?", const="?")
         parser.add_argument(
             f"--{f.name}", default=f.default, **kind,
             help=f"{f.metadata['help']} (default: {default!s})".replace("%", "%%"),

@@ -536,8 +536,11 @@ def test_bits_of_a_weight():
     weight = torch.randn(16, 4096)
     for bits in (3, 4):
         assert 8 * quantize_int(weight, bits).nbytes / weight.numel() == bits + 40 / 4096
-    with pytest.raises(InputError, match="--group_size 100 does not divide layers.0's 4096 columns"):
+    with pytest.raises(InputError, match="--group_size 100 does not divide layers.0's 4096 columns: .* up to 4096"):
         quantize_int(weight, 4, 100, "layers.0")
+    with pytest.raises(InputError, match="powers of two do, up to 32; or 0"):
+        quantize_int(weight[:, :96], 4, 64)
+    assert quantize_int(weight[:, :96], 4, 32).scales.shape == (16, 3)
     weight[3, 5] = float("nan")
     with pytest.raises(InputError, match="layers.0 has NaN"):
         quantize_int(weight, 4, name="layers.0")

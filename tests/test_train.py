@@ -232,6 +232,8 @@ def test_defaults_are_the_papers():
     (["train.py", "--base", "/nowhere", "--data", "x"], "/nowhere is not a folder"),
     (["train.py", "--base", "/nowhere"], "--base needs --data"),
     (["train.py", "--data", "x"], "--data needs --base"),
+    (["train.py", "--preset"], "--preset is for --plan"),
+    (["train.py", "--plan", "--preset"], "--preset ? is unknown: choose smollm2-135m, "),
     (["train.py", "--batch_size", "0"], "--batch_size 0"),
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
     (["train.py", "--threads", "1000"], "--threads 1000"),
