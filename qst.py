@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import chat, mt_bench
+from data.download import checksum
 from data.tokenizer import load_tokenizer
 from model import (
     OPT_NAMES, Generator, Transformer, copy_tokenizer, from_pretrained, pad_left, positions_and_mask,
@@ -478,7 +479,8 @@ def answer_command(argv):
     add = parser.add_argument
     add("--questions", required=True, help="mt_bench_question.jsonl, or a file like it")
     add("--out", required=True, help="the answers, a line a question")
-    add("--model_id", help="the model's name there; default: the name of --out, as FastChat has it")
+    add("--model_id", help="the model's name there, behind which the first digits of the side"
+        " checkpoint's SHA-256 are put; default: the name of --out, as FastChat has it")  # fmt: skip
     add("--limit", type=int, help="only the first so many questions")
     add("--fastchat_temperatures", action="store_true",
         help="FastChat's temperature for each category, instead of --temperature")  # fmt: skip
@@ -486,6 +488,9 @@ def answer_command(argv):
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1.")
     model_id = args.model_id or Path(args.out).stem
+    if args.side:  # trained anew, it is another model, whose answers must not finish a file
+        read_side(args.side)  # or it says what is missing
+        model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
     questions = mt_bench.read_questions(args.questions)[: args.limit]
     done = mt_bench.answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
@@ -522,8 +527,8 @@ def merge_command(argv):
     parser.add_argument("--out", required=True, help="the folder to write, with its tokenizer")
     add_base_flags(parser)
     args = parser.parse_args(argv)
-    if Path(args.out).resolve() == Path(args.base).resolve():
-        raise InputError(f"--out {args.out} is the base: give another folder.")
+    if any(Path(args.out).glob("*")):  # the base's own folder, for one
+        raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)
     if not isinstance(model, Finetuned):
         raise InputError(f"--side {args.side} is a side network, which cannot be merged into the base.")

@@ -649,7 +649,8 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     """
     columns = weight.shape[1]
     if columns % (group_size or columns):
-        raise InputError(f"--group_size {group_size} does not divide {name}'s {columns} columns.")
+        raise InputError(f"--group_size {group_size} does not divide {name}'s {columns} columns: "
+                         f"powers of two do, up to {columns & -columns}; or 0, for a whole row.")  # fmt: skip
     parts, top = [], 2**bits - 1
     for chunk in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):
         groups = chunk.float().unflatten(1, (-1, group_size or columns))

@@ -50,6 +50,7 @@ class SideConfig:
     upsample_bias: bool = setting(False, "whether the upsampler has a bias")
     final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
     n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
+    task: str = setting("", "whose labels a classifier has learned")
 
     def __post_init__(self):
         if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings

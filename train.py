@@ -68,7 +68,8 @@ class TrainConfig(SideConfig):
     variant: str = setting("paper", f"of the side network: {', '.join(VARIANTS)}; single flags go before it")
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
-    data: str = setting("", "the task's file or folder; python data/NAME.py --help tells of each")
+    data: str = setting("", "the task's file or folder: see the --help of data/instruct.py, data/glue.py "
+        "and data/mmlu.py; of text, a .txt file")  # fmt: skip
     instructions: str = setting("", "what --task mmlu trains on, .json or .jsonl; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     plan: bool = setting(False, "only tell the memory of a step, by method, on --base or --preset")
@@ -132,7 +133,7 @@ def complete(cfg):
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
         raise InputError("--data needs --base: the folder of a LLaMA or OPT model.")
-    if cfg.n_labels:
+    if cfg.n_labels and not cfg.side:
         raise InputError("--n_labels is not yours to set: --task and --head tell it.")
     real = bool(cfg.base or cfg.plan)
     task = cfg.task or ("instruct" if real else "tiny")
@@ -145,7 +146,7 @@ def complete(cfg):
     cfg = complete_method(cfg)
     depends |= dict(task=task, out_dir="out-eval" if cfg.eval_only else "out", head="lm")
     if task in glue.FORMS:  # a side checkpoint knows; the base has no classifier
-        classifier = read_side(cfg.side)[0].n_labels if cfg.side else not cfg.eval_only
+        classifier = cfg.n_labels if cfg.side else not cfg.eval_only
         depends["head"] = "classifier" if classifier else "lm"
     cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
     if cfg.eval_only and not cfg.side and cfg.head == "classifier":
@@ -186,7 +187,8 @@ def complete_method(cfg):
         side, base = read_side(cfg.side)
         if cfg.method not in (side.method, SideConfig().method):
             raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
-        cfg = replace(cfg, method=side.method, quant=cfg.quant or base.get("quant"))
+        own = dict(task=cfg.task, variant="paper", quant=cfg.quant or base.get("quant"))
+        cfg = replace(cfg, **vars(side) | own)  # what is used, and so what result.json tells
     elif asked and (cfg.method != "peqa" or cfg.quant):
         raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
     if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:
@@ -609,7 +611,8 @@ def rows(cfg):
     for method in ROWS:
         for checkpoint in (False, True):
             label = method + ", checkpoint" * checkpoint
-            yield label, replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+            row = replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+            yield label, row if method == "peqa" else replace(row, peqa_bits=4, group_size=0)
 
 
 def plan(cfg, given):
@@ -657,12 +660,17 @@ def make_model(cfg, base, task):
     """The side network on its base: a new one, or the one of --side; or the base alone."""
     if cfg.side:
         model = save_memory(QST.from_side(base, cfg.side), cfg)
-        if (found := model.side.config.n_labels) != task.n_labels:
-            raise InputError(f"--side {cfg.side} has {found} labels, and --task {cfg.task} {task.n_labels}.")
+        side = model.side.config
+        if side.n_labels != task.n_labels:
+            raise InputError(f"--side {cfg.side} has {side.n_labels} labels, and --task {cfg.task} {task.n_labels}.")
+        # Both halves of MNLI have the same labels; older side checkpoints do not tell their task.
+        if side.task and side.task.removesuffix("-mm") != cfg.task.removesuffix("-mm"):
+            raise InputError(f"--side {cfg.side} is a classifier for --task {side.task}, and not {cfg.task}.")
         return model
     if cfg.eval_only:
         return base
-    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels))
+    labels_of = cfg.task if task.n_labels else ""
+    model = tune(base, replace(side_config(cfg), n_labels=task.n_labels, task=labels_of))
     if cfg.init == "pruned":
         prune(base, model.side)
     model.calibrate([ids for ids, _ in task.train[:64]])
@@ -897,6 +905,8 @@ def parse_args(argv=None):
         if f.name in DEFAULTS:
             default = "{}, on GLUE {}, embedded {}".format(*DEFAULTS[f.name])
         kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        if f.name == "preset":  # alone, it asks what there is
+            kind |= dict(nargs="?", const="?")
         parser.add_argument(
             f"--{f.name}", default=f.default, **kind,
             help=f"{f.metadata['help']} (default: {default!s})".replace("%", "%%"),

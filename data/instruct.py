@@ -69,6 +69,11 @@ def conversation(record):
 
 def question_and_answer(record):
     """The two messages of an Alpaca record, or of a Dolly record, which has names of its own."""
+    if "instruction" not in record:
+        raise Refused(
+            'has no "instruction" (as Alpaca and Dolly), "messages", "conversations" (ShareGPT) or tree'
+            ' in "prompt" (OASST1)'
+        )
     dolly = "response" in record and "output" not in record
     input, output = ("context", "response") if dolly else ("input", "output")
     for field in ("instruction", output):
@@ -137,15 +142,15 @@ def checked(messages, field, role, content):
 
 def read_records(path, flag="--data"):
     """Read JSON or JSON lines: [(where it stands, for messages, and the record), ...]."""
-    path = Path(path)
+    path, expected = Path(path), f"give {flag} a list in JSON, or JSON lines"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give {flag} a .json or .jsonl file.") from None
+        raise InputError(f"{path} does not exist: {expected}.") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give {flag} a .json or .jsonl file.") from None
+        raise InputError(f"{path} is a folder: {expected}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): {expected}.") from None
     where = "as a list"
     try:
         if text.lstrip().startswith("["):
@@ -157,7 +162,7 @@ def read_records(path, flag="--data"):
                 if line.strip():
                     records.append((where, json.loads(line)))
     except ValueError as error:
-        raise InputError(f"{path}, {where} is not JSON ({error}).") from None
+        raise InputError(f"{path}, {where} is not JSON ({error}): {expected}.") from None
     if not records:
         raise InputError(f"{path} holds no {'instructions' if flag == '--data' else 'questions'}.")
     return records

@@ -113,7 +113,7 @@ def _question_id(path, number, line, model_id):
     if answer["model_id"] != model_id:
         raise InputError(
             f"{path}, line {number} is an answer of {answer['model_id']}, not of {model_id}: give"
-            " another --out or --model_id."
+            " another --out."
         )
     return answer["question_id"]
 

@@ -21,6 +21,8 @@ def read(path, tokenizer, sequence_len, max_examples=0):
     """
     if sequence_len < 2:
         raise InputError(f"--sequence_len {sequence_len}: a window needs at least 2 tokens.")
+    if Path(path).is_dir():
+        raise InputError(f"{path} is a folder: give --data a file of UTF-8 text.")
     ids = tokenizer.encode(read_text(Path(path)))
     windows = [ids[i : i + sequence_len] for i in range(0, len(ids) - 1, sequence_len)]
     if not windows:

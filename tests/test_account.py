@@ -13,7 +13,8 @@ from qst import QST, pick_dtype
 from quant import InputError
 from side import SideConfig
 from train import (
-    Live, TrainConfig, activation_bytes, attention_of, complete, main, memory_report, parse_args,
+    Live, TrainConfig, activation_bytes, attention_of, complete, main, make_optimizer, memory_report,
+    parse_args,
     untrained,
 )  # fmt: skip
 
@@ -34,6 +35,11 @@ COMBINATIONS = {
     "peqa": dict(method="peqa"),
     "lst": dict(method="lst"),
     "full": dict(method="full"),
+    "as written": dict(checkpoint=False, h_f_bits=16, chunk_loss=False),
+    "4 bits": dict(h_f_bits=4, optimizer_bits=8, side_dtype="bf16", dtype="bf16"),
+    "borrowed in 16 bits": dict(h_f_bits=16, attention="borrowed"),
+    "lst as written": dict(method="lst", checkpoint=False, h_f_bits=16),
+    "linear in 4 bits": dict(downsample="linear", h_f_bits=4, optimizer_bits=8),
 }
 
 
@@ -57,7 +63,7 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
     with Live() as live:
         model.loss(idx, idx).backward()
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    optimizer = make_optimizer(model, cfg)
     optimizer.step()
     states = [t for state in optimizer.state.values() for n, t in state.items() if n != "step"]
     assert report["gradients_bytes"] == sum(p.grad.nbytes for p in trained)

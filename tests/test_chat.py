@@ -385,6 +385,29 @@ def test_another_file_is_not_touched(tiny_model, tmp_path, content, told):
     assert path.read_text() == content
 
 
+def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
+    """Another one, trained in the same folder too, or none, does not go on with it, under any name;
+    the same one does."""
+    folder, path = tmp_path / "side", tmp_path / "mine.jsonl"
+    base = from_pretrained(tiny_model, "nf4", torch.float32)
+    save = lambda seed: (torch.manual_seed(seed), QST(base, SideConfig(reduction=4)).save_side(folder))
+    ask = lambda *flags: answer(tiny_model, tmp_path, "--quant", "nf4", *flags)
+    for name, flags in (("mine", []), ("me", ["--model_id", "me"])):
+        save(seed=1)
+        ask("--limit", 2, "--side", folder, *flags)
+        before, ids = path.read_bytes(), {line["model_id"] for line in ask("--side", folder, *flags)}
+        assert path.read_bytes().startswith(before) and len(ids) == 1
+        before = path.read_bytes()
+        save(seed=2)
+        for side in (["--side", folder], []):
+            with pytest.raises(InputError, match=f"line 1 is an answer of {name}-.*, not of {name}"):
+                ask(*side, *flags)
+        assert path.read_bytes() == before
+        path.unlink()
+    with pytest.raises(InputError, match="nowhere/side.json is missing"):
+        ask("--side", tmp_path / "nowhere")
+
+
 def test_questions_that_do_not_fit(tiny_model, tmp_path, capsys):
     """A question that the model has no room for has the answer "", and is named."""
     long = {"question_id": 7, "category": "math", "turns": ["word " * 200, "Tom?"]}

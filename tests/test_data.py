@@ -131,7 +131,10 @@ def dialogue(*lines):
 @pytest.mark.parametrize("text, told", [
     ("", "holds no instructions"), ("[]", "holds no instructions"), (GOOD + "\n{oops", "line 2 is not JSON"),
     (GOOD + '\n\n{"instruction": "a"}', 'line 3 has no text in "output"'),
-    (GOOD + "\n7", "line 2 is not an object"), ('[{"output": "b"}]', 'entry 1 has no text in "instruction"'),
+    (GOOD + "\n7", "line 2 is not an object"), ('[{"output": "b"}]', 'entry 1 has no "instruction" .as Alpaca and Dolly., "messages",'),
+    ('{"prompt": "a", "completion": "b"}', 'line 1 has no "instruction" .* or tree in "prompt"'),
+    ('{"instruction": 7, "output": "b"}', 'line 1 has no text in "instruction"'),
+    ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, or JSON lines"),
     ('{"instruction": "a", "output": "  "}', "line 1 has an empty answer"),
     ('{"instruction": "a", "output": "b", "input": 3}', 'not text in "input"'),
     ('{"messages": [{"role": "robot", "content": "x"}]}', "without a known role"),

@@ -187,6 +187,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
     assert (f"{metric}_before" in result) == (head == "lm")
     again = run(tiny_model, folder, tmp_path / "eval", task=task, side=str(out), eval_only=True)
+    assert train.complete(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
     assert again[metric] == pytest.approx(result[f"{metric}_after"]) and again["examples"] == 6
     assert json.loads((tmp_path / "eval/result.json").read_text())[metric] == again[metric]
     side = QST.from_side(from_pretrained(tiny_model, "nf4", torch.float32), out).side
@@ -204,6 +205,26 @@ def test_a_side_of_another_task_is_refused(tiny_model, folder, tmp_path):
     run(tiny_model, folder, tmp_path / "out", task="sst2", max_iters=1)
     with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
         run(tiny_model, folder, tmp_path / "eval", task="mnli", side=str(tmp_path / "out"), eval_only=True)
+
+
+def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
+    """As many labels are not the same labels, in scoring and in training; both halves of MNLI have
+    the same; what tells no task, as older side checkpoints do not, is taken, and words are free."""
+    out, on = tmp_path / "out", dict(side=str(tmp_path / "out"), max_iters=1)
+    train_one = lambda **of: run(tiny_model, folder, out, max_iters=1, **of)
+    again = lambda **of: run(tiny_model, folder, tmp_path / "again", **on | of)
+    train_one(task="rte")
+    for eval_only in (True, False):
+        with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):
+            again(task="mrpc", eval_only=eval_only)
+    about = json.loads((out / "side.json").read_text())
+    del about["config"]["task"]
+    (out / "side.json").write_text(json.dumps(about))
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
+    train_one(task="mnli")
+    assert again(task="mnli-mm", eval_only=True)["examples"] == 6
+    train_one(task="rte", head="lm")
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
 
 
 @pytest.mark.skipif(not (SHARED / "data/glue").is_dir(), reason="needs GLUE's own files")

@@ -196,8 +196,9 @@ def test_contradictions(method, kind):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (dict(checkpoint=True), "--checkpoint has no use: --method qst"),
-    (dict(method="lst", checkpoint=True), "--checkpoint has no use: --method lst"),
+    (dict(h_f_bits=5), "--h_f_bits 5: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
+    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "is for --method qst and lst"),
+    (dict(ladder=True), "--ladder goes with --plan"),
     (dict(method="lora", init="pruned"), "--init pruned: choose random"),
     (dict(init="best"), "--init best"), (dict(group_size=64), "are of --method peqa"),
     (dict(method="peqa", peqa_bits=5), "--peqa_bits 5"),
@@ -251,8 +252,9 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     merged = from_pretrained(tmp_path / "merged", "none", torch.float32)(idx)
     base = from_pretrained(tiny_model, again["config"]["quant"], torch.float32)
     assert torch.allclose(merged, QST.from_side(base, out)(idx)[0], atol=1e-4)
-    with pytest.raises(InputError, match="is the base: give another"):
-        qst.main([*merge[:-1], str(tiny_model)])
+    for taken in (tiny_model, tmp_path / "merged"):
+        with pytest.raises(InputError, match="is not empty: give a new folder"):
+            qst.main([*merge[:-1], str(taken)])
 
 
 # --------------------------------------------------------------------------------------
@@ -535,8 +537,11 @@ def test_bits_of_a_weight():
     weight = torch.randn(16, 4096)
     for bits in (3, 4):
         assert 8 * quantize_int(weight, bits).nbytes / weight.numel() == bits + 40 / 4096
-    with pytest.raises(InputError, match="--group_size 100 does not divide layers.0's 4096 columns"):
+    with pytest.raises(InputError, match="--group_size 100 does not divide layers.0's 4096 columns: .* up to 4096"):
         quantize_int(weight, 4, 100, "layers.0")
+    with pytest.raises(InputError, match="powers of two do, up to 32; or 0"):
+        quantize_int(weight[:, :96], 4, 64)
+    assert quantize_int(weight[:, :96], 4, 32).scales.shape == (16, 3)
     weight[3, 5] = float("nan")
     with pytest.raises(InputError, match="layers.0 has NaN"):
         quantize_int(weight, 4, name="layers.0")

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -64,6 +65,19 @@ def test_what_a_run_leaves(cfg, tmp_path):
         side = QST.from_side(base, folder).side
         assert sum(p.numel() for p in side.parameters()) == result["trainable_parameters"]
     assert not list(out.rglob("*.tmp"))
+
+
+def test_a_result_tells_the_settings_of_its_side_network(cfg, tmp_path):
+    """With --side they are those of the side network and not the flags', which it has no use for,
+    in evaluation and in training; the settings that are told give the same run."""
+    train.main(TrainConfig(**cfg | dict(rank=2, downsample="lora", variant="fast", max_iters=1)))
+    about = json.loads((tmp_path / "out/side.json").read_text())["config"]
+    more = dict(side=cfg["out_dir"], out_dir=str(tmp_path / "more"), reduction=2, rank=8, max_iters=1)
+    for eval_only in (True, False):
+        told = train.main(TrainConfig(**cfg | more | dict(eval_only=eval_only, variant="released")))["config"]
+        assert {name: told[name] for name in about} == about | dict(task="instruct")
+        assert told["rank"] == 2 and told["reduction"] == 4 and told["gate"] == "sum" and not told["final_norm"]
+        assert train.complete(TrainConfig(**told)) == TrainConfig(**told)
 
 
 def test_the_loss_in_the_log_is_the_checkpoints(cfg):
@@ -197,6 +211,14 @@ def test_every_field_is_a_flag():
         assert f"--{name}" in shown.stdout
 
 
+def test_the_help_of_data_leads_somewhere():
+    """Each file that it names has a --help, which says where its data comes from."""
+    named = re.findall(r"data/\w+\.py", TrainConfig.__dataclass_fields__["data"].metadata["help"])
+    for script in named:
+        assert "where it comes from" in command(script, "--help").stdout, script
+    assert len(named) == 3
+
+
 def test_defaults_are_the_papers():
     cfg = train.complete(TrainConfig(base="x", data="y"))
     assert (cfg.reduction, cfg.rank, cfg.downsample, cfg.quant) == (16, 16, "adapter", "nf4")
@@ -210,6 +232,8 @@ def test_defaults_are_the_papers():
     (["train.py", "--base", "/nowhere", "--data", "x"], "/nowhere is not a folder"),
     (["train.py", "--base", "/nowhere"], "--base needs --data"),
     (["train.py", "--data", "x"], "--data needs --base"),
+    (["train.py", "--preset"], "--preset is for --plan"),
+    (["train.py", "--plan", "--preset"], "--preset ? is unknown: choose smollm2-135m, "),
     (["train.py", "--batch_size", "0"], "--batch_size 0"),
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
     (["train.py", "--threads", "1000"], "--threads 1000"),
