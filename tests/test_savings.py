@@ -1,0 +1,216 @@
+"""What backward keeps less of: the same loss, the same gradients, or nearly, and fewer bytes."""
+
+import math
+
+import pytest
+import torch
+from conftest import small_config
+from test_qst import shaken, small_base
+from torch.nn import functional as F
+
+import model as model_py
+from model import IGNORE_INDEX, Transformer, token_loss
+from qst import QST
+from quant import pack_activation, unpack_activation
+from side import SideConfig
+from train import (
+    AS_WRITTEN, LADDER, AdamW8bit, Live, TrainConfig, activation_bytes, complete, main,
+    make_optimizer, memory_report, parse_args, rows, save_memory,
+)  # fmt: skip
+
+VARIANTS = {
+    "paper": {}, "borrowed": dict(attention="borrowed"), "pool": dict(downsample="maxpool"),
+    "fast": dict(gate="sum", standardize=True, downsample="linear"),
+    "released": dict(gate="channel", mix="released", share_first=True, downsample_norm=True),
+}  # fmt: skip
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(50, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+def step(model, idx):
+    """The loss, and the gradients by name."""
+    model.zero_grad()
+    loss = model.loss(idx, idx)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.side.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_recomputed_rungs_have_the_same_gradients(changes, family, idx):
+    """Bit for bit, and from fewer activations."""
+    model = shaken(QST(small_base(family=family), SideConfig(reduction=4, **changes)))
+    loss, expected = step(model, idx)
+    before = activation_bytes(model, idx, idx)
+    model.side.save_memory(True, 16)
+    again, grads = step(model, idx)
+    assert torch.equal(again, loss) and all(torch.equal(grads[n], g) for n, g in expected.items())
+    assert activation_bytes(model, idx, idx) < before
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("bits, bound", [(8, 0.02), (4, 0.25)])
+def test_few_bits_of_h_f(changes, bits, bound, idx):
+    """The loss is the same. Only gradients of the matrices that read h_f change, and a little; but
+    where queries and keys are borrowed, they are kept in as few bits, and more depends on them."""
+    model = shaken(QST(small_base(), SideConfig(reduction=4, **changes)))
+    if model.side.scale is not None:
+        model.side.scale.fill_(1)
+    loss, expected = step(model, idx)
+    model.side.save_memory(True, bits)
+    again, grads = step(model, idx)
+    assert torch.equal(again, loss)
+    for name, grad in expected.items():
+        error = (grads[name] - grad).norm() / grad.norm()
+        if ".down." in name:
+            assert 0 < error < bound
+        elif model.side.config.attention == "own":
+            assert error == 0
+        else:
+            assert error < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits, bound", [(16, 0), (8, 1 / 127), (4, 1 - 0.696)])
+def test_packed_activations(bits, bound, dtype):
+    """Each value is off by at most half a step of its block of 64, and takes as many bits."""
+    x = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x.view(-1)[64:128] = 0
+    packed = pack_activation(x, bits)
+    y = unpack_activation(packed, x.shape, bits, dtype)
+    assert y.dtype == dtype and y.shape == x.shape
+    blocks = lambda t: F.pad(t.float().flatten(), (0, -t.numel() % 64)).view(-1, 64)
+    peak = blocks(x).abs().amax(dim=1, keepdim=True)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert ((blocks(y) - blocks(x)).abs() <= (bound / 2 + rounding * (bits < 16)) * peak * (1 + 1e-5)).all()
+    if bits < 16:
+        assert 8 * sum(t.nbytes for t in packed) <= (bits + 0.5) * (x.numel() + 64)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100])
+@pytest.mark.parametrize("family, shape", [("llama", {}), ("opt", dict(embed_dim=16))])
+def test_the_loss_in_chunks(rows, family, shape, idx, monkeypatch):
+    """The same loss and gradients, whatever the size of a chunk, and through OPT-350m's projection."""
+    model = shaken(QST(small_base(family=family, **shape), SideConfig(reduction=4)))
+    targets = idx.masked_fill(idx % 3 == 0, IGNORE_INDEX)
+    model.chunk_loss = False
+    expected_loss, expected = step(model, idx)
+    plain = model.loss(idx, targets)
+    model.chunk_loss = True
+    monkeypatch.setattr(model_py, "CHUNK", rows * model.config.vocab_size)
+    loss, grads = step(model, idx)
+    assert torch.allclose(loss, expected_loss, rtol=1e-6)
+    assert torch.allclose(model.loss(idx, targets), plain, rtol=1e-6)
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7
+
+
+def test_chunks_bound_the_logits(monkeypatch):
+    """With four times the batch, the plain loss needs four times the logits, the chunked one as many."""
+    monkeypatch.setattr(model_py, "CHUNK", 10 * 5000)
+    config = small_config(vocab_size=5000)
+    peaks = {}
+    for chunked in (False, True):
+        for batch in (2, 8):
+            model = QST(Transformer(config).freeze("nf4", torch.float32), SideConfig(reduction=4))
+            model.chunk_loss = chunked
+            idx = torch.zeros(batch, 20, dtype=torch.long)
+            with Live() as live:
+                model.loss(idx, idx).backward()
+            peaks[chunked, batch] = live.peak
+    assert peaks[False, 8] > 3 * 8 * 20 * 5000 * 4
+    assert peaks[True, 8] < 5 * 10 * 5000 * 4 + 8 * 20 * 5000
+
+
+def test_a_head_that_learns_is_not_chunked(idx):
+    """A classifier, and full finetuning's head, need their own gradients."""
+    classifier = QST(small_base(), SideConfig(reduction=4, n_labels=3))
+    assert classifier.head_learns and not QST(small_base(), SideConfig(reduction=4)).head_learns
+    whole = Transformer(small_config())
+    whole.loss(idx, idx).backward()
+    assert whole.head_learns and whole.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_adamw_in_8_bits():
+    """Its steps are AdamW's within a few percent, decay and the groups' learning rates included."""
+    torch.manual_seed(0)
+    target, start = torch.randn(40, 30), torch.randn(40, 30)
+    values = []
+    for make in (torch.optim.AdamW, AdamW8bit):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([dict(params=[p], weight_decay=0.1)], lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            ((p - target) ** 2 * torch.linspace(1e-2, 1, 30)).sum().backward()
+            optimizer.step()
+        values.append(p.detach() - start)
+    assert values[0].abs().mean() > 0.5
+    assert (values[1] - values[0]).norm() < 0.05 * values[0].norm()
+
+
+def test_the_8_bit_moments_never_divide_by_zero():
+    """A gradient a millionth of its block's largest takes a step as AdamW's, and not a leap."""
+    p = torch.nn.Parameter(torch.zeros(256))
+    optimizer = AdamW8bit([dict(params=[p])], lr=0.01)
+    for i in range(20):
+        p.grad = torch.full((256,), 1e-9)
+        p.grad[0] = 1.0 if i % 2 else -0.9
+        optimizer.step()
+    assert p.isfinite().all() and p.abs().max() < 20 * 0.01 * 1.1
+    assert (optimizer.state[p]["root"] > 127).all()
+
+
+def test_rounding_at_random():
+    """In bf16, steps of a hundredth of the last digit add up, in the mean to what they are."""
+    p = torch.nn.Parameter(torch.ones(20000, dtype=torch.bfloat16))
+    optimizer = AdamW8bit([dict(params=[p])], lr=4e-5)
+    for _ in range(100):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert (1 - p.float().mean()).item() == pytest.approx(100 * 4e-5, rel=0.1)
+
+
+def test_the_side_in_bf16_learns(idx):
+    """Only matrices are in 16 bits; a few steps lower the loss, and the gradient is in 16 bits too."""
+    cfg = complete(TrainConfig(side_dtype="bf16", optimizer_bits=8, learning_rate=0.02))
+    model = save_memory(QST(small_base(), SideConfig(reduction=4)), cfg)
+    kinds = {name: p.dtype for name, p in model.side.named_parameters()}
+    assert kinds["alpha"] == torch.float32 and kinds["upsample.weight"] == torch.bfloat16
+    optimizer = make_optimizer(model, cfg)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.loss(idx, idx)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3 and math.isfinite(losses[-1])
+
+
+def test_the_ladder_of_savings(tmp_path, capsys):
+    """Every saving saves, and all of them together bring LLaMA-2-7B below 4.8 GB."""
+    flags = f"--plan --ladder --preset llama-2-7b --batch_size 4 --sequence_len 384 --out_dir {tmp_path}"
+    reports = main(parse_args(flags.split()))
+    totals = [row["total_bytes"] for row in reports]
+    assert [row["label"] for row in reports] == list(LADDER)
+    assert all(after < before for before, after in zip(totals, totals[1:]))
+    assert totals[-1] < 4.8e9 < totals[0]
+    assert "h_f in 4 bits" in capsys.readouterr().out
+
+
+def test_the_ladder_begins_as_written():
+    first = next(rows(TrainConfig(plan=True, ladder=True, preset="opt-125m")))[1]
+    plain = memory_report(TrainConfig(preset="opt-125m", **AS_WRITTEN))
+    assert memory_report(first)["total_bytes"] == plain["total_bytes"]
+
+
+def test_targets_out_of_the_loss_change_nothing(idx):
+    """`token_loss` of no more than the targets, chunked or not."""
+    targets = torch.full_like(idx, IGNORE_INDEX)
+    targets[0, 3] = 5
+    model = QST(small_base(), SideConfig(reduction=4))
+    one = token_loss(model(idx)[0][0, 3:4], targets[0, 3:4])
+    assert torch.allclose(model.loss(idx, targets), one, rtol=1e-6)
