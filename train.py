@@ -80,8 +80,8 @@ class TrainConfig(SideConfig):
     out_dir: str = setting(None, "where the run leaves its files (out, or out-eval)")
     init: str = setting("random", "or pruned: the side network's layers start as the base's, pruned")
     checkpoint: bool = setting(None, "backward computes each rung of the side network again (qst, lst; "
-        "their default), or each layer of the base (the others)")  # fmt: skip
-    h_f_bits: int = setting(8, "bits in which backward keeps the base's hidden states: 16, 8 or 4")
+        "the default with --base), or each layer of the base (the others)")  # fmt: skip
+    h_f_bits: int = setting(None, "bits in which backward keeps the base's hidden states: 16, 8 or 4")
     chunk_loss: bool = setting(True, "never hold more than 2^24 logits at a time")
     optimizer_bits: int = setting(32, "of AdamW's two moments: 32, or 8 in blocks of 256")
     side_dtype: str = setting("fp32", "of the weights that learn: fp32, or bf16, rounded at random "
@@ -122,7 +122,18 @@ DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded defa
     "max_iters": (1000, 1000, 250),
     "learning_rate": (2e-4, 2e-4, 3e-3),
     "lr_schedule": ("constant", "linear", "linear"),
+    "h_f_bits": (8, 8, 16),
 }
+
+
+BOUNDS = [
+    ("batch_size max_iters sequence_len eval_interval log_interval eval_examples rank reduction "
+     "gradient_accumulation_steps", lambda n: n >= 1, "be at least 1"),
+    ("max_examples score_examples warmup_iters grad_clip weight_decay threads seed",
+     lambda n: n >= 0, "not be negative"),
+    ("held_out beta1 beta2", lambda n: 0 < n < 1, "lie between 0 and 1"),
+    ("learning_rate", lambda n: 0 < n < math.inf, "be positive"),
+]  # fmt: skip
 
 
 def complete(cfg):
@@ -145,35 +156,23 @@ def complete(cfg):
         depends["reduction"] = 8
     cfg = complete_method(cfg)
     depends |= dict(task=task, out_dir="out-eval" if cfg.eval_only else "out", head="lm")
+    depends["checkpoint"] = real and cfg.method not in INSIDE
     if task in glue.FORMS:  # a side checkpoint knows; the base has no classifier
         classifier = cfg.n_labels if cfg.side else not cfg.eval_only
         depends["head"] = "classifier" if classifier else "lm"
     cfg = replace(cfg, **{k: v for k, v in depends.items() if getattr(cfg, k) is None})
     if cfg.eval_only and not cfg.side and cfg.head == "classifier":
         raise InputError("--head classifier: the base has none; give --head lm, or --side.")
-    for name, choices in dict(lr_schedule=SCHEDULES, head=("lm", "classifier"), variant=VARIANTS).items():
+    for name, choices in CHOICES.items():
         if getattr(cfg, name) not in choices:
-            raise InputError(f"--{name} {getattr(cfg, name)} is unknown: choose {', '.join(choices)}.")
+            raise InputError(f"--{name} {getattr(cfg, name)} is unknown: choose {', '.join(map(str, choices))}.")
     usual = SideConfig()
     of_variant = {k: v for k, v in VARIANTS[cfg.variant].items() if getattr(cfg, k) == getattr(usual, k)}
     cfg = replace(cfg, **of_variant)
-    for name in (
-        "batch_size", "max_iters", "sequence_len", "eval_interval", "log_interval", "eval_examples",
-        "gradient_accumulation_steps", "rank", "reduction",
-    ):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise InputError(f"--{name} {getattr(cfg, name)} must be at least 1.")
-    for name in (
-        "max_examples", "score_examples", "warmup_iters", "grad_clip", "weight_decay", "threads",
-        "seed",
-    ):  # fmt: skip
-        if getattr(cfg, name) < 0:
-            raise InputError(f"--{name} {getattr(cfg, name)} must not be negative.")
-    for name in ("held_out", "beta1", "beta2"):
-        if not 0 < getattr(cfg, name) < 1:
-            raise InputError(f"--{name} {getattr(cfg, name)} must lie between 0 and 1.")
-    if not 0 < cfg.learning_rate < math.inf:
-        raise InputError(f"--learning_rate {cfg.learning_rate} must be positive.")
+    for names, good, told in BOUNDS:
+        for name in names.split():
+            if not good(getattr(cfg, name)):
+                raise InputError(f"--{name} {getattr(cfg, name)} must {told}.")
     if cfg.threads > (os.cpu_count() or 1):
         raise InputError(f"--threads {cfg.threads} is more than this machine's {os.cpu_count()}.")
     read_factors(cfg.lr_factors)
@@ -200,11 +199,6 @@ def complete_method(cfg):
     cfg = replace(cfg, quant=cfg.quant or default)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
-    if cfg.checkpoint is None:
-        cfg = replace(cfg, checkpoint=cfg.method not in INSIDE)
-    for name, choices in dict(h_f_bits=(16, 8, 4), optimizer_bits=(32, 8), side_dtype=("fp32", "bf16")).items():
-        if getattr(cfg, name) not in choices:
-            raise InputError(f"--{name} {getattr(cfg, name)}: choose {', '.join(map(str, choices))}.")
     if cfg.side_dtype == "bf16" and (cfg.optimizer_bits != 8 or cfg.method in INSIDE):
         raise InputError("--side_dtype bf16 is for --method qst and lst, with --optimizer_bits 8.")
     if cfg.ladder and (not cfg.plan or cfg.method in INSIDE):
@@ -335,6 +329,12 @@ def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total.item(), tokens
+
+
+CHOICES = dict(
+    lr_schedule=tuple(SCHEDULES), head=("lm", "classifier"), variant=tuple(VARIANTS),
+    h_f_bits=(16, 8, 4), optimizer_bits=(32, 8), side_dtype=("fp32", "bf16"),
+)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------
@@ -612,6 +612,8 @@ def rows(cfg):
         for checkpoint in (False, True):
             label = method + ", checkpoint" * checkpoint
             row = replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+            if method in INSIDE:
+                row = replace(row, side_dtype="fp32")
             yield label, row if method == "peqa" else replace(row, peqa_bits=4, group_size=0)
 
 

@@ -196,7 +196,7 @@ def test_contradictions(method, kind):
 
 
 @pytest.mark.parametrize("flags, told", [
-    (dict(h_f_bits=5), "--h_f_bits 5: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
+    (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
     (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "is for --method qst and lst"),
     (dict(ladder=True), "--ladder goes with --plan"),
     (dict(method="lora", init="pruned"), "--init pruned: choose random"),
