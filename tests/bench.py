@@ -4,6 +4,8 @@
     python tests/bench.py quant         speed of quantizing and dequantizing, beside bitsandbytes
     python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
     python tests/bench.py account       the memory account beside the peak memory of real steps
+    python tests/bench.py methods       speed and memory of a step of each method, beside those of
+                                        transformers, peft and bitsandbytes, where they are installed
     python tests/bench.py paper         the paper's tables of memory, and ours, as Markdown
     python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
                                         choose, all other flags are train.py's
@@ -14,6 +16,7 @@
 import argparse
 import csv
 import ctypes
+import importlib.util
 import json
 import os
 import resource
@@ -22,15 +25,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
+from data import Task  # noqa: E402
 from data.chat import load_template  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from model import (  # noqa: E402
@@ -68,17 +73,19 @@ def quantize_once(folder, packed):
     quantize_folder(folder, packed)
 
 
-def make_model(folder):
-    config = ModelConfig(32000, n_layer=12, n_head=16, n_embd=2048, n_ffn=5632, tied=True)
+def make_model(folder, config):
+    """Write a random model of a `ModelConfig`'s fields in fp16, and print its number of weights."""
     torch.manual_seed(0)
-    save_pretrained(Transformer(config).half(), folder)
-    print(sum(p.numel() for p in Transformer(config).parameters()))
+    model = Transformer(ModelConfig(**config)).half()
+    save_pretrained(model, folder)
+    print(sum(p.numel() for p in model.parameters()))
 
 
 def load():
     """A LLaMA of 0.7 billion fp16 weights; its largest tensor is the embedding."""
+    config = ModelConfig(32000, n_layer=12, n_head=16, n_embd=2048, n_ffn=5632, tied=True)
     with tempfile.TemporaryDirectory() as folder:
-        (numel,) = alone("make_model", folder)
+        (numel,) = alone("make_model", folder, asdict(config))
         largest = 32000 * 2048 * 2
         print(f"{numel / 1e9:.2f} B weights in fp16, loaded to compute in fp32")
         print(f"the largest tensor of the file, the embedding: {largest / 1e6:.0f} MB")
@@ -155,16 +162,56 @@ def tokens_once(threads, folder):
 def tokens():
     """Milliseconds per generated token, one prompt; a random LLaMA of the shape of SmolLM2-135M."""
     with tempfile.TemporaryDirectory() as folder:
-        alone("make_smollm2", folder)
+        alone("make_model", folder, asdict(PRESETS["smollm2-135m"]))
         print("ms per token   fp32   4 bits   ratio")
         for threads in (1, 2):
             plain, packed = alone("tokens_once", threads, folder)
             print(f"{threads} threads {plain:10.1f} {packed:8.1f} {packed / plain:7.2f}")
 
 
-def make_smollm2(folder):
+# A training step
+
+MODEL = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)  # a LLaMA, in fp32
+STEP = "--plan --device cpu --batch_size 4 --sequence_len 256"
+# What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
+# lives and not of what the allocator keeps.
+FREED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+
+
+def costs(model, loss_of, cfg, steps):
+    """Bytes by which the process grows in training (or in forward passes, if nothing learns), the
+    seconds of a step, median of all but the first, and the first loss.
+
+    loss_of: function of ids (B, T), each of which is its own target
+    """
+    learns = any(p.requires_grad for p in model.parameters())
+    optimizer = make_optimizer(model, cfg) if learns else None
     torch.manual_seed(0)
-    save_pretrained(Transformer(PRESETS["smollm2-135m"]).half(), folder)
+    idx = torch.randint(MODEL.vocab_size, (cfg.batch_size, cfg.sequence_len))
+    losses, seconds = [], []
+
+    def step(idx):
+        with torch.set_grad_enabled(learns):
+            losses.append(loss_of(idx))
+        if learns:
+            losses[-1].backward()
+        losses[-1] = losses[-1].item()  # and the graph is gone
+
+    step(idx[:1, :16])  # torch has loaded what it needs
+    model.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda name: next(
+        1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
+    )
+    before = status("VmRSS")
+    for _ in range(steps):  # from the second on, gradients accumulate, beside the optimizer's moments
+        start = time.perf_counter()
+        step(idx)
+        if learns:
+            optimizer.step()
+        seconds.append(time.perf_counter() - start)
+    return status("VmHWM") - before, statistics.median(seconds[1:]), losses[1]
 
 
 ACCOUNTS = {  # name: flags of train.py
@@ -176,36 +223,96 @@ ACCOUNTS = {  # name: flags of train.py
 
 def account_once(flags):
     """Print how much a process grows by training, and the account's total without the weights."""
-    config = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
-    cfg = parse_args(["--plan", "--device", "cpu", "--sequence_len", "256", *flags.split()])
-    report, cfg = memory_report(cfg, config), complete(cfg)
-    model = untrained(cfg, config, torch.float32, "cpu")
-    optimizer = make_optimizer(model, cfg)
-    idx = torch.randint(32000, (cfg.batch_size, cfg.sequence_len))
-    model.loss(idx[:1, :16], idx[:1, :16]).backward()  # torch has loaded what it needs
-    optimizer.zero_grad(set_to_none=True)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    status = lambda name: next(
-        1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
-    )
-    before = status("VmRSS")
-    for _ in range(2):  # the second accumulates, beside the optimizer's moments
-        model.loss(idx, idx).backward()
-        optimizer.step()
-    print(status("VmHWM") - before, report["total_bytes"] - report["weights_bytes"])
+    cfg = parse_args([*STEP.split(), *flags.split()])
+    report, cfg = memory_report(cfg, MODEL), complete(cfg)
+    model = untrained(cfg, MODEL, torch.float32, "cpu")
+    grown = costs(model, lambda idx: model.loss(idx, idx), cfg, 2)[0]
+    print(grown, report["total_bytes"] - report["weights_bytes"])
 
 
 def account():
-    """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens.
-
-    What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
-    lives and not of what the allocator keeps.
-    """
+    """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens."""
     print("| | measured, MB | account, MB | account / measured |\n|---|---|---|---|")
     for name, flags in ACCOUNTS.items():
-        grown, told = alone("account_once", flags, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+        grown, told = alone("account_once", flags, **FREED)
         print(f"| {name} | {grown / 1e6:,.0f} | {told / 1e6:,.0f} | {told / grown:.3f} |", flush=True)
+
+
+STEPS = {  # name: flags of train.py
+    "forward alone, nf4": "--method qlora --eval_only", "qst": "", "lst": "--method lst",
+    "qlora": "--method qlora", "qlora, checkpoint": "--method qlora --checkpoint",
+    "lora": "--method lora", "lora, checkpoint": "--method lora --checkpoint",
+    "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
+}  # fmt: skip
+THEIRS = ("forward alone, nf4", "qlora", "qlora, checkpoint", "lora", "full")
+LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def ours(cfg, folder):
+    """A model, and its loss as a function of the ids."""
+    base = from_pretrained(folder, cfg.quant, torch.float32)
+    model = train.make_model(cfg, base, Task([], []))
+    return model, lambda idx: model.loss(idx, idx)
+
+
+def theirs(cfg, folder):
+    """The same, as one puts it together of the libraries: transformers, peft, bitsandbytes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    quant = four_bits if cfg.quant == "nf4" else None
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quant)
+    if cfg.checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.eval_only:
+        model.requires_grad_(False)
+    elif cfg.method != "full":
+        lora = LoraConfig(r=cfg.rank, lora_alpha=16, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    model.train()
+    return model, lambda idx: model(idx, labels=idx, shift_labels=idx, use_cache=False).loss
+
+
+def step_once(whose, flags, folder, steps):
+    """Print what `costs` returns, and the trainable parameters."""
+    cfg = complete(parse_args([*STEP.split(), *flags.split()]))
+    model, loss_of = globals()[whose](cfg, folder)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(*costs(model, loss_of, cfg, steps), trainable)
+
+
+def methods(rounds=3):
+    """A step of 4 x 256 tokens, each with a target: a LLaMA of 12 layers x 768 in fp32.
+
+    Memory is `account`'s, measured once. Of the seconds each process has its turn in every round,
+    and the median is told: a machine that does other work too is not always equally fast.
+    """
+    absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    steps = [(name, "ours") for name in STEPS]
+    steps += [(name, "theirs") for name in THEIRS if not absent]
+    figures = {step: [] for step in steps}
+    with tempfile.TemporaryDirectory() as folder:
+        alone("make_model", folder, asdict(MODEL))
+        for name, whose in tqdm(steps * (1 + rounds)):
+            how = {} if figures[name, whose] else FREED
+            row = alone("step_once", whose, STEPS[name], folder, 2 if how else 3, **how)
+            figures[name, whose].append(row)
+    seconds = {step: statistics.median(row[1] for row in rows[1:]) for step, rows in figures.items()}
+    memory = {step: rows[0][0] for step, rows in figures.items()}
+    one = ("qlora", "ours" if absent else "theirs")
+    table("A training step", "method", "whose", "s", "MB above the model", "trainable",
+          f"s / {one[1]} of qlora", f"MB / {one[1]} of qlora")  # fmt: skip
+    for step, rows in figures.items():
+        print(
+            f"| {' | '.join(step)} | {seconds[step]:.2f} | {memory[step] / 1e6:,.0f} | {rows[0][3]:,.0f} "
+            f"| {seconds[step] / seconds[one]:.2f} | {memory[step] / memory[one]:.2f} |"
+        )
+    if absent:
+        print(f"\nTheirs are left out: pip install {' '.join(absent)}.")
 
 
 # What the paper tells, in GB (QST, arXiv 2401.07159)
@@ -416,7 +523,7 @@ def regress(x, y, n, weight):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument(
-        "what", choices=["load", "quant", "tokens", "account", "paper", "learn", "probe"]
+        "what", choices=["load", "quant", "tokens", "account", "methods", "paper", "learn", "probe"]
     )
     parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
