@@ -7,13 +7,16 @@
     python tests/bench.py methods       speed and memory of a step of each method, beside those of
                                         transformers, peft and bitsandbytes, where they are installed
     python tests/bench.py paper         the paper's tables of memory, and ours, as Markdown
-    python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
-                                        choose, all other flags are train.py's
+    python tests/bench.py learn ...     how fast QST's variants and the other methods learn; --only,
+                                        --seeds and --learning_rates choose, --out FOLDER keeps the
+                                        runs and draws them, all other flags are train.py's
+    python tests/bench.py pictures ...  draws runs of train.py, whose folders are given, into --out
     python tests/bench.py probe ...     what a reader of the base's hidden states has before it; all
                                         flags are train.py's, with --head lm
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import importlib.util
@@ -31,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -427,46 +431,148 @@ def curve(title, name, values, methods=("qlora", "qst")):
         print(f"| {who} | {' | '.join(cells)} |", flush=True)
 
 
-VARIANTS = {  # what differs from the paper's architecture, as flags of train.py
-    "alpha x 1": "--lr_factors alpha=1", "paper": "", "released": "--variant released",
+# How fast it learns
+
+RUNS = {  # QST's variants and the other methods, as flags of train.py; rates are of the embedded default
+    "qst": "", "alpha x 1": "--lr_factors alpha=1", "released": "--variant released",
     "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
-    "standardize": "--standardize", "fast": "--variant fast", "qlora": "--method qlora",
+    "standardize": "--standardize", "fast": "--variant fast",
+    "lst": "--method lst", "qlora": "--method qlora", "lora": "--method lora",
+    "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
 }  # fmt: skip
+SCORES = [f"{name}_{when}" for name in train.SCORES for when in ("before", "after")]
 
 
-def learn(only, seeds, flags):
-    """Held-out loss at each evaluation, and the score: mean (smallest to largest) over the seeds."""
-    print("variant       trainable    step ms    peak MB   held-out loss ...   score")
-    for name in only or VARIANTS:
-        runs = [learn_once([*flags, *VARIANTS[name].split(), "--seed", seed]) for seed in seeds]
-        of = lambda key: [result[key] for result, _ in runs]
-        cells = [spread(values) for values in zip(*(losses for _, losses in runs))]
-        scores = [key for key in runs[0][0] if key in SCORES]
-        cells += [f"{key} {spread(of(key))}" for key in scores]
-        print(
-            f"{name:12} {of('trainable_parameters')[0]:>10,} {statistics.median(of('step_ms')):>10.0f} "
-            f"{max(of('peak_memory_bytes')) / 1e6:>10.0f}   {'  '.join(cells)}", flush=True
-        )  # fmt: skip
+def learn(only, seeds, rates, out, flags):
+    """Held-out loss at each evaluation, and the score: mean (smallest to largest) over the seeds.
+
+    rates: learning rates to try; the one of the lowest held-out loss is marked, and drawn
+    out: a folder that keeps the runs; what an earlier call left there for other rates counts too
+    """
+    table("Held-out loss and score", "", "learning rate", "trainable", "step, ms", "peak, MB", "held-out loss", "score")
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(out or scratch, name) for name in only]
+        for folder in folders:
+            for rate in rates or [""]:
+                words = RUNS[folder.name].split() + flags + ["--learning_rate", rate] * bool(rate)
+                for seed in seeds:
+                    learn_once([*words, "--seed", seed], folder / f"{rate} {seed}".strip())
+            tell(folder)
+        if out:
+            pictures(folders, out)
 
 
-SCORES = [f"{name}_{when}" for name in ("exact_match", "accuracy", "f1", "matthews") for when in ("before", "after")]
+def learn_once(flags, out):
+    """A run of train.py. One that fails, as where it diverges, is told and left out."""
+    (out / "result.json").unlink(missing_ok=True)
+    words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{out}: {done.stderr.splitlines()[-1]}", file=sys.stderr)
+
+
+def read_runs(folder):
+    """What train.py left in a folder and those below, the best learning rate first:
+    {rate: [(result.json, {iteration: held-out loss}), ...]}"""
+    runs = {}
+    for path in sorted(Path(folder).rglob("result.json")):
+        result = json.loads(path.read_text())
+        with open(path.with_name("log.csv"), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
+        losses = {int(row["iteration"]): float(row["held_out_loss"]) for row in rows}
+        losses = {0: result["loss_before"]} | losses
+        runs.setdefault(result["config"]["learning_rate"], []).append((result, losses))
+    if not runs:
+        sys.exit(f"{folder} holds no run: give the --out_dir of a run of train.py, or a folder of some.")
+    return dict(sorted(runs.items(), key=lambda item: mean(item[1], "loss_after")))
+
+
+def mean(runs, key):
+    return statistics.mean(result[key] for result, _ in runs)
 
 
 def spread(values):
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+    least = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{least}"
 
 
-def learn_once(flags):
-    """A run of train.py: its result.json, and the held-out losses of its log.csv."""
-    with tempfile.TemporaryDirectory() as out:
-        words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", out]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr.splitlines()[-1])
-        with open(f"{out}/log.csv", newline="") as file:
-            losses = [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]]
-        return json.loads(Path(out, "result.json").read_text()), losses
+def tell(folder):
+    """Print a line a learning rate, the best one first and marked if there are several."""
+    tried = read_runs(folder)
+    for i, (rate, runs) in enumerate(tried.items()):
+        losses = [spread(values) for values in zip(*(losses.values() for _, losses in runs))]
+        scores = [f"{key} {spread([r[key] for r, _ in runs])}" for key in SCORES if key in runs[0][0]]
+        print(
+            f"| {folder.name} | {rate:g}{' *' * (i == 0 < len(tried) - 1)} "
+            f"| {runs[0][0]['trainable_parameters']:,} | {mean(runs, 'step_ms'):.0f} "
+            f"| {mean(runs, 'peak_memory_bytes') / 1e6:.0f} | {'  '.join(losses)} | {'  '.join(scores)} |",
+            flush=True,
+        )
 
+
+PARTS = ("weights", "optimizer", "activations")
+
+
+def pictures(folders, out):
+    """Draw what memory is for, the held-out loss in time, and the score beside the peak memory; of
+    each folder the best learning rate's runs. As Mermaid, and as PNGs where matplotlib is."""
+    runs = {Path(folder).name: next(iter(read_runs(folder).values())) for folder in folders}
+    score = next((key for key in SCORES[1::2] if all(key in r[0][0] for r in runs.values())), "loss_after")
+    what = score.removesuffix("_after").replace("_", " ")
+    parts = [[mean(r, f"{part}_bytes") / 1e6 for part in PARTS] for r in runs.values()]
+    tops = np.cumsum(parts, axis=1).T[::-1]  # the higher bars are drawn first, behind the others
+    curves = {}  # name: seconds, losses
+    for name, r in runs.items():
+        seconds = [i * mean(r, "step_ms") / 1000 for i in r[0][1]]
+        curves[name] = seconds, np.mean([list(losses.values()) for _, losses in r], axis=0)
+    points = {name: (mean(r, "peak_memory_bytes") / 1e6, mean(r, score)) for name, r in runs.items()}
+
+    mermaid("MB, from below: " + ", ".join(PARTS), json.dumps(list(runs)), "MB", "bar", tops)
+    end = min(seconds[-1] for seconds, _ in curves.values())  # no line goes on where it has no points
+    grid = np.linspace(0, end, 9)
+    lines = [np.interp(grid, *curve) for curve in curves.values()]
+    mermaid(f"Held-out loss: {', '.join(runs)}", f'"seconds" 0 --> {end:.1f}', "loss", "line", lines)
+    order = sorted(points, key=points.get)
+    names = json.dumps([f"{name}, {points[name][0]:.0f} MB" for name in order])
+    mermaid(f"{what}, by peak memory", names, what, "bar", [[points[name][1] for name in order]])
+
+    if importlib.util.find_spec("matplotlib") is None:
+        print("\nNo PNGs without matplotlib: pip install matplotlib.")
+        return
+    with picture(out, "memory", xlabel="", ylabel="MB") as axes:
+        for part, row in zip(reversed(PARTS), tops):
+            axes.bar(list(runs), row, label=part)
+    with picture(out, "loss", xlabel="seconds of training", ylabel="held-out loss") as axes:
+        for name, curve in curves.items():
+            axes.plot(*curve, marker=".", label=name)
+    with picture(out, "score", xlabel="peak memory, MB", ylabel=what) as axes:
+        for name, point in points.items():
+            axes.scatter(*point, label=name)
+
+
+def mermaid(title, x, y, kind, rows):
+    top = max(max(row) for row in rows)
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}"\n    x-axis {x}\n    y-axis "{y}" 0 --> {top:.3f}')
+    for row in rows:
+        print(f"    {kind} [{', '.join(f'{value:.3f}' for value in row)}]")
+    print("```")
+
+
+@contextlib.contextmanager
+def picture(out, name, **labels):
+    """Axes to draw on, saved as OUT/NAME.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(out, f"{name}.png"), dpi=150)
+
+
+# What there is to read
 
 @torch.no_grad()
 def last_states(base, examples):
@@ -521,15 +627,22 @@ def regress(x, y, n, weight):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "what", choices=["load", "quant", "tokens", "account", "methods", "paper", "learn", "probe"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
+    plain = ("load", "quant", "tokens", "account", "methods", "paper")
+    parser.add_argument("what", choices=[*plain, "learn", "pictures", "probe"])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
+    parser.add_argument("--learning_rates", nargs="+", help="of learn: try each")
+    parser.add_argument("--out", help="folder of learn's runs, and of the pictures")
     args, flags = parser.parse_known_args()
     if args.what == "learn":
-        learn(args.only, args.seeds, flags)
+        learn(args.only, args.seeds, args.learning_rates, args.out, flags)
+    elif args.what == "pictures" and flags and args.out:
+        pictures(flags, args.out)
+    elif args.what == "pictures":
+        parser.error("pictures needs folders of runs, and --out")
     elif args.what == "probe":
         probe(flags)
     elif flags:
