@@ -182,9 +182,9 @@ STEP = "--plan --device cpu --batch_size 4 --sequence_len 256"
 FREED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 20))
 
 
-def costs(model, loss_of, cfg, steps):
-    """Bytes by which the process grows in training (or in forward passes, if nothing learns), the
-    seconds of a step, median of all but the first, and the first loss.
+def costs(model, loss_of, cfg):
+    """Bytes by which the process grows in two steps (or forward passes, if nothing learns), the
+    processor's seconds for the second, and the loss of the first.
 
     loss_of: function of ids (B, T), each of which is its own target
     """
@@ -192,16 +192,15 @@ def costs(model, loss_of, cfg, steps):
     optimizer = make_optimizer(model, cfg) if learns else None
     torch.manual_seed(0)
     idx = torch.randint(MODEL.vocab_size, (cfg.batch_size, cfg.sequence_len))
-    losses, seconds = [], []
 
-    def step(idx):
+    def propagate(idx):
         with torch.set_grad_enabled(learns):
-            losses.append(loss_of(idx))
+            loss = loss_of(idx)
         if learns:
-            losses[-1].backward()
-        losses[-1] = losses[-1].item()  # and the graph is gone
+            loss.backward()
+        return loss.item()
 
-    step(idx[:1, :16])  # torch has loaded what it needs
+    propagate(idx[:1, :16])  # torch has loaded what it needs
     model.zero_grad(set_to_none=True)
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
@@ -209,13 +208,13 @@ def costs(model, loss_of, cfg, steps):
         1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
     )
     before = status("VmRSS")
-    for _ in range(steps):  # from the second on, gradients accumulate, beside the optimizer's moments
-        start = time.perf_counter()
-        step(idx)
+    losses = []
+    for _ in range(2):  # the second accumulates, beside the optimizer's moments
+        start = time.process_time()
+        losses.append(propagate(idx))
         if learns:
             optimizer.step()
-        seconds.append(time.perf_counter() - start)
-    return status("VmHWM") - before, statistics.median(seconds[1:]), losses[1]
+    return status("VmHWM") - before, time.process_time() - start, losses[0]
 
 
 ACCOUNTS = {  # name: flags of train.py
@@ -230,7 +229,7 @@ def account_once(flags):
     cfg = parse_args([*STEP.split(), *flags.split()])
     report, cfg = memory_report(cfg, MODEL), complete(cfg)
     model = untrained(cfg, MODEL, torch.float32, "cpu")
-    grown = costs(model, lambda idx: model.loss(idx, idx), cfg, 2)[0]
+    grown = costs(model, lambda idx: model.loss(idx, idx), cfg)[0]
     print(grown, report["total_bytes"] - report["weights_bytes"])
 
 
@@ -281,19 +280,20 @@ def theirs(cfg, folder):
     return model, lambda idx: model(idx, labels=idx, shift_labels=idx, use_cache=False).loss
 
 
-def step_once(whose, flags, folder, steps):
+def step_once(whose, flags, folder):
     """Print what `costs` returns, and the trainable parameters."""
     cfg = complete(parse_args([*STEP.split(), *flags.split()]))
     model, loss_of = globals()[whose](cfg, folder)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(*costs(model, loss_of, cfg, steps), trainable)
+    print(*costs(model, loss_of, cfg), trainable)
 
 
 def methods(rounds=3):
     """A step of 4 x 256 tokens, each with a target: a LLaMA of 12 layers x 768 in fp32.
 
-    Memory is `account`'s, measured once. Of the seconds each process has its turn in every round,
-    and the median is told: a machine that does other work too is not always equally fast.
+    Memory is `account`'s, measured once. Seconds are the processor's, of one thread: those of a
+    clock where there is no other work, and not much more where there is. Each process has its turn
+    in every round, and the median is told.
     """
     absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     steps = [(name, "ours") for name in STEPS]
@@ -303,7 +303,7 @@ def methods(rounds=3):
         alone("make_model", folder, asdict(MODEL))
         for name, whose in tqdm(steps * (1 + rounds)):
             how = {} if figures[name, whose] else FREED
-            row = alone("step_once", whose, STEPS[name], folder, 2 if how else 3, **how)
+            row = alone("step_once", whose, STEPS[name], folder, OMP_NUM_THREADS="1", **how)
             figures[name, whose].append(row)
     seconds = {step: statistics.median(row[1] for row in rows[1:]) for step, rows in figures.items()}
     memory = {step: rows[0][0] for step, rows in figures.items()}
