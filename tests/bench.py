@@ -4,16 +4,22 @@
     python tests/bench.py quant         speed of quantizing and dequantizing, beside bitsandbytes
     python tests/bench.py tokens        speed of generating from a 4-bit and from an fp32 base
     python tests/bench.py account       the memory account beside the peak memory of real steps
+    python tests/bench.py methods       speed and memory of a step of each method, beside those of
+                                        transformers, peft and bitsandbytes, where they are installed
     python tests/bench.py paper         the paper's tables of memory, and ours, as Markdown
-    python tests/bench.py learn ...     how fast QST's variants and LoRA learn; --only and --seeds
-                                        choose, all other flags are train.py's
+    python tests/bench.py learn ...     how fast QST's variants and the other methods learn; --only,
+                                        --seeds and --learning_rates choose, --out FOLDER keeps the
+                                        runs and draws them, all other flags are train.py's
+    python tests/bench.py pictures ...  draws runs of train.py, whose folders are given, into --out
     python tests/bench.py probe ...     what a reader of the base's hidden states has before it; all
                                         flags are train.py's, with --head lm
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
+import importlib.util
 import json
 import os
 import resource
@@ -22,15 +28,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
+from data import Task  # noqa: E402
 from data.chat import load_template  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from model import (  # noqa: E402
@@ -68,17 +77,19 @@ def quantize_once(folder, packed):
     quantize_folder(folder, packed)
 
 
-def make_model(folder):
-    config = ModelConfig(32000, n_layer=12, n_head=16, n_embd=2048, n_ffn=5632, tied=True)
+def make_model(folder, config):
+    """Write a random model of a `ModelConfig`'s fields in fp16, and print its number of weights."""
     torch.manual_seed(0)
-    save_pretrained(Transformer(config).half(), folder)
-    print(sum(p.numel() for p in Transformer(config).parameters()))
+    model = Transformer(ModelConfig(**config)).half()
+    save_pretrained(model, folder)
+    print(sum(p.numel() for p in model.parameters()))
 
 
 def load():
     """A LLaMA of 0.7 billion fp16 weights; its largest tensor is the embedding."""
+    config = ModelConfig(32000, n_layer=12, n_head=16, n_embd=2048, n_ffn=5632, tied=True)
     with tempfile.TemporaryDirectory() as folder:
-        (numel,) = alone("make_model", folder)
+        (numel,) = alone("make_model", folder, asdict(config))
         largest = 32000 * 2048 * 2
         print(f"{numel / 1e9:.2f} B weights in fp16, loaded to compute in fp32")
         print(f"the largest tensor of the file, the embedding: {largest / 1e6:.0f} MB")
@@ -155,16 +166,55 @@ def tokens_once(threads, folder):
 def tokens():
     """Milliseconds per generated token, one prompt; a random LLaMA of the shape of SmolLM2-135M."""
     with tempfile.TemporaryDirectory() as folder:
-        alone("make_smollm2", folder)
+        alone("make_model", folder, asdict(PRESETS["smollm2-135m"]))
         print("ms per token   fp32   4 bits   ratio")
         for threads in (1, 2):
             plain, packed = alone("tokens_once", threads, folder)
             print(f"{threads} threads {plain:10.1f} {packed:8.1f} {packed / plain:7.2f}")
 
 
-def make_smollm2(folder):
+# A training step
+
+MODEL = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)  # a LLaMA, in fp32
+STEP = "--plan --device cpu --batch_size 4 --sequence_len 256"
+# What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
+# lives and not of what the allocator keeps.
+FREED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+
+
+def costs(model, loss_of, cfg):
+    """Bytes by which the process grows in two steps (or forward passes, if nothing learns), the
+    processor's seconds for the second, and the loss of the first.
+
+    loss_of: function of ids (B, T), each of which is its own target
+    """
+    learns = any(p.requires_grad for p in model.parameters())
+    optimizer = make_optimizer(model, cfg) if learns else None
     torch.manual_seed(0)
-    save_pretrained(Transformer(PRESETS["smollm2-135m"]).half(), folder)
+    idx = torch.randint(MODEL.vocab_size, (cfg.batch_size, cfg.sequence_len))
+
+    def propagate(idx):
+        with torch.set_grad_enabled(learns):
+            loss = loss_of(idx)
+        if learns:
+            loss.backward()
+        return loss.item()
+
+    propagate(idx[:1, :16])  # torch has loaded what it needs
+    model.zero_grad(set_to_none=True)
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    status = lambda name: next(
+        1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
+    )
+    before = status("VmRSS")
+    losses = []
+    for _ in range(2):  # the second accumulates, beside the optimizer's moments
+        start = time.process_time()
+        losses.append(propagate(idx))
+        if learns:
+            optimizer.step()
+    return status("VmHWM") - before, time.process_time() - start, losses[0]
 
 
 ACCOUNTS = {  # name: flags of train.py
@@ -176,36 +226,97 @@ ACCOUNTS = {  # name: flags of train.py
 
 def account_once(flags):
     """Print how much a process grows by training, and the account's total without the weights."""
-    config = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
-    cfg = parse_args(["--plan", "--device", "cpu", "--sequence_len", "256", *flags.split()])
-    report, cfg = memory_report(cfg, config), complete(cfg)
-    model = untrained(cfg, config, torch.float32, "cpu")
-    optimizer = make_optimizer(model, cfg)
-    idx = torch.randint(32000, (cfg.batch_size, cfg.sequence_len))
-    model.loss(idx[:1, :16], idx[:1, :16]).backward()  # torch has loaded what it needs
-    optimizer.zero_grad(set_to_none=True)
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    status = lambda name: next(
-        1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)
-    )
-    before = status("VmRSS")
-    for _ in range(2):  # the second accumulates, beside the optimizer's moments
-        model.loss(idx, idx).backward()
-        optimizer.step()
-    print(status("VmHWM") - before, report["total_bytes"] - report["weights_bytes"])
+    cfg = parse_args([*STEP.split(), *flags.split()])
+    report, cfg = memory_report(cfg, MODEL), complete(cfg)
+    model = untrained(cfg, MODEL, torch.float32, "cpu")
+    grown = costs(model, lambda idx: model.loss(idx, idx), cfg)[0]
+    print(grown, report["total_bytes"] - report["weights_bytes"])
 
 
 def account():
-    """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens.
-
-    What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
-    lives and not of what the allocator keeps.
-    """
+    """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens."""
     print("| | measured, MB | account, MB | account / measured |\n|---|---|---|---|")
     for name, flags in ACCOUNTS.items():
-        grown, told = alone("account_once", flags, MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+        grown, told = alone("account_once", flags, **FREED)
         print(f"| {name} | {grown / 1e6:,.0f} | {told / 1e6:,.0f} | {told / grown:.3f} |", flush=True)
+
+
+STEPS = {  # name: flags of train.py
+    "forward alone, nf4": "--method qlora --eval_only", "qst": "", "lst": "--method lst",
+    "qlora": "--method qlora", "qlora, checkpoint": "--method qlora --checkpoint",
+    "lora": "--method lora", "lora, checkpoint": "--method lora --checkpoint",
+    "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
+}  # fmt: skip
+THEIRS = ("forward alone, nf4", "qlora", "qlora, checkpoint", "lora", "full")
+LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate")
+
+
+def ours(cfg, folder):
+    """A model, and its loss as a function of the ids."""
+    base = from_pretrained(folder, cfg.quant, torch.float32)
+    model = train.make_model(cfg, base, Task([], []))
+    return model, lambda idx: model.loss(idx, idx)
+
+
+def theirs(cfg, folder):
+    """The same, as one puts it together of the libraries: transformers, peft, bitsandbytes."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+    four_bits = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )  # fmt: skip
+    quant = four_bits if cfg.quant == "nf4" else None
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quant)
+    if cfg.checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.eval_only:
+        model.requires_grad_(False)
+    elif cfg.method != "full":
+        lora = LoraConfig(r=cfg.rank, lora_alpha=16, target_modules="all-linear")
+        model = get_peft_model(model, lora)
+    model.train()
+    return model, lambda idx: model(idx, labels=idx, shift_labels=idx, use_cache=False).loss
+
+
+def step_once(whose, flags, folder):
+    """Print what `costs` returns, and the trainable parameters."""
+    cfg = complete(parse_args([*STEP.split(), *flags.split()]))
+    model, loss_of = globals()[whose](cfg, folder)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(*costs(model, loss_of, cfg), trainable)
+
+
+def methods(rounds=3):
+    """A step of 4 x 256 tokens, each with a target: a LLaMA of 12 layers x 768 in fp32.
+
+    Memory is `account`'s, measured once. Seconds are the processor's, of one thread: those of a
+    clock where there is no other work, and not much more where there is. Each process has its turn
+    in every round, and the median is told.
+    """
+    absent = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    steps = [(name, "ours") for name in STEPS]
+    steps += [(name, "theirs") for name in THEIRS if not absent]
+    figures = {step: [] for step in steps}
+    with tempfile.TemporaryDirectory() as folder:
+        alone("make_model", folder, asdict(MODEL))
+        for name, whose in tqdm(steps * (1 + rounds)):
+            how = {} if figures[name, whose] else FREED
+            row = alone("step_once", whose, STEPS[name], folder, OMP_NUM_THREADS="1", **how)
+            figures[name, whose].append(row)
+    seconds = {step: statistics.median(row[1] for row in rows[1:]) for step, rows in figures.items()}
+    memory = {step: rows[0][0] for step, rows in figures.items()}
+    one = ("qlora", "ours" if absent else "theirs")
+    table("A training step", "method", "whose", "s", "MB above the model", "trainable",
+          f"s / {one[1]} of qlora", f"MB / {one[1]} of qlora")  # fmt: skip
+    for step, rows in figures.items():
+        print(
+            f"| {' | '.join(step)} | {seconds[step]:.2f} | {memory[step] / 1e6:,.0f} | {rows[0][3]:,.0f} "
+            f"| {seconds[step] / seconds[one]:.2f} | {memory[step] / memory[one]:.2f} |"
+        )
+    if absent:
+        print(f"\nTheirs are left out: pip install {' '.join(absent)}.")
 
 
 # What the paper tells, in GB (QST, arXiv 2401.07159)
@@ -320,46 +431,148 @@ def curve(title, name, values, methods=("qlora", "qst")):
         print(f"| {who} | {' | '.join(cells)} |", flush=True)
 
 
-VARIANTS = {  # what differs from the paper's architecture, as flags of train.py
-    "alpha x 1": "--lr_factors alpha=1", "paper": "", "released": "--variant released",
+# How fast it learns
+
+RUNS = {  # QST's variants and the other methods, as flags of train.py; rates are of the embedded default
+    "qst": "", "alpha x 1": "--lr_factors alpha=1", "released": "--variant released",
     "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
-    "standardize": "--standardize", "fast": "--variant fast", "qlora": "--method qlora",
+    "standardize": "--standardize", "fast": "--variant fast",
+    "lst": "--method lst", "qlora": "--method qlora", "lora": "--method lora",
+    "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
 }  # fmt: skip
+SCORES = [f"{name}_{when}" for name in train.SCORES for when in ("before", "after")]
 
 
-def learn(only, seeds, flags):
-    """Held-out loss at each evaluation, and the score: mean (smallest to largest) over the seeds."""
-    print("variant       trainable    step ms    peak MB   held-out loss ...   score")
-    for name in only or VARIANTS:
-        runs = [learn_once([*flags, *VARIANTS[name].split(), "--seed", seed]) for seed in seeds]
-        of = lambda key: [result[key] for result, _ in runs]
-        cells = [spread(values) for values in zip(*(losses for _, losses in runs))]
-        scores = [key for key in runs[0][0] if key in SCORES]
-        cells += [f"{key} {spread(of(key))}" for key in scores]
-        print(
-            f"{name:12} {of('trainable_parameters')[0]:>10,} {statistics.median(of('step_ms')):>10.0f} "
-            f"{max(of('peak_memory_bytes')) / 1e6:>10.0f}   {'  '.join(cells)}", flush=True
-        )  # fmt: skip
+def learn(only, seeds, rates, out, flags):
+    """Held-out loss at each evaluation, and the score: mean (smallest to largest) over the seeds.
+
+    rates: learning rates to try; the one of the lowest held-out loss is marked, and drawn
+    out: a folder that keeps the runs; what an earlier call left there for other rates counts too
+    """
+    table("Held-out loss and score", "", "learning rate", "trainable", "step, ms", "peak, MB", "held-out loss", "score")
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(out or scratch, name) for name in only]
+        for folder in folders:
+            for rate in rates or [""]:
+                words = RUNS[folder.name].split() + flags + ["--learning_rate", rate] * bool(rate)
+                for seed in seeds:
+                    learn_once([*words, "--seed", seed], folder / f"{rate} {seed}".strip())
+            tell(folder)
+        if out:
+            pictures(folders, out)
 
 
-SCORES = [f"{name}_{when}" for name in ("exact_match", "accuracy", "f1", "matthews") for when in ("before", "after")]
+def learn_once(flags, out):
+    """A run of train.py. One that fails, as where it diverges, is told and left out."""
+    (out / "result.json").unlink(missing_ok=True)
+    words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", str(out)]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{out}: {done.stderr.splitlines()[-1]}", file=sys.stderr)
+
+
+def read_runs(folder):
+    """What train.py left in a folder and those below, the best learning rate first:
+    {rate: [(result.json, {iteration: held-out loss}), ...]}"""
+    runs = {}
+    for path in sorted(Path(folder).rglob("result.json")):
+        result = json.loads(path.read_text())
+        with open(path.with_name("log.csv"), newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["held_out_loss"]]
+        losses = {int(row["iteration"]): float(row["held_out_loss"]) for row in rows}
+        losses = {0: result["loss_before"]} | losses
+        runs.setdefault(result["config"]["learning_rate"], []).append((result, losses))
+    if not runs:
+        sys.exit(f"{folder} holds no run: give the --out_dir of a run of train.py, or a folder of some.")
+    return dict(sorted(runs.items(), key=lambda item: mean(item[1], "loss_after")))
+
+
+def mean(runs, key):
+    return statistics.mean(result[key] for result, _ in runs)
 
 
 def spread(values):
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+    least = f" ({min(values):.3f}-{max(values):.3f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{least}"
 
 
-def learn_once(flags):
-    """A run of train.py: its result.json, and the held-out losses of its log.csv."""
-    with tempfile.TemporaryDirectory() as out:
-        words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", out]
-        done = subprocess.run(words, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(done.stderr.splitlines()[-1])
-        with open(f"{out}/log.csv", newline="") as file:
-            losses = [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]]
-        return json.loads(Path(out, "result.json").read_text()), losses
+def tell(folder):
+    """Print a line a learning rate, the best one first and marked if there are several."""
+    tried = read_runs(folder)
+    for i, (rate, runs) in enumerate(tried.items()):
+        losses = [spread(values) for values in zip(*(losses.values() for _, losses in runs))]
+        scores = [f"{key} {spread([r[key] for r, _ in runs])}" for key in SCORES if key in runs[0][0]]
+        print(
+            f"| {folder.name} | {rate:g}{' *' * (i == 0 < len(tried) - 1)} "
+            f"| {runs[0][0]['trainable_parameters']:,} | {mean(runs, 'step_ms'):.0f} "
+            f"| {mean(runs, 'peak_memory_bytes') / 1e6:.0f} | {'  '.join(losses)} | {'  '.join(scores)} |",
+            flush=True,
+        )
 
+
+PARTS = ("weights", "optimizer", "activations")
+
+
+def pictures(folders, out):
+    """Draw what memory is for, the held-out loss in time, and the score beside the peak memory; of
+    each folder the best learning rate's runs. As Mermaid, and as PNGs where matplotlib is."""
+    runs = {Path(folder).name: next(iter(read_runs(folder).values())) for folder in folders}
+    score = next((key for key in SCORES[1::2] if all(key in r[0][0] for r in runs.values())), "loss_after")
+    what = score.removesuffix("_after").replace("_", " ")
+    parts = [[mean(r, f"{part}_bytes") / 1e6 for part in PARTS] for r in runs.values()]
+    tops = np.cumsum(parts, axis=1).T[::-1]  # the higher bars are drawn first, behind the others
+    curves = {}  # name: seconds, losses
+    for name, r in runs.items():
+        seconds = [i * mean(r, "step_ms") / 1000 for i in r[0][1]]
+        curves[name] = seconds, np.mean([list(losses.values()) for _, losses in r], axis=0)
+    points = {name: (mean(r, "peak_memory_bytes") / 1e6, mean(r, score)) for name, r in runs.items()}
+
+    mermaid("MB, from below: " + ", ".join(PARTS), json.dumps(list(runs)), "MB", "bar", tops)
+    end = min(seconds[-1] for seconds, _ in curves.values())  # no line goes on where it has no points
+    grid = np.linspace(0, end, 9)
+    lines = [np.interp(grid, *curve) for curve in curves.values()]
+    mermaid(f"Held-out loss: {', '.join(runs)}", f'"seconds" 0 --> {end:.1f}', "loss", "line", lines)
+    order = sorted(points, key=points.get)
+    names = json.dumps([f"{name}, {points[name][0]:.0f} MB" for name in order])
+    mermaid(f"{what}, by peak memory", names, what, "bar", [[points[name][1] for name in order]])
+
+    if importlib.util.find_spec("matplotlib") is None:
+        print("\nNo PNGs without matplotlib: pip install matplotlib.")
+        return
+    with picture(out, "memory", xlabel="", ylabel="MB") as axes:
+        for part, row in zip(reversed(PARTS), tops):
+            axes.bar(list(runs), row, label=part)
+    with picture(out, "loss", xlabel="seconds of training", ylabel="held-out loss") as axes:
+        for name, curve in curves.items():
+            axes.plot(*curve, marker=".", label=name)
+    with picture(out, "score", xlabel="peak memory, MB", ylabel=what) as axes:
+        for name, point in points.items():
+            axes.scatter(*point, label=name)
+
+
+def mermaid(title, x, y, kind, rows):
+    top = max(max(row) for row in rows)
+    print(f'\n```mermaid\nxychart-beta\n    title "{title}"\n    x-axis {x}\n    y-axis "{y}" 0 --> {top:.3f}')
+    for row in rows:
+        print(f"    {kind} [{', '.join(f'{value:.3f}' for value in row)}]")
+    print("```")
+
+
+@contextlib.contextmanager
+def picture(out, name, **labels):
+    """Axes to draw on, saved as OUT/NAME.png."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.set(**labels)
+    axes.legend()
+    Path(out).mkdir(parents=True, exist_ok=True)
+    figure.savefig(Path(out, f"{name}.png"), dpi=150)
+
+
+# What there is to read
 
 @torch.no_grad()
 def last_states(base, examples):
@@ -414,15 +627,22 @@ def regress(x, y, n, weight):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "what", choices=["load", "quant", "tokens", "account", "paper", "learn", "probe"]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--only", nargs="+", choices=VARIANTS, help="of learn")
+    plain = ("load", "quant", "tokens", "account", "methods", "paper")
+    parser.add_argument("what", choices=[*plain, "learn", "pictures", "probe"])
+    parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
+    parser.add_argument("--learning_rates", nargs="+", help="of learn: try each")
+    parser.add_argument("--out", help="folder of learn's runs, and of the pictures")
     args, flags = parser.parse_known_args()
     if args.what == "learn":
-        learn(args.only, args.seeds, flags)
+        learn(args.only, args.seeds, args.learning_rates, args.out, flags)
+    elif args.what == "pictures" and flags and args.out:
+        pictures(flags, args.out)
+    elif args.what == "pictures":
+        parser.error("pictures needs folders of runs, and --out")
     elif args.what == "probe":
         probe(flags)
     elif flags:
