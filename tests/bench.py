@@ -47,8 +47,9 @@ from model import (  # noqa: E402
     save_pretrained,
 )  # fmt: skip
 from quant import quantize_4bit  # noqa: E402
+from side import INSIDE  # noqa: E402
 from train import (  # noqa: E402
-    COLUMNS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
+    AS_WRITTEN, COLUMNS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
 )  # fmt: skip
 
 
@@ -217,10 +218,15 @@ def costs(model, loss_of, cfg):
     return status("VmHWM") - before, time.process_time() - start, losses[0]
 
 
+PLAIN = "--checkpoint false --h_f_bits 16 --chunk_loss false"
+LEAN = "--h_f_bits 4 --optimizer_bits 8"
 ACCOUNTS = {  # name: flags of train.py
-    "qst": "", "qst, linear": "--downsample linear", "qst, maxpool": "--downsample maxpool",
+    "qst": "", "qst, as written": PLAIN, "qst, 4 bits": LEAN,
+    "qst, as written, linear": f"{PLAIN} --downsample linear",
     "qst, released": "--variant released", "qst, borrowed": "--attention borrowed",
-    "lora": "--method lora", "qlora": "--method qlora",
+    "lst": "--method lst", "lora": "--method lora", "qlora": "--method qlora",
+    "qlora, checkpoint": "--method qlora --checkpoint", "adapter": "--method adapter",
+    "peqa": "--method peqa", "full": "--method full",
 }  # fmt: skip
 
 
@@ -242,7 +248,8 @@ def account():
 
 
 STEPS = {  # name: flags of train.py
-    "forward alone, nf4": "--method qlora --eval_only", "qst": "", "lst": "--method lst",
+    "forward alone, nf4": "--method qlora --eval_only", "qst": "", "qst, as written": PLAIN,
+    "qst, 4 bits": LEAN, "lst": "--method lst",
     "qlora": "--method qlora", "qlora, checkpoint": "--method qlora --checkpoint",
     "lora": "--method lora", "lora, checkpoint": "--method lora --checkpoint",
     "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
@@ -305,14 +312,14 @@ def methods(rounds=3):
             how = {} if figures[name, whose] else FREED
             row = alone("step_once", whose, STEPS[name], folder, OMP_NUM_THREADS="1", **how)
             figures[name, whose].append(row)
-    seconds = {step: statistics.median(row[1] for row in rows[1:]) for step, rows in figures.items()}
-    memory = {step: rows[0][0] for step, rows in figures.items()}
+    seconds = {step: statistics.median(row[1] for row in turns[1:]) for step, turns in figures.items()}
+    memory = {step: turns[0][0] for step, turns in figures.items()}
     one = ("qlora", "ours" if absent else "theirs")
     table("A training step", "method", "whose", "s", "MB above the model", "trainable",
           f"s / {one[1]} of qlora", f"MB / {one[1]} of qlora")  # fmt: skip
-    for step, rows in figures.items():
+    for step, turns in figures.items():
         print(
-            f"| {' | '.join(step)} | {seconds[step]:.2f} | {memory[step] / 1e6:,.0f} | {rows[0][3]:,.0f} "
+            f"| {' | '.join(step)} | {seconds[step]:.2f} | {memory[step] / 1e6:,.0f} | {turns[0][3]:,.0f} "
             f"| {seconds[step] / seconds[one]:.2f} | {memory[step] / memory[one]:.2f} |"
         )
     if absent:
@@ -345,12 +352,21 @@ TABLE_3 = {  # floating-point operations a token, in units of the paper's own
 TABLE_6 = {"linear": 7.8, "lora": 7.3, "adapter": 7.3, "maxpool": 7.3, "avgpool": 7.3}  # 7B
 
 
-def reports(preset, batch_size, sequence_len):
-    """{(method, whether checkpointed): two of `memory_report`}, of the methods that there are: with
-    the attention of a GPU, and with the plain formula, whose (T, T) matrices are kept."""
+def as_written(cfg):
+    """(label, settings) of every method as in its paper: of ours in `rows`, without the savings."""
+    for label, row in rows(replace(cfg, **AS_WRITTEN)):
+        if row.method in INSIDE or not row.checkpoint:
+            yield label, row
+
+
+def reports(preset, batch_size, sequence_len, methods):
+    """{label: two of `memory_report`}: with the attention of a GPU, and with the plain formula, whose
+    (T, T) matrices are kept."""
     cfg = TrainConfig(preset=preset, batch_size=batch_size, sequence_len=sequence_len)
-    pairs = [[memory_report(replace(row, device=d)) for d in ("cuda", "meta")] for row in rows(cfg)]
-    return {(fused["method"], fused["checkpoint"]): (fused, plain) for fused, plain in pairs}
+    return {
+        label: [memory_report(replace(row, device=device)) for device in ("cuda", "meta")]
+        for label, row in as_written(cfg) if row.method in methods
+    }  # fmt: skip
 
 
 def beside(ours, theirs):
@@ -366,29 +382,25 @@ def paper():
     """Every table in turn; GB are 10^9 bytes."""
     table("LLaMA-2-70B, batch 16, length 384 (Fig. 1a)", "", "weights", "paper", "gradients and optimizer",
           "paper", "activations and transients", "paper", "total", "paper", "ours / paper")  # fmt: skip
-    for (method, checkpoint), pair in reports("llama-2-70b", 16, 384).items():
-        theirs = None if checkpoint else FIGURE_1A.get(method)
+    for label, pair in reports("llama-2-70b", 16, 384, train.ROWS).items():
+        theirs = FIGURE_1A.get(label)
         for r, how in zip(pair, ("", ", plain attention")):
             weights, gradients, optimizer, activations, transient, total = (
                 r[f"{name}_bytes"] / 1e9 for name in COLUMNS
             )
             parts = (weights, gradients + optimizer, activations + transient)
             cells = " | ".join(f"{a:.1f} | {b}" for a, b in zip(parts, theirs or "---"))
-            print(f"| {label(method, checkpoint)}{how} | {cells} | {beside(total, theirs and theirs[3])} |", flush=True)
+            print(f"| {label}{how} | {cells} | {beside(total, theirs and theirs[3])} |", flush=True)
     grid("Batch 16, length 512 (Table 1)", TABLE_1, 16, 512)
     flops = grid("Batch 4, length 384 (Table 2)", TABLE_2, 4, 384)
     relative(flops)
     table("Downsamplers: LLaMA-2-7B, batch 4, length 384 (Table 6)", "", "GB", "paper", "ours / paper", "trainable")
     for downsample, theirs in TABLE_6.items():
-        r = memory_report(TrainConfig(preset="llama-2-7b", downsample=downsample))
+        r = memory_report(TrainConfig(preset="llama-2-7b", downsample=downsample, **AS_WRITTEN))
         print(f"| {downsample} | {beside(r['total_bytes'] / 1e9, theirs)} | {r['trainable_parameters']:,} |")
     curve("Batch size: LLaMA-2-7B, length 384 (Fig. 4)", "batch_size", (1, 2, 4, 8, 16, 32))
     curve("Length: LLaMA-2-7B, batch 4 (Fig. 4)", "sequence_len", (128, 256, 384, 512, 1024, 2048))
     curve("Reduction: LLaMA-2-7B, batch 4, length 384 (Fig. 5)", "reduction", (2, 4, 8, 16, 32, 64), ["qst"])
-
-
-def label(method, checkpoint):
-    return method + ", checkpoint" * checkpoint
 
 
 def grid(title, theirs, batch_size, sequence_len):
@@ -396,11 +408,11 @@ def grid(title, theirs, batch_size, sequence_len):
     table(title, "", "model", "with plain attention, GB", "ours, GB", "paper", "ours / paper")
     flops = {}
     for preset in {preset: None for row in theirs.values() for preset in row}:
-        for (method, checkpoint), (r, plain) in reports(preset, batch_size, sequence_len).items():
-            told = None if checkpoint else theirs.get(method, {}).get(preset)
+        for label, (r, plain) in reports(preset, batch_size, sequence_len, ("lora", *theirs)).items():
+            told = theirs.get(label, {}).get(preset)
             cells = f"{plain['total_bytes'] / 1e9:.1f} | {beside(r['total_bytes'] / 1e9, told)}"
-            print(f"| {label(method, checkpoint)} | {preset} | {cells} |", flush=True)
-            flops[label(method, checkpoint), preset] = r["flops_per_token"]
+            print(f"| {label} | {preset} | {cells} |", flush=True)
+            flops[label, preset] = r["flops_per_token"]
     return flops
 
 
@@ -421,10 +433,10 @@ def curve(title, name, values, methods=("qlora", "qst")):
     start = TrainConfig(preset="llama-2-7b", batch_size=4, sequence_len=384)
     lines = {}
     for value in values:
-        for row in rows(replace(start, **{name: value})):
+        for label, row in as_written(replace(start, **{name: value})):
             if row.method in methods:
                 r = memory_report(row)
-                lines.setdefault(label(row.method, r["checkpoint"]), []).append(f"{r['total_bytes'] / 1e9:.1f}")
+                lines.setdefault(label, []).append(f"{r['total_bytes'] / 1e9:.1f}")
                 if name == "reduction":
                     lines.setdefault("10^9 operations a token", []).append(f"{r['flops_per_token'] / 1e9:.1f}")
     for who, cells in lines.items():
