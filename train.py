@@ -42,8 +42,8 @@ from model import (
 )  # fmt: skip
 from qst import QST, Parser, pick_device, pick_dtype, read_side, run, tune
 from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, PACKED, InputError, dequantize_blockwise, drop_scratch,
-    quantize_blockwise,
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, PACKED, InputError, code_books, dequantize_blockwise,
+    drop_scratch, quantize_blockwise,
 )  # fmt: skip
 from side import INSIDE, QUANTS, VARIANTS, SideConfig, check_quant, prune, setting
 
@@ -261,6 +261,9 @@ def make_optimizer(model, cfg):
     return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
 
 
+ZERO = DYNAMIC_CODEBOOK.tolist().index(0.0)
+
+
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
 
@@ -283,14 +286,14 @@ class AdamW8bit(torch.optim.Optimizer):
     def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
         grad = parameter.grad.float().flatten()
         t = state["step"] = state.get("step", 0) + 1
-        book = DYNAMIC_CODEBOOK.to(grad.device)
+        _, book = code_books("nf4", grad.device)
         read = lambda name: dequantize_blockwise(state[name], book, state[name + "_absmax"], ABSMAX_BLOCK_SIZE)
         mean, root = (read("mean"), read("root")) if t > 1 else (torch.zeros_like(grad), torch.zeros_like(grad))
         mean.lerp_(grad, 1 - betas[0])
         root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
         for name, moment in dict(mean=mean, root=root).items():
             state[name], state[name + "_absmax"] = quantize_blockwise(moment, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)
-        state["root"].clamp_(min=book.tolist().index(0.0) + 1)
+        state["root"].clamp_(min=ZERO + 1)
         value = parameter.float() * (1 - lr * weight_decay)
         step = mean.div_(root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)).mul_(lr / (1 - betas[0] ** t))
         value -= step.view_as(value)
