@@ -6,6 +6,7 @@
     python tests/bench.py account       the memory account beside the peak memory of real steps
     python tests/bench.py methods       speed and memory of a step of each method, beside those of
                                         transformers, peft and bitsandbytes, where they are installed
+    python tests/bench.py lean FOLDER   what each saving of --plan --ladder saves in real steps of a model
     python tests/bench.py paper         the paper's tables of memory, and ours, as Markdown
     python tests/bench.py learn ...     how fast QST's variants and the other methods learn; --only,
                                         --seeds and --learning_rates choose, --out FOLDER keeps the
@@ -49,7 +50,7 @@ from model import (  # noqa: E402
 from quant import quantize_4bit  # noqa: E402
 from side import INSIDE  # noqa: E402
 from train import (  # noqa: E402
-    AS_WRITTEN, COLUMNS, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
+    AS_WRITTEN, COLUMNS, LADDER, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
 )  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def costs(model, loss_of, cfg):
     learns = any(p.requires_grad for p in model.parameters())
     optimizer = make_optimizer(model, cfg) if learns else None
     torch.manual_seed(0)
-    idx = torch.randint(MODEL.vocab_size, (cfg.batch_size, cfg.sequence_len))
+    idx = torch.randint(model.config.vocab_size, (cfg.batch_size, cfg.sequence_len))
 
     def propagate(idx):
         with torch.set_grad_enabled(learns):
@@ -324,6 +325,20 @@ def methods(rounds=3):
         )
     if absent:
         print(f"\nTheirs are left out: pip install {' '.join(absent)}.")
+
+
+def lean(folder):
+    """What each saving of train.LADDER saves, and what it costs: 8 x 512 tokens in fp32."""
+    table("A step of QST", "", "MB above the model", "of the first", "s", "of the first", "loss")
+    flags, first = "--batch_size 8 --sequence_len 512", None
+    for name, saving in (LADDER | {"as written": AS_WRITTEN}).items():
+        flags += "".join(f" --{key} {value}" for key, value in saving.items())
+        memory, seconds, loss, _ = alone("step_once", "ours", flags, folder, OMP_NUM_THREADS="1", **FREED)
+        first = first or (memory, seconds)
+        print(
+            f"| {name} | {memory / 1e6:,.0f} | {memory / first[0]:.2f} | {seconds:.1f} "
+            f"| {seconds / first[1]:.2f} | {loss:.5f} |", flush=True
+        )  # fmt: skip
 
 
 # What the paper tells, in GB (QST, arXiv 2401.07159)
@@ -643,7 +658,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     plain = ("load", "quant", "tokens", "account", "methods", "paper")
-    parser.add_argument("what", choices=[*plain, "learn", "pictures", "probe"])
+    parser.add_argument("what", choices=[*plain, "lean", "learn", "pictures", "probe"])
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="of learn")
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"], help="of learn")
     parser.add_argument("--learning_rates", nargs="+", help="of learn: try each")
@@ -651,6 +666,10 @@ if __name__ == "__main__":
     args, flags = parser.parse_known_args()
     if args.what == "learn":
         learn(args.only, args.seeds, args.learning_rates, args.out, flags)
+    elif args.what == "lean" and len(flags) == 1:
+        lean(*flags)
+    elif args.what == "lean":
+        parser.error("lean needs the folder of a model")
     elif args.what == "pictures" and flags and args.out:
         pictures(flags, args.out)
     elif args.what == "pictures":
