@@ -119,8 +119,8 @@ DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded defa
     "reduction": (16, 16, 4),
     "sequence_len": (384, 512, 128),
     "batch_size": (4, 16, 32),
-    "max_iters": (1000, 1000, 250),
-    "learning_rate": (2e-4, 2e-4, 3e-3),
+    "max_iters": (1000, 1000, 150),
+    "learning_rate": (2e-4, 2e-4, 1e-2),
     "lr_schedule": ("constant", "linear", "linear"),
     "h_f_bits": (8, 8, 16),
 }
