@@ -42,8 +42,11 @@ COMBINATIONS = {
 }
 
 
+SHAPES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
+
+
 @pytest.mark.parametrize("changes", COMBINATIONS.values(), ids=COMBINATIONS)
-@pytest.mark.parametrize("shape", [{}, dict(n_kv_head=2), dict(family="opt")], ids=["llama", "grouped", "opt"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_account_is_that_of_a_real_step(changes, shape):
     """What a real model on the CPU keeps for backward, its gradients, optimizer states, parameters
     and floating-point operations are the account's, exactly."""
