@@ -116,7 +116,8 @@ def test_flags_exist():
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
         for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
-                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"])
+                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"],
+                      ["tests/bench.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag
