@@ -50,7 +50,7 @@ SHAPES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 def test_the_account_is_that_of_a_real_step(changes, shape):
     """What a real model on the CPU keeps for backward, its gradients, optimizer states, parameters
     and floating-point operations are the account's, exactly."""
-    cfg, config = TrainConfig(**SMALL | changes), small_config(**shape)
+    cfg, config = TrainConfig(**SMALL | changes, plan=True), small_config(**shape)
     report = memory_report(cfg, config)
     cfg = complete(cfg)
     dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
