@@ -151,7 +151,7 @@ def test_floating_point_operations():
 
 def test_plan(tmp_path, capsys):
     """--plan prints a line for each method, with its numbers in plan.json, and needs no weights."""
-    flags = f"--plan --preset smollm2-135m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
+    flags = f"--plan --preset opt-125m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
     rows = main(parse_args(flags.split()))
     assert json.loads((tmp_path / "plan.json").read_text()) == rows
     told = capsys.readouterr().out
