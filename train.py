@@ -615,6 +615,8 @@ def rows(cfg):
         for checkpoint in (False, True):
             label = method + ", checkpoint" * checkpoint
             row = replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+            if method == "lst":  # these two of its settings are not QST's
+                row = replace(row, downsample=None, mix=None)
             if method in INSIDE:
                 row = replace(row, side_dtype="fp32")
             yield label, row if method == "peqa" else replace(row, peqa_bits=4, group_size=0)
@@ -706,7 +708,7 @@ def fit(model, optimizer, task, cfg, result):
             best, best_iteration = held_out_loss, evaluated
             model.save_side(out_dir)
 
-    bar = progress(range(1, cfg.max_iters + 1), "side network")
+    bar = progress(range(1, cfg.max_iters + 1), cfg.method)
     with open(out_dir / "log.csv", "w", newline="", buffering=1) as file:
         log = csv.writer(file)
         log.writerow(

@@ -14,7 +14,7 @@ from quant import InputError
 from side import SideConfig
 from train import (
     Live, TrainConfig, activation_bytes, attention_of, complete, main, make_optimizer, memory_report,
-    parse_args, untrained,
+    parse_args, rows, untrained,
 )  # fmt: skip
 
 SMALL = dict(device="cpu", reduction=2, batch_size=3, sequence_len=12)
@@ -193,3 +193,11 @@ def test_seventy_billion_in_seconds():
     those that the paper tells (36 GB), and a little."""
     report = memory_report(TrainConfig(preset="llama-2-70b", batch_size=16, sequence_len=384))
     assert 36e9 < report["weights_bytes"] < 38e9
+
+
+def test_each_line_is_of_its_method():
+    """LST's line has linear downsamplers and no alpha, as a run of it."""
+    lines = dict(rows(parse_args(["--plan", "--preset", "opt-125m"])))
+    alone = memory_report(TrainConfig(preset="opt-125m", method="lst"))
+    assert memory_report(lines["lst, checkpoint"]) == alone
+    assert (lines["lst"].downsample, lines["qst"].downsample) == ("linear", "adapter")
