@@ -400,8 +400,6 @@ def check_length(config, length, advice):
 
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
-
-
 CHUNK = 1 << 24  # logits to hold at a time
 
 
@@ -413,7 +411,7 @@ def token_loss(logits, targets, reduction="mean"):
     logits, targets = logits.flatten(0, -2).float(), targets.flatten()
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
-        return F.mse_loss(logits.squeeze(-1)[on], targets[on])
+        return F.mse_loss(logits.squeeze(-1)[on], targets[on], reduction=reduction)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction=reduction)
 
 

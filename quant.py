@@ -195,7 +195,7 @@ def quantize_blockwise(values, codebook, block_size):
     absmax = torch.empty(-(-n // block_size), device=values.device)
     if values.is_meta:  # the loop below would only take its time
         return codes, absmax
-    step = max(ABSMAX_BLOCK_SIZE, chunk_size(values.device) // (8 if values.is_cpu else 32))
+    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # more arrays are in between here
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)

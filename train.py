@@ -114,6 +114,9 @@ class TrainConfig(SideConfig):
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses")
     seed: int = setting(1337, "of the weights, the split and the order of the examples")
 
+    def __post_init__(self):
+        """What depends on the method stays None until `complete`: --plan goes through the methods."""
+
 
 DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded default)
     "reduction": (16, 16, 4),
@@ -181,15 +184,14 @@ def complete(cfg):
 
 def complete_method(cfg):
     """Fill in how the base is stored, and refuse what the method has no use for."""
-    asked = (cfg.peqa_bits, cfg.group_size) != (4, 0)
     if cfg.side:
         side, base = read_side(cfg.side)
         if cfg.method not in (side.method, SideConfig().method):
             raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
         own = dict(task=cfg.task, variant="paper", quant=cfg.quant or base.get("quant"))
         cfg = replace(cfg, **vars(side) | own)  # what is used, and so what result.json tells
-    elif asked and (cfg.method != "peqa" or cfg.quant):
-        raise InputError("--peqa_bits and --group_size are of --method peqa, whose --quant they make.")
+    elif not cfg.plan:  # which goes through the methods, and gives each what it has a use for
+        refuse_useless(cfg)
     if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:
         told = f"--peqa_bits {cfg.peqa_bits} --group_size {cfg.group_size}"
         raise InputError(f"{told}: choose 3 or 4, and 0 or more.")
@@ -199,8 +201,8 @@ def complete_method(cfg):
     cfg = replace(cfg, quant=cfg.quant or default)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
-    if cfg.side_dtype == "bf16" and (cfg.optimizer_bits != 8 or cfg.method in INSIDE):
-        raise InputError("--side_dtype bf16 is for --method qst and lst, with --optimizer_bits 8.")
+    if cfg.side_dtype == "bf16" and cfg.optimizer_bits != 8:
+        raise InputError("--side_dtype bf16 needs --optimizer_bits 8.")
     if cfg.ladder and (not cfg.plan or cfg.method in INSIDE):
         raise InputError("--ladder goes with --plan, and with --method qst or lst.")
     has_layers = cfg.side or cfg.eval_only or cfg.method in INSIDE
@@ -208,7 +210,19 @@ def complete_method(cfg):
         raise InputError(f"--init {cfg.init}: choose random, or pruned for a new side network (qst, lst).")
     if cfg.method == "full" and cfg.dtype == "fp16":
         raise InputError("--method full cannot learn in --dtype fp16: give bf16 or fp32.")
-    return cfg
+    return replace(cfg, **vars(side_config(cfg)))
+
+
+def refuse_useless(cfg):
+    """Refuse settings of one method beside another, which would leave them unread."""
+    changed = [f.name for f in fields(TrainConfig) if getattr(cfg, f.name) != f.default]
+    of_side = {f.name for f in fields(SideConfig)} - {"method", "rank", "n_labels", "task"}
+    of_side |= {"variant", "h_f_bits", "side_dtype"}
+    for name in changed:
+        if name in of_side and cfg.method in INSIDE:
+            raise InputError(f"--{name} is of a side network, and --method {cfg.method} has none.")
+        if name in ("peqa_bits", "group_size") and (cfg.method != "peqa" or cfg.quant):
+            raise InputError(f"--{name} is of --method peqa, whose --quant it makes.")
 
 
 def read_factors(text):
@@ -614,12 +628,7 @@ def rows(cfg):
     for method in ROWS:
         for checkpoint in (False, True):
             label = method + ", checkpoint" * checkpoint
-            row = replace(cfg, method=method, quant=None, checkpoint=checkpoint)
-            if method == "lst":  # these two of its settings are not QST's
-                row = replace(row, downsample=None, mix=None)
-            if method in INSIDE:
-                row = replace(row, side_dtype="fp32")
-            yield label, row if method == "peqa" else replace(row, peqa_bits=4, group_size=0)
+            yield label, replace(cfg, method=method, quant=None, checkpoint=checkpoint)
 
 
 def plan(cfg, given):

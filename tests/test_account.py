@@ -200,4 +200,4 @@ def test_each_line_is_of_its_method():
     lines = dict(rows(parse_args(["--plan", "--preset", "opt-125m"])))
     alone = memory_report(TrainConfig(preset="opt-125m", method="lst"))
     assert memory_report(lines["lst, checkpoint"]) == alone
-    assert (lines["lst"].downsample, lines["qst"].downsample) == ("linear", "adapter")
+    assert alone != memory_report(lines["qst, checkpoint"])

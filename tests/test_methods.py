@@ -197,12 +197,14 @@ def test_contradictions(method, kind):
 
 @pytest.mark.parametrize("flags, told", [
     (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
-    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "is for --method qst and lst"),
+    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "--side_dtype is of a side network"),
+    (dict(method="qlora", h_f_bits=8), "--h_f_bits is of a side network, and --method qlora has none"),
+    (dict(method="full", reduction=4), "--reduction is of a side"), (dict(method="peqa", variant="fast"), "--variant is"),
     (dict(ladder=True), "--ladder goes with --plan"),
     (dict(method="lora", init="pruned"), "--init pruned: choose random"),
-    (dict(init="best"), "--init best"), (dict(group_size=64), "are of --method peqa"),
+    (dict(init="best"), "--init best"), (dict(group_size=64), "--group_size is of --method peqa"),
     (dict(method="peqa", peqa_bits=5), "--peqa_bits 5"),
-    (dict(method="peqa", quant="int3", group_size=4), "whose --quant they make"),
+    (dict(method="peqa", quant="int3", group_size=4), "whose --quant it makes"),
     (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
 ])  # fmt: skip
 def test_flags_that_contradict_the_method(flags, told):
@@ -228,9 +230,10 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     out, data = tmp_path / "out", tmp_path / "stories.jsonl"
     data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
     common = dict(base=str(tiny_model), data=str(data), batch_size=4, sequence_len=100)
-    flags = dict(group_size=8) if method == "peqa" else dict(checkpoint=method in INSIDE)
+    flags = dict(checkpoint=True) if method in INSIDE else dict(reduction=4)
+    flags |= dict(group_size=8) if method == "peqa" else {}
     result = train.main(
-        TrainConfig(method=method, out_dir=str(out), reduction=4, max_iters=2, **common, **flags)
+        TrainConfig(method=method, out_dir=str(out), max_iters=2, **common, **flags)
     )
     config = from_pretrained(tiny_model).config
     frozen = 0 if method == "full" else count_weights(config)

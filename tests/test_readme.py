@@ -89,7 +89,8 @@ def test_commands_run(place):
             continue  # the last has a test of its own, test_the_embedded_default_learns
         words = [word.replace("llama-2-70b", "opt-125m") for word in words]
         if script.name == "train.py" and "--help" not in words:
-            words += ["--max_iters", "2", "--reduction", "4", "--sequence_len", "100", "--dtype", "fp32"]
+            words += ["--max_iters", "2", "--sequence_len", "100", "--dtype", "fp32"]
+            words += ["--reduction", "4"] * ("--method" not in words)
         run([str(script), *words[1:]], place)
 
 
