@@ -344,11 +344,21 @@ class Generator:
         targets on the CPU, whatever idx is on, save a GPU from being waited for.
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        h = self.hidden(idx).flatten(0, 1)[at.to(idx.device)]
+        states = [h.flatten(0, 1)[at.to(idx.device)] for h in self.states(idx)]
         targets = targets.flatten()[at].to(idx.device)
+        logits, rows, whole = self.to_logits(*states)
         if self.chunk_loss and not self.head_learns:
-            return _ChunkedLoss.apply(h, targets, self.head, max(1, CHUNK // self.config.vocab_size))
-        return token_loss(self.head(h), targets)
+            return _ChunkedLoss.apply(logits, targets, len(rows), *rows, *whole)
+        return token_loss(logits(*rows, *whole), targets)
+
+    def states(self, idx):
+        """What the logits are made of: tensors (B, T, ...)."""
+        return (self.hidden(idx),)
+
+    def to_logits(self, h):
+        """How n states become logits (n, V): a function, the tensors (n, ...) whose rows it may be
+        given a few at a time, and the tensors that it needs whole."""
+        return self.head, (h,), ()
 
     @torch.no_grad()
     def stream(
@@ -400,7 +410,7 @@ def check_length(config, length, advice):
 
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
-CHUNK = 1 << 24  # logits to hold at a time
+CHUNK = 128  # positions whose logits are held at a time
 
 
 def token_loss(logits, targets, reduction="mean"):
@@ -416,28 +426,36 @@ def token_loss(logits, targets, reduction="mean"):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`token_loss(head(h), targets)` of a frozen head, without all of the logits at once.
+    """`token_loss(logits(*tensors), targets)` of a frozen head, without all of the logits at once.
 
-    The gradient of h (n, C) is formed chunk by chunk in forward, while a chunk's logits are there:
-    nothing is computed twice. It is that of the sum, so that it does not vanish in 16 bits.
+    The first `split` tensors, (m, ...), are given to `logits` CHUNK rows at a time, the others whole.
+    Gradients are formed chunk by chunk in forward, while a chunk's logits are there: nothing is
+    computed twice. They are those of the sum, so that they do not vanish in 16 bits.
     """
 
     @staticmethod
-    def forward(ctx, h, targets, head, rows):
-        learns, total, grads = ctx.needs_input_grad[0], h.new_zeros((), dtype=torch.float32), []
-        for part, target in zip(h.split(rows), targets.split(rows)):
-            with torch.set_grad_enabled(learns):
-                part = part.detach().requires_grad_(learns)
-                loss = token_loss(head(part), target, "sum")
+    def forward(ctx, logits, targets, split, *tensors):
+        learn = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        kind = lambda i: None if i < split else torch.float32  # where many chunks add up
+        grads = {i: torch.zeros_like(tensors[i], dtype=kind(i)) for i in learn}
+        total = torch.zeros((), device=targets.device)
+        for start in range(0, len(targets), CHUNK):
+            rows = slice(start, start + CHUNK)
+            parts = [(t[rows] if i < split else t).detach() for i, t in enumerate(tensors)]
+            learning = [parts[i].requires_grad_() for i in learn]
+            with torch.set_grad_enabled(bool(learn)):
+                loss = token_loss(logits(*parts), targets[rows], "sum")
+            for i, grad in zip(learn, torch.autograd.grad(loss, learning) if learn else ()):
+                grads[i][rows if i < split else ...] += grad
             total += loss.detach()
-            grads += torch.autograd.grad(loss, part) if learns else ()
         ctx.n = len(targets)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(*(grads.get(i) for i in range(len(tensors))))
         return total / ctx.n
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.cat(ctx.saved_tensors).mul_(grad / ctx.n), None, None, None
+        scaled = (g if g is None else g.mul_(grad / ctx.n) for g in ctx.saved_tensors)
+        return None, None, None, *scaled
 
 
 class Transformer(Generator, nn.Module):

@@ -59,7 +59,11 @@ class QST(Generator, nn.Module):
         return SideNetwork(base.config, config)
 
     def hidden(self, idx, keep=None, cache=None):
-        """Climb the ladder: idx (B, T) -> the state that the LM head reads, (B, T, C)."""
+        """idx (B, T) -> the state that the LM head reads, (B, T, C)."""
+        return self.side.mix(*self.states(idx, keep, cache))
+
+    def states(self, idx, keep=None, cache=None):
+        """Climb the ladder: idx (B, T) -> the last h_f (B, T, C) and h_g (B, T, c)."""
         base, side = self.base, self.side
         N = len(base.layers)
         borrowed = side.config.attention == "borrowed"
@@ -80,7 +84,24 @@ class QST(Generator, nn.Module):
             # differs from the paper: mixed after the final norm, as in the released code. That is
             # what the frozen head was trained to read; the paper says no more than "h_f_N".
             h_f = base.final(h_f)
-        return side.mix(h_f, h_g)
+        return h_f, h_g
+
+    def to_logits(self, h_f, h_g):
+        """See `Generator`. The LM head W is linear, and so may come before the mix:
+
+            W (alpha h_f + (1 - alpha) U h_g) = alpha W h_f + (1 - alpha) (W U) h_g
+
+        The right side has no gradient of C channels, only of c, so that backward does without W
+        but for W U. With many positions that is a multiplication by W less, of two.
+        """
+        side, up = self.side, self.side.upsample
+        commutes = side.config.mix in ("alpha", "residual") and up.bias is None
+        if not (self.chunk_loss and commutes) or self.head_learns or len(h_g) < 4 * h_g.shape[1]:
+            return self.head, (side.mix(h_f, h_g),), ()
+        alpha, share = side.shares(h_f.dtype)
+        logits = lambda h_f, g, heads, alpha: torch.addcmul(g @ heads, self.head(h_f), alpha)
+        heads = self.head(up.weight.T.to(h_f.dtype))  # W U, transposed: (c, V)
+        return logits, (h_f, share * side.norm(h_g)), (heads, alpha)
 
     @torch.no_grad()
     def calibrate(self, prompts):
@@ -180,6 +201,8 @@ class Finetuned(QST):
 
     def hidden(self, idx, keep=None, cache=None):
         return self.base.hidden(idx, keep, cache)
+
+    states, to_logits = Generator.states, Generator.to_logits
 
     def new_cache(self, max_len):
         return self.base.new_cache(max_len)

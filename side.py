@@ -289,11 +289,18 @@ class SideNetwork(nn.Module):
         starts at the LLM too, and its gradient waits for nobody.
         """
         up = self.upsample(self.norm(h_g))
+        if self.config.mix == "side":
+            return up
+        alpha, share = self.shares(h_f.dtype)
+        return alpha * h_f + share * up
+
+    def shares(self, dtype):
+        """What h_f and what the upsampled state is weighted by: tensors () or (C,)."""
         if self.alpha is None:
-            return up if self.config.mix == "side" else h_f + up
+            return self.upsample.weight.new_ones(2, dtype=dtype)
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
-        return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
+        return alpha.to(dtype), (1 - alpha).to(dtype)
 
 
 # --------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class TrainConfig(SideConfig):
     checkpoint: bool = setting(None, "backward computes each rung of the side network again (qst, lst; "
         "the default with --base), or each layer of the base (the others)")  # fmt: skip
     h_f_bits: int = setting(None, "bits in which backward keeps the base's hidden states: 16, 8 or 4")
-    chunk_loss: bool = setting(True, "never hold more than 2^24 logits at a time")
+    chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
     optimizer_bits: int = setting(32, "of AdamW's two moments: 32, or 8 in blocks of 256")
     side_dtype: str = setting("fp32", "of the weights that learn: fp32, or bf16, rounded at random "
         "(with --optimizer_bits 8)")  # fmt: skip

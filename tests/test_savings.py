@@ -100,7 +100,7 @@ def test_the_loss_in_chunks(rows, family, shape, idx, monkeypatch):
     expected_loss, expected = step(model, idx)
     plain = model.loss(idx, targets)
     model.chunk_loss = True
-    monkeypatch.setattr(model_py, "CHUNK", rows * model.config.vocab_size)
+    monkeypatch.setattr(model_py, "CHUNK", rows)
     loss, grads = step(model, idx)
     assert torch.allclose(loss, expected_loss, rtol=1e-6)
     assert torch.allclose(model.loss(idx, targets), plain, rtol=1e-6)
@@ -108,9 +108,31 @@ def test_the_loss_in_chunks(rows, family, shape, idx, monkeypatch):
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7
 
 
+@pytest.mark.parametrize("changes, commutes", [
+    ({}, True), (dict(mix="residual", final_norm=True), True), (dict(method="lst"), False),
+    (dict(mix="released", upsample_bias=True), False),
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [{}, dict(family="opt", embed_dim=16)])
+def test_the_head_before_the_mix(changes, commutes, shape, monkeypatch):
+    """With many positions W (a h_f + b U h_g) is a W h_f + b (W U) h_g: the same loss and gradients."""
+    model = shaken(QST(small_base(**shape), SideConfig(reduction=4, **changes)))
+    idx = torch.randint(50, (4, 4 * model.side.narrow.n_embd), generator=torch.Generator().manual_seed(3))
+    model.chunk_loss = False
+    expected_loss, expected = step(model, idx)
+    model.chunk_loss = True
+    monkeypatch.setattr(model_py, "CHUNK", 50)
+    widths = [h.shape[-1] for h in model.to_logits(*(h.flatten(0, 1) for h in model.states(idx)))[1]]
+    assert widths == [model.config.n_embd, model.side.narrow.n_embd][: 1 + commutes]
+    loss, grads = step(model, idx)
+    assert torch.allclose(loss, expected_loss, rtol=1e-6)
+    assert grads.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert (grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
+
+
 def test_chunks_bound_the_logits(monkeypatch):
     """With four times the batch, the plain loss needs four times the logits, the chunked one as many."""
-    monkeypatch.setattr(model_py, "CHUNK", 10 * 5000)
+    monkeypatch.setattr(model_py, "CHUNK", 10)
     config = small_config(vocab_size=5000)
     peaks = {}
     for chunked in (False, True):
