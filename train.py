@@ -143,6 +143,8 @@ def complete(cfg):
     """Fill in what depends, and refuse what makes no sense."""
     if cfg.preset and not cfg.plan:
         raise InputError("--preset is for --plan: to train, give --base, the folder of a model.")
+    if cfg.preset and cfg.base:
+        raise InputError("--preset and --base both tell the model's shape: give one.")
     if cfg.base and not cfg.data and not cfg.plan:
         raise InputError("--base needs --data: a .json or .jsonl file of instructions, or see --task.")
     if cfg.data and not cfg.base:
@@ -600,8 +602,8 @@ def config_of(cfg):
     if cfg.base:
         return read_config(cfg.base)
     if cfg.preset not in PRESETS:
-        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "--plan needs --preset or --base"
-        raise InputError(f"{wrong}: choose {', '.join(PRESETS)}; or give --base.")
+        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "--plan needs --base, or --preset"
+        raise InputError(f"{wrong}: choose {', '.join(PRESETS)}.")
     return PRESETS[cfg.preset]
 
 
@@ -637,19 +639,21 @@ def plan(cfg, given):
     given: the settings before `complete`, so that what depends on the method still does
     """
     config = config_of(cfg)
-    print(
-        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens,"
-        f" each with a target.\nIn GB of 10^9 bytes; * where a GPU of so many has room for it.\n\n"
+    unit, size = ("GB", 1e9) if count_weights(config) > 1e9 else ("MB", 1e6)
+    head = (
+        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with"
+        f" a target.\nIn {unit} of {size:,.0f} bytes; * where a GPU of so many GB has room for it.\n\n"
         f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports = []
     for label, settings in rows(given):
-        reports.append(row := dict(label=label) | memory_report(settings, config))
-        cells = "".join(f"{row[f'{name}_bytes'] / 1e9:12.2f}" for name in COLUMNS)
+        row = dict(label=label) | memory_report(settings, config)
+        cells = "".join(f"{row[f'{name}_bytes'] / size:12.2f}" for name in COLUMNS)
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
-        print(f"{label:20}{cells}{fits}", flush=True)
+        print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
+        reports.append(row)
     write_json(Path(cfg.out_dir) / "plan.json", reports)
     return reports
 

@@ -179,9 +179,9 @@ def tokens():
 
 MODEL = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)  # a LLaMA, in fp32
 STEP = "--plan --device cpu --batch_size 4 --sequence_len 256"
-# What is larger than 1 MB goes back to the system when it is freed, so that the peak is of what
+# What is larger than 64 kB goes back to the system when it is freed, so that the peak is of what
 # lives and not of what the allocator keeps.
-FREED = dict(MALLOC_MMAP_THRESHOLD_=str(1 << 20))
+FREED = dict(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_MAX_="1000000")
 
 
 def costs(model, loss_of, cfg):

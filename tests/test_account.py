@@ -157,7 +157,7 @@ def test_plan(tmp_path, capsys):
     told = capsys.readouterr().out
     assert {"qst", "qlora", "lora"} <= {row["method"] for row in rows}
     for row in rows:
-        assert row["method"] in told and f"{row['total_bytes'] / 1e9:.2f}" in told
+        assert row["method"] in told and f"{row['total_bytes'] / 1e6:.2f}" in told
     totals = {row["method"]: row["total_bytes"] for row in rows if not row["checkpoint"]}
     assert totals["qst"] < totals["qlora"] < totals["lora"]
 
@@ -171,6 +171,8 @@ def test_plan_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     flags = f"--plan --base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
     assert main(parse_args(flags.split()))
+    with pytest.raises(InputError, match="--preset and --base both tell"):
+        main(parse_args([*flags.split(), "--preset", "opt-125m"]))
 
 
 @pytest.mark.parametrize(
@@ -182,10 +184,11 @@ def test_plan_of_a_folder(tmp_path):
         ("--plan --preset opt-1.3b --sequence_len 4096", "2048 positions"),
     ],
 )
-def test_mistakes(flags, told, tmp_path):
-    """A mistake is one sentence that says what to do."""
+def test_mistakes(flags, told, tmp_path, capsys):
+    """A mistake is one sentence that says what to do, with no table begun."""
     with pytest.raises(InputError, match=told):
         main(parse_args([*flags.split(), "--out_dir", str(tmp_path)]))
+    assert not capsys.readouterr().out
 
 
 def test_seventy_billion_in_seconds():
