@@ -423,7 +423,7 @@ def grid(title, theirs, batch_size, sequence_len):
     table(title, "", "model", "with plain attention, GB", "ours, GB", "paper", "ours / paper")
     flops = {}
     for preset in {preset: None for row in theirs.values() for preset in row}:
-        for label, (r, plain) in reports(preset, batch_size, sequence_len, ("lora", *theirs)).items():
+        for label, (r, plain) in reports(preset, batch_size, sequence_len, ("lora", "lst", *theirs)).items():
             told = theirs.get(label, {}).get(preset)
             cells = f"{plain['total_bytes'] / 1e9:.1f} | {beside(r['total_bytes'] / 1e9, told)}"
             print(f"| {label} | {preset} | {cells} |", flush=True)
