@@ -639,17 +639,17 @@ def plan(cfg, given):
     given: the settings before `complete`, so that what depends on the method still does
     """
     config = config_of(cfg)
-    unit, size = ("GB", 1e9) if count_weights(config) > 1e9 else ("MB", 1e6)
+    unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
     head = (
         f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with"
-        f" a target.\nIn {unit} of {size:,.0f} bytes; * where a GPU of so many GB has room for it.\n\n"
+        f" a target.\nIn {unit} of 10^{power} bytes; * where a GPU of so many GB has room for it.\n\n"
         f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports = []
     for label, settings in rows(given):
         row = dict(label=label) | memory_report(settings, config)
-        cells = "".join(f"{row[f'{name}_bytes'] / size:12.2f}" for name in COLUMNS)
+        cells = "".join(f"{row[f'{name}_bytes'] / 10**power:12.2f}" for name in COLUMNS)
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
