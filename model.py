@@ -198,7 +198,7 @@ class Attention(nn.Module):
             if look is not None:
                 look[:] = q, k
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+            q, k, v, attn_mask=mask, is_causal=mask is None and bool(T > 1),
             enable_gqa=self.n_kv_head != self.n_head,
         )  # fmt: skip
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -344,12 +344,14 @@ class Generator:
         targets on the CPU, whatever idx is on, save a GPU from being waited for.
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        states = [h.flatten(0, 1)[at.to(idx.device)] for h in self.states(idx)]
-        targets = targets.flatten()[at].to(idx.device)
-        logits, rows, whole = self.to_logits(*states)
-        if self.chunk_loss and not self.head_learns:
-            return _ChunkedLoss.apply(logits, targets, len(rows), *rows, *whole)
-        return token_loss(logits(*rows, *whole), targets)
+        targets, at = targets.flatten()[at].to(idx.device), at.to(idx.device)
+        logits, rows, whole = self.to_logits(*(h.flatten(0, 1)[at] for h in self.states(idx)))
+        if self.head_learns or not self.chunk_loss:
+            return token_loss(logits(*rows, *whole), targets)
+        tensors = [*rows, *whole]
+        if not torch.is_grad_enabled():  # which the function below cannot see
+            tensors = [t.detach() for t in tensors]
+        return _ChunkedLoss.apply(logits, targets, len(rows), *tensors)
 
     def states(self, idx):
         """What the logits are made of: tensors (B, T, ...)."""

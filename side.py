@@ -479,7 +479,8 @@ class Thawed(nn.Module):
         made = {}  # by the buffer's id: a tied head stays tied
         for path, module in base.named_modules():
             for name, buffer in list(module.named_buffers(recurse=False)):
-                if config.method == "full" or name == "scales":
+                replaced = path == "lm_head" and config.n_labels and not base.config.tied
+                if config.method == "full" and not replaced or name == "scales":
                     weight = made.setdefault(id(buffer), (f"{path}.{name}", nn.Parameter(buffer)))[1]
                     delattr(module, name)
                     module.register_parameter(name, weight)

@@ -65,7 +65,7 @@ class TrainConfig(SideConfig):
     """
 
     reduction: int = setting(None, "the side network is this many times narrower than the base")
-    variant: str = setting("paper", f"of the side network: {', '.join(VARIANTS)}; single flags go before it")
+    variant: str = setting("paper", f"of the side network: {', '.join(VARIANTS)}; flags that are not the paper's go before it")
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, f"{', '.join(TASKS)}; by default instruct, or tiny without --base")
     data: str = setting("", "the task's file or folder: see the --help of data/instruct.py, data/glue.py "
@@ -143,6 +143,8 @@ def complete(cfg):
     """Fill in what depends, and refuse what makes no sense."""
     if cfg.preset and not cfg.plan:
         raise InputError("--preset is for --plan: to train, give --base, the folder of a model.")
+    if cfg.plan and cfg.side:
+        raise InputError("--plan is of a new side network: leave out --side.")
     if cfg.preset and cfg.base:
         raise InputError("--preset and --base both tell the model's shape: give one.")
     if cfg.base and not cfg.data and not cfg.plan:
@@ -190,8 +192,14 @@ def complete_method(cfg):
         side, base = read_side(cfg.side)
         if cfg.method not in (side.method, SideConfig().method):
             raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
-        own = dict(task=cfg.task, variant="paper", quant=cfg.quant or base.get("quant"))
-        cfg = replace(cfg, **vars(side) | own)  # what is used, and so what result.json tells
+        told = vars(side) | dict(
+            method=cfg.method, task=cfg.task, variant="paper", peqa_bits=4, group_size=0
+        )  # fmt: skip
+        for name in changed(cfg):
+            if getattr(cfg, name) != told.get(name, getattr(cfg, name)):
+                raise InputError(f"--{name}: --side {cfg.side} has its own; leave it out.")
+        own = dict(method=side.method, quant=cfg.quant or base.get("quant"))
+        cfg = replace(cfg, **told | own)  # what is used, and so what result.json tells
     elif not cfg.plan:  # which goes through the methods, and gives each what it has a use for
         refuse_useless(cfg)
     if cfg.peqa_bits not in (3, 4) or cfg.group_size < 0:
@@ -205,6 +213,8 @@ def complete_method(cfg):
         check_quant(cfg.method, cfg.quant)
     if cfg.side_dtype == "bf16" and cfg.optimizer_bits != 8:
         raise InputError("--side_dtype bf16 needs --optimizer_bits 8.")
+    if cfg.side_dtype == "bf16" and cfg.dtype == "fp16":
+        raise InputError("--side_dtype bf16 cannot learn in --dtype fp16: give bf16 or fp32.")
     if cfg.ladder and (not cfg.plan or cfg.method in INSIDE):
         raise InputError("--ladder goes with --plan, and with --method qst or lst.")
     has_layers = cfg.side or cfg.eval_only or cfg.method in INSIDE
@@ -215,12 +225,16 @@ def complete_method(cfg):
     return replace(cfg, **vars(side_config(cfg)))
 
 
+def changed(cfg):
+    """Names of the settings that are not the defaults."""
+    return [f.name for f in fields(TrainConfig) if getattr(cfg, f.name) != f.default]
+
+
 def refuse_useless(cfg):
     """Refuse settings of one method beside another, which would leave them unread."""
-    changed = [f.name for f in fields(TrainConfig) if getattr(cfg, f.name) != f.default]
     of_side = {f.name for f in fields(SideConfig)} - {"method", "rank", "n_labels", "task"}
     of_side |= {"variant", "h_f_bits", "side_dtype"}
-    for name in changed:
+    for name in changed(cfg):
         if name in of_side and cfg.method in INSIDE:
             raise InputError(f"--{name} is of a side network, and --method {cfg.method} has none.")
         if name in ("peqa_bits", "group_size") and (cfg.method != "peqa" or cfg.quant):
@@ -591,8 +605,8 @@ def save_memory(model, cfg):
         return model
     model.side.save_memory(cfg.checkpoint, cfg.h_f_bits)
     if cfg.side_dtype == "bf16":  # norms, gates and alpha are few, and stay in fp32
-        for parameter in model.side.parameters():
-            if parameter.dim() == 2:
+        for name, parameter in model.side.named_parameters():
+            if parameter.dim() == 2 and name.endswith("weight"):
                 parameter.data = parameter.data.bfloat16()
     return model
 

@@ -200,7 +200,8 @@ def test_contradictions(method, kind):
     (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "--side_dtype is of a side network"),
     (dict(method="qlora", h_f_bits=8), "--h_f_bits is of a side network, and --method qlora has none"),
     (dict(method="full", reduction=4), "--reduction is of a side"), (dict(method="peqa", variant="fast"), "--variant is"),
-    (dict(ladder=True), "--ladder goes with --plan"),
+    (dict(ladder=True), "--ladder goes with --plan"), (dict(plan=True, side="out"), "leave out --side"),
+    (dict(side_dtype="bf16", optimizer_bits=8, dtype="fp16"), "bf16 cannot learn in --dtype fp16"),
     (dict(method="lora", init="pruned"), "--init pruned: choose random"),
     (dict(init="best"), "--init best"), (dict(group_size=64), "--group_size is of --method peqa"),
     (dict(method="peqa", peqa_bits=5), "--peqa_bits 5"),
@@ -242,6 +243,8 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
         TrainConfig(side=str(out), eval_only=True, held_out=0.5, out_dir=str(tmp_path / "eval"), **common)
     )
     assert again["config"]["method"] == method and 0 < again["loss"] < 20
+    with pytest.raises(InputError, match="--rank: --side .* has its own; leave it out"):
+        train.complete(TrainConfig(side=str(out), rank=3, **common))
     qst.main(["--base", str(tiny_model), "--side", str(out), "--prompt", "Hi", "--max_new_tokens", "2"])
     merge = ["merge", "--base", str(tiny_model), "--side", str(out), "--out", str(tmp_path / "merged")]
     if method in ("qst", "lst", "adapter"):
@@ -550,3 +553,12 @@ def test_bits_of_a_weight():
         quantize_int(weight, 4, name="layers.0")
     with pytest.raises(InputError, match="--quant int7 is unknown"):
         Transformer(small_config()).freeze("int7")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_finetuning_of_a_classifier_leaves_out_the_head(tied):
+    """Nothing is counted as learning that gets no gradient; a tied head is the embedding."""
+    model = tune(small_base("none", tied=tied), SideConfig(method="full", n_labels=2))
+    idx = torch.arange(5).repeat(2, 1)
+    model.loss(idx, torch.tensor([[-100] * 4 + [1]] * 2)).backward()
+    assert all(p.grad is not None for p in model.parameters())

@@ -147,6 +147,16 @@ def test_chunks_bound_the_logits(monkeypatch):
     assert peaks[True, 8] < 5 * 10 * 5000 * 4 + 8 * 20 * 5000
 
 
+def test_evaluation_forms_no_gradients(idx, monkeypatch):
+    """Where nothing learns, the loss is the forward pass alone, and the same."""
+    model = shaken(QST(small_base(), SideConfig(reduction=4)))
+    idx = idx.repeat(4, 1)  # positions enough for the head to come before the mix
+    expected = model.loss(idx, idx).detach()
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args: pytest.fail("a gradient"))
+    with torch.no_grad():
+        assert torch.equal(model.loss(idx, idx), expected)
+
+
 def test_a_head_that_learns_is_not_chunked(idx):
     """A classifier, and full finetuning's head, need their own gradients."""
     classifier = QST(small_base(), SideConfig(reduction=4, n_labels=3))
