@@ -68,16 +68,19 @@ def test_what_a_run_leaves(cfg, tmp_path):
 
 
 def test_a_result_tells_the_settings_of_its_side_network(cfg, tmp_path):
-    """With --side they are those of the side network and not the flags', which it has no use for,
-    in evaluation and in training; the settings that are told give the same run."""
+    """With --side they are those of the side network, in evaluation and in training, and the settings
+    that are told give the same run; flags that say otherwise are refused."""
     train.main(TrainConfig(**cfg | dict(rank=2, downsample="lora", variant="fast", max_iters=1)))
     about = json.loads((tmp_path / "out/side.json").read_text())["config"]
-    more = dict(side=cfg["out_dir"], out_dir=str(tmp_path / "more"), reduction=2, rank=8, max_iters=1)
+    more = dict(side=cfg["out_dir"], out_dir=str(tmp_path / "more"), max_iters=1)
     for eval_only in (True, False):
-        told = train.main(TrainConfig(**cfg | more | dict(eval_only=eval_only, variant="released")))["config"]
+        told = train.main(TrainConfig(**cfg | more | dict(eval_only=eval_only)))["config"]
         assert {name: told[name] for name in about} == about | dict(task="instruct")
         assert told["rank"] == 2 and told["reduction"] == 4 and told["gate"] == "sum" and not told["final_norm"]
         assert train.complete(TrainConfig(**told)) == TrainConfig(**told)
+    for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel"), dict(peqa_bits=3)):
+        with pytest.raises(InputError, match=f"--{next(iter(other))}: --side .* has its own"):
+            train.main(TrainConfig(**cfg | more | other))
 
 
 def test_the_loss_in_the_log_is_the_checkpoints(cfg):
