@@ -92,7 +92,8 @@ class QST(Generator, nn.Module):
             W (alpha h_f + (1 - alpha) U h_g) = alpha W h_f + (1 - alpha) (W U) h_g
 
         The right side has no gradient of C channels, only of c, so that backward does without W
-        but for W U. With many positions that is a multiplication by W less, of two.
+        but for W U. With many positions that is a multiplication by W less, of two; W U and its
+        gradient cost as much as such a multiplication of 2 c positions, so fewer than 4 c do without.
         """
         side, up = self.side, self.side.upsample
         commutes = side.config.mix in ("alpha", "residual") and up.bias is None
