@@ -13,10 +13,7 @@ Run `python model.py` to see what some of them weigh in 16 and in 4 bits, and `p
 quantize IN OUT` to write a folder in 4 bits.
 """
 
-import json
 import math
-import mmap
-import os
 import sys
 from dataclasses import dataclass
 from itertools import chain
@@ -27,10 +24,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from quant import (
-    ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Linear4bit,
-    Quantized4bit, frozen_linear, parse_int,
-)  # fmt: skip
+from data import IGNORE_INDEX, check_length, hub
+from data.files import read_json
+from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
 
 
 @dataclass
@@ -318,14 +314,6 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
-def pad_left(prompts, pad_id=0, device=None):
-    """Stack prompts of unequal length: list of lists of ids -> idx (B, T) and keep (B, T)."""
-    T = max(map(len, prompts))
-    idx = torch.tensor([[pad_id] * (T - len(p)) + list(p) for p in prompts], device=device)
-    keep = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
-    return idx, keep
-
-
 class Generator:
     """Loss and generation, for any model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
 
@@ -345,22 +333,10 @@ class Generator:
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         targets, at = targets.flatten()[at].to(idx.device), at.to(idx.device)
-        logits, rows, whole = self.to_logits(*(h.flatten(0, 1)[at] for h in self.states(idx)))
+        h = self.hidden(idx).flatten(0, 1)[at]
         if self.head_learns or not self.chunk_loss:
-            return token_loss(logits(*rows, *whole), targets)
-        tensors = [*rows, *whole]
-        if not torch.is_grad_enabled():  # which the function below cannot see
-            tensors = [t.detach() for t in tensors]
-        return _ChunkedLoss.apply(logits, targets, len(rows), *tensors)
-
-    def states(self, idx):
-        """What the logits are made of: tensors (B, T, ...)."""
-        return (self.hidden(idx),)
-
-    def to_logits(self, h):
-        """How n states become logits (n, V): a function, the tensors (n, ...) whose rows it may be
-        given a few at a time, and the tensors that it needs whole."""
-        return self.head, (h,), ()
+            return token_loss(self.head(h), targets)
+        return _ChunkedLoss.apply(h if torch.is_grad_enabled() else h.detach(), targets, self.head)
 
     @torch.no_grad()
     def stream(
@@ -403,15 +379,6 @@ class Generator:
         return torch.cat([idx, *new], dim=1)
 
 
-def check_length(config, length, advice):
-    if length > config.max_positions:
-        raise InputError(
-            f"A sequence of {length} tokens is longer than the model's {config.max_positions} "
-            f"positions: {advice}."
-        )
-
-
-IGNORE_INDEX = -100  # the target of a token that is not in the loss
 CHUNK = 128  # positions whose logits are held at a time
 
 
@@ -428,36 +395,31 @@ def token_loss(logits, targets, reduction="mean"):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`token_loss(logits(*tensors), targets)` of a frozen head, without all of the logits at once.
+    """`token_loss(head(h), targets)` of a frozen head, without all of the logits at once.
 
-    The first `split` tensors, (m, ...), are given to `logits` CHUNK rows at a time, the others whole.
-    Gradients are formed chunk by chunk in forward, while a chunk's logits are there: nothing is
-    computed twice. They are those of the sum, so that they do not vanish in 16 bits.
+    h: (n, C). Its gradient is formed chunk by chunk in forward, while a chunk's logits are there:
+    nothing is computed twice. It is that of the sum, so that it does not vanish in 16 bits.
     """
 
     @staticmethod
-    def forward(ctx, logits, targets, split, *tensors):
-        learn = [i for i, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        kind = lambda i: None if i < split else torch.float32  # where many chunks add up
-        grads = {i: torch.zeros_like(tensors[i], dtype=kind(i)) for i in learn}
-        total = torch.zeros((), device=targets.device)
-        for start in range(0, len(targets), CHUNK):
+    def forward(ctx, h, targets, head):
+        learns, total = ctx.needs_input_grad[0], torch.zeros((), device=h.device)
+        grad = torch.empty_like(h) if learns else None
+        for start in range(0, len(h), CHUNK):
             rows = slice(start, start + CHUNK)
-            parts = [(t[rows] if i < split else t).detach() for i, t in enumerate(tensors)]
-            learning = [parts[i].requires_grad_() for i in learn]
-            with torch.set_grad_enabled(bool(learn)):
-                loss = token_loss(logits(*parts), targets[rows], "sum")
-            for i, grad in zip(learn, torch.autograd.grad(loss, learning) if learn else ()):
-                grads[i][rows if i < split else ...] += grad
+            with torch.set_grad_enabled(learns):
+                part = h[rows].detach().requires_grad_(learns)
+                loss = token_loss(head(part), targets[rows], "sum")
+            if learns:
+                (grad[rows],) = torch.autograd.grad(loss, part)
             total += loss.detach()
-        ctx.n = len(targets)
-        ctx.save_for_backward(*(grads.get(i) for i in range(len(tensors))))
-        return total / ctx.n
+        ctx.save_for_backward(grad)
+        return total / len(h)
 
     @staticmethod
     def backward(ctx, grad):
-        scaled = (g if g is None else g.mul_(grad / ctx.n) for g in ctx.saved_tensors)
-        return None, None, None, *scaled
+        (of_sum,) = ctx.saved_tensors
+        return of_sum.mul_(grad / len(of_sum)), None, None
 
 
 class Transformer(Generator, nn.Module):
@@ -561,267 +523,7 @@ class Transformer(Generator, nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Safetensors: 8 bytes of header length (little endian), a JSON header that gives each tensor's
-# dtype, shape and place, and then nothing but the tensors' bytes.
-
-DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
-}  # fmt: skip
-
-
-def read_safetensors(path):
-    """Check a file's header and return {name: function that reads the tensor}.
-
-    The tensor is a view of a memory map of its own: its pages are freed when it goes.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} is missing.")
-    size = path.stat().st_size
-    bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise bad("the header is longer than the file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise bad("the header is not JSON") from None
-    if not isinstance(header, dict):
-        raise bad("the header is not a table")
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, entry in header.items():
-        try:
-            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numel = math.prod(shape)
-            natural = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            raise bad(f"the entry of {name} is not as it should be") from None
-        if kind not in DTYPES:
-            raise InputError(f"{path}: {name} has dtype {kind}; {', '.join(DTYPES)} can be read.")
-        if not natural or end - begin != numel * DTYPES[kind].itemsize:
-            raise bad(f"{name}, {kind} {shape}, does not fit its offsets {begin} to {end}")
-        entries[name] = (DTYPES[kind], shape, begin, end)
-    place = 0
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
-        if begin != place:
-            raise bad(f"{name} starts at {begin} and not at {place}, where the one before it ends")
-        place = end
-    if place != size - 8 - length:
-        raise bad(f"its tensors take {place} bytes and the file has {size - 8 - length}")
-    reader = lambda dtype, shape, begin, end: lambda: _map_tensor(
-        path, dtype, shape, 8 + length + begin
-    )
-    return {name: reader(*entry) for name, entry in entries.items()}
-
-
-def _map_tensor(path, dtype, shape, offset):
-    if not math.prod(shape):
-        return torch.empty(shape, dtype=dtype)
-    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    nbytes = math.prod(shape) * dtype.itemsize
-    with open(path, "rb") as file:
-        view = mmap.mmap(
-            file.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start
-        )
-    raw = torch.frombuffer(view, dtype=torch.uint8, offset=offset - start)
-    if offset % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(shape)
-
-
-def write_atomically(path, write):
-    """Call `write(file)` on a temporary file and rename it: a path never holds half a file."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        raise InputError(f"{path} could not be written ({error.strerror}); nothing was lost.") from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} of any mix of the dtypes above, atomically."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, place = {"__metadata__": metadata or {"format": "pt"}}, 0
-    for name, tensor in tensors.items():
-        end = place + tensor.nbytes
-        header[name] = {
-            "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]
-        }  # fmt: skip
-        place = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-
-    def write(file):
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
-
-    write_atomically(path, write)
-
-
-def read_json(path, optional=False):
-    """Read a file that holds one JSON object; {} if it is optional and not there."""
-    if optional and not Path(path).exists():
-        return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: give a folder in Hugging Face's layout.") from None
-    except (ValueError, OSError) as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object.")
-    return content
-
-
-def open_checkpoint(folder):
-    """Find a folder's weights and return {name: function that reads the tensor}."""
-    folder = Path(folder)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).exists():
-            return _open_file(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.exists():
-            weight_map = read_json(index).get("weight_map", {})
-            tensors = {}
-            for shard in sorted(set(weight_map.values())):
-                if Path(shard).name != shard or shard in ("", ".", ".."):
-                    raise InputError(f"{index} names a file outside its folder: {shard!r}.")
-                if not (folder / shard).exists():
-                    raise InputError(f"{folder / shard} is missing, and {index} names it.")
-                tensors |= _open_file(folder / shard)
-            differ = sorted(set(tensors) ^ set(weight_map))
-            if differ:
-                raise InputError(f"{index} and its files disagree about {some(differ)}.")
-            return tensors
-    raise InputError(
-        f"{folder} has no weights: model.safetensors, pytorch_model.bin or an index of either."
-    )
-
-
-def _open_file(path):
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever the unpickler meets in a foreign file
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a file of plain tensors ({reason}).") from None
-    return {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
-
-
-def some(names):
-    """A few of a list of names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# --------------------------------------------------------------------------------------
-# From a folder to a model
-
-# Our module names (LLaMA's) -> OPT's
-OPT_NAMES = {
-    "self_attn.o_proj.": "self_attn.out_proj.",
-    "input_layernorm.": "self_attn_layer_norm.",
-    "post_attention_layernorm.": "final_layer_norm.",
-    "mlp.up_proj.": "fc1.",
-    "mlp.down_proj.": "fc2.",
-}
-
-
-def checkpoint_name(config, name):
-    """Our name of a weight -> the Hugging Face checkpoint's, less the leading "model."."""
-    if config.family == "llama" or name.startswith("lm_head."):
-        return name
-    if name.startswith("norm."):
-        return "decoder.final_layer_norm." + name.removeprefix("norm.")
-    for ours, theirs in OPT_NAMES.items():
-        name = name.replace(ours, theirs)
-    return "decoder." + name
-
-
-def read_config(folder):
-    """Read config.json; whatever this file cannot compute exactly is refused by its name."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
-    path = Path(folder) / "config.json"
-    c = read_json(path)
-
-    def need(field, *allowed):
-        value = c.get(field, allowed[0])
-        if value not in allowed:
-            shown = " or ".join(str(a) for a in allowed if a is not None)
-            raise InputError(f"{path}: {field} is {value!r}; only {shown} is supported.")
-        return value
-
-    family = need("model_type", None, "llama", "mistral", "opt")
-    if family is None:
-        raise InputError(f"{path} has no model_type; llama, mistral and opt are supported.")
-    method = (c.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes" or (c.get("quantization_config") or {}).get("load_in_8bit"):
-        raise InputError(
-            f"{path}: quantization_config is of {method}; only bitsandbytes' 4 bits are supported."
-        )
-    try:
-        common = dict(
-            vocab_size=c["vocab_size"], n_layer=c["num_hidden_layers"], n_embd=c["hidden_size"],
-            n_head=c["num_attention_heads"], bos_id=c.get("bos_token_id"), eos_id=c.get("eos_token_id"),
-        )  # fmt: skip
-        if family == "opt":
-            need("activation_function", "relu")
-            need("layer_norm_elementwise_affine", True)
-            pre_norm, bias = c.get("do_layer_norm_before", True), c.get("enable_bias", True)
-            return ModelConfig(
-                **common, family="opt", n_ffn=c["ffn_dim"], pre_norm=pre_norm,
-                final_norm=pre_norm and not c.get("_remove_final_layer_norm", False),
-                embed_dim=c.get("word_embed_proj_dim") or 0, attention_bias=bias, mlp_bias=bias,
-                max_positions=c["max_position_embeddings"], tied=c.get("tie_word_embeddings", True),
-            )  # fmt: skip
-        need("hidden_act", "silu")
-        need("partial_rotary_factor", 1.0, None)
-        # Within the window, sliding attention is plain attention: so we only go that far.
-        window = c.get("sliding_window") or c["max_position_embeddings"]
-        return ModelConfig(
-            **common, n_ffn=c["intermediate_size"], n_kv_head=c.get("num_key_value_heads") or 0,
-            head_dim=c.get("head_dim") or 0, norm_eps=c["rms_norm_eps"],
-            max_positions=min(c["max_position_embeddings"], window),
-            attention_bias=bool(c.get("attention_bias")), mlp_bias=bool(c.get("mlp_bias")),
-            tied=c.get("tie_word_embeddings", False), **_rope_config(c, path),
-        )  # fmt: skip
-    except KeyError as error:
-        raise InputError(f"{path} lacks the field {error}.") from None
-
-
-def _rope_config(c, path):
-    """Both spellings: rope_theta and rope_scaling, or one rope_parameters for the two."""
-    scaling = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
-    theta = scaling.pop("rope_theta", None) or c.get("rope_theta") or 10000.0
-    kind = scaling.pop("type", None)
-    kind = scaling.setdefault("rope_type", kind or "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise InputError(
-            f"{path}: rope_scaling's type is {kind!r}; only default, linear or llama3 is supported."
-        )
-    if kind == "llama3":
-        for field in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-            scaling[field]  # a KeyError is reported as a missing field
-    return dict(rope_theta=float(theta), rope_scaling=None if kind == "default" else scaling)
+# From a folder to a model, and back
 
 
 def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
@@ -829,163 +531,51 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
 
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
-    Peak memory is the 4-bit model and the largest tensor. Every tensor of the model must be in
-    the folder, and every tensor of the folder in the model, or the names are told. A folder that
-    bitsandbytes has quantized is taken as it is, straight from the memory map.
+    Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized is
+    taken as it is, straight from the memory map.
     """
     config = read_config(folder)
-    tensors = {n.removeprefix("model."): read for n, read in open_checkpoint(folder).items()}
-    is_part = lambda name: name.rpartition(".weight.")[2].startswith(BNB_PARTS)
-    parts = {name: tensors.pop(name) for name in list(tensors) if is_part(name)}
     with torch.device("meta"):
         model = Transformer(config)
-
-    expected = {checkpoint_name(config, name) for name, _ in model.named_parameters()}
-    surplus = {"lm_head.weight"} if config.tied else set()  # some folders store the tied head too
-    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - surplus
-    if missing := sorted(expected - found):
-        raise InputError(f"{folder} lacks {some(missing)}: is its config.json another model's?")
-    if left := sorted(found - expected):
-        raise InputError(f"{folder} has {some(left)}, which this architecture does not use.")
+    names = [name for name, _ in model.named_parameters()]
+    weights, packed = hub.open_weights(folder, config.family, names, config.tied, quant)
 
     def read(name, shape):
-        theirs = checkpoint_name(config, name)
-        tensor = tensors[theirs]()
-        if any(part.startswith(theirs + ".") for part in parts):
-            tensor = read_bnb(folder, theirs, tensor, parts, quant)
-        elif not tensor.is_floating_point():
-            raise InputError(f"{folder}: {name} is of type {tensor.dtype}, and no scales are with it.")
+        tensor = weights[name]()
         if tensor.shape != shape:
             raise InputError(
                 f"{folder}: {name} has shape {tuple(tensor.shape)}, and config.json says {tuple(shape)}."
             )
         return tensor
 
-    return model.freeze("none" if parts else quant, dtype, device, read)
+    return model.freeze("none" if packed else quant, dtype, device, read)
 
 
-# --------------------------------------------------------------------------------------
-# The 4-bit format of bitsandbytes: beside each weight (codes, (n / 2, 1)) its scales and a small
-# JSON text, as bytes, with what else one must know
-
-BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
-
-
-def read_bnb(folder, name, codes, parts, quant):
-    """Put one weight together from its parts, {name: function that reads it}."""
-    mine = {n.removeprefix(name + "."): r for n, r in parts.items() if n.startswith(name + ".")}
-    refuse = lambda why: InputError(f"{folder}: {name} {why}.")
-    states = [n for n in mine if n.startswith(BNB_PARTS[-1])]
-    if len(states) != 1 or not {"absmax", "quant_map"} <= set(mine):
-        raise refuse("lacks one of its quant_state, absmax and quant_map")
-    kind = states[0].removeprefix(BNB_PARTS[-1])
-    if kind != quant:
-        raise refuse(f"is already quantized to {kind}: give --quant {kind}")
-    try:
-        state = json.loads(bytes(mine[states[0]]().tolist()))
-        shape, block_size = torch.Size(state["shape"]), state["blocksize"]
-        nested = [state["nested_blocksize"], state["nested_offset"]] if "nested_absmax" in mine else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise refuse(f"has a quant_state that cannot be read ({error})") from None
-    if block_size != BLOCK_SIZE or nested and nested[0] != ABSMAX_BLOCK_SIZE:
-        raise refuse("has other block sizes than 64 and 256")
-    absmax = mine["absmax"]()
-    blocks, n = -(-shape.numel() // BLOCK_SIZE), shape.numel()
-    fits = codes.dtype == torch.uint8 and codes.numel() == -(-n // 2) and absmax.shape == (blocks,)
-    books = [(mine["quant_map"](), CODEBOOKS[kind])]
-    offset = nested_absmax = None
-    if nested:
-        nested_absmax, offset = mine["nested_absmax"](), torch.tensor(float(nested[1]))
-        fits = fits and nested_absmax.shape == (-(-blocks // ABSMAX_BLOCK_SIZE),)
-        books.append((mine["nested_quant_map"](), DYNAMIC_CODEBOOK))
-    if not fits or absmax.dtype != (torch.uint8 if nested else torch.float32):
-        raise refuse(f"has codes or scales that do not fit its shape {tuple(shape)}")
-    if not all(torch.equal(theirs, ours) for theirs, ours in books):
-        raise refuse("has another code book than ours")
-    return Quantized4bit(codes.view(-1), absmax, nested_absmax, offset, shape, kind)
-
-
-def bnb_parts(name, weight, dtype):
-    """The tensors that bitsandbytes stores for a `Quantized4bit`: {name: tensor}."""
-    state = dict(quant_type=weight.kind, blocksize=BLOCK_SIZE, dtype=dtype, shape=list(weight.shape))
-    parts = {"": weight.codes.view(-1, 1), ".absmax": weight.absmax}
-    parts[".quant_map"] = CODEBOOKS[weight.kind].clone()
-    if weight.nested_absmax is not None:
-        state |= dict(nested_blocksize=ABSMAX_BLOCK_SIZE, nested_dtype="float32")
-        state |= dict(nested_offset=weight.offset.item())
-        parts[".nested_absmax"] = weight.nested_absmax
-        parts[".nested_quant_map"] = DYNAMIC_CODEBOOK.clone()
-    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    parts[f".quant_state.bitsandbytes__{weight.kind}"] = text
-    return {name + suffix: tensor for suffix, tensor in parts.items()}
-
-
-def quantize_folder(source, target, quant="nf4"):
-    """Write a folder's model in the 4-bit format of bitsandbytes, which transformers reads too."""
-    source, target = Path(source), Path(target)
-    settings = read_json(source / "config.json")
-    kind = settings.get("torch_dtype") or settings.get("dtype") or "bfloat16"
-    model = from_pretrained(source, quant, getattr(torch, kind))
-    skip = {"lm_head.weight"} if model.config.tied else set()
-    tensors = {}
-    for path, module in model.named_modules():
-        stored = lambda attribute: "model." * (path != "lm_head") + checkpoint_name(
-            model.config, f"{path}.{attribute}"
-        )
-        if isinstance(module, Linear4bit):
-            tensors |= bnb_parts(stored("weight"), module.quantized, kind)
-            own = {"bias": module.bias} if module.bias is not None else {}
-        else:
-            own = dict(module.named_buffers(recurse=False))
-        tensors |= {stored(a): t for a, t in own.items() if f"{path}.{a}" not in skip}
-    settings["quantization_config"] = dict(
-        quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
-        bnb_4bit_quant_type=quant, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="uint8",
-        bnb_4bit_compute_dtype=kind, llm_int8_skip_modules=["lm_head"],
-    )  # fmt: skip
-    write_safetensors(target / "model.safetensors", tensors)
-    copy_tokenizer(source, target)
-    write_json(target / "config.json", settings)
-
-
-def copy_tokenizer(source, target):
-    """Copy a folder's tokenizer, and what else is neither weights nor config.json."""
-    for path in Path(source).iterdir():
-        kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
-        if kept and "index" not in path.name:
-            write_atomically(Path(target) / path.name, lambda file: file.write(path.read_bytes()))
+def read_config(folder):
+    return ModelConfig(**hub.read_config(folder))
 
 
 def save_pretrained(model, folder):
-    """Write an unquantized model as a Hugging Face folder, in the dtype of its weights."""
-    c = model.config
-    skip = {"lm_head.weight"} if c.tied else set()
-    tensors = {
-        ("" if name.startswith("lm_head.") else "model.") + checkpoint_name(c, name): tensor
-        for name, tensor in model.state_dict().items()
-        if name not in skip
-    }
-    write_safetensors(Path(folder) / "model.safetensors", tensors)
-    config = dict(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, num_hidden_layers=c.n_layer,
-        num_attention_heads=c.n_head, max_position_embeddings=c.max_positions,
-        tie_word_embeddings=c.tied, bos_token_id=c.bos_id, eos_token_id=c.eos_id,
-        torch_dtype=str(next(iter(tensors.values())).dtype)[6:],
-    )  # fmt: skip
-    if c.family == "opt":
-        config |= dict(
-            architectures=["OPTForCausalLM"], model_type="opt", activation_function="relu",
-            ffn_dim=c.n_ffn, word_embed_proj_dim=c.embed_dim, enable_bias=c.mlp_bias,
-            do_layer_norm_before=c.pre_norm, _remove_final_layer_norm=c.pre_norm and not c.final_norm,
-        )  # fmt: skip
-    else:
-        config |= dict(
-            architectures=["LlamaForCausalLM"], model_type="llama", hidden_act="silu",
-            intermediate_size=c.n_ffn, num_key_value_heads=c.n_kv_head, head_dim=c.head_dim,
-            rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta, rope_scaling=c.rope_scaling,
-            attention_bias=c.attention_bias, mlp_bias=c.mlp_bias,
-        )  # fmt: skip
-    write_json(Path(folder) / "config.json", config)
+    """Write a model as a Hugging Face folder, in the dtype of its weights; what is in 4 bits as
+    bitsandbytes stores it, which transformers reads too."""
+    tensors = {}
+    for path, module in model.named_modules():
+        own = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
+        if isinstance(module, Linear4bit):
+            own = dict(weight=module.quantized) | ({} if module.bias is None else dict(bias=module.bias))
+        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+    if model.config.tied:
+        del tensors["lm_head.weight"]
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    hub.write_folder(folder, model.config, tensors, dtype)
+
+
+def quantize_folder(source, target, quant="nf4"):
+    """Write a folder's model in 4 bits, with its tokenizer."""
+    c = read_json(Path(source) / "config.json")
+    kind = c.get("torch_dtype") or c.get("dtype") or "bfloat16"
+    save_pretrained(from_pretrained(source, quant, getattr(torch, kind)), target)
+    hub.copy_tokenizer(source, target)
 
 
 def model_bytes(module):

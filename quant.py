@@ -1,5 +1,5 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
-And whole numbers of 3 or 4 bits with scales that can learn, `LinearInt`: further down.
+And whole numbers of 3 or 4 bits with scales that can learn, `QuantizedInt`: further down.
 
 How it works
     A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
@@ -33,9 +33,8 @@ What we give up: other block sizes, 8-bit weights, storage types other than byte
 Run `python quant.py` to see the code books, the errors and the bits per weight.
 """
 
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import NormalDist
 
@@ -133,53 +132,12 @@ def chunk_size(device):
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
-def lookup(table, index, out=None):
-    """table[index], from uint8 or int64 `index`, (n,); out: optional, (n,)
-
-    A selection is the fastest on one thread; a gather is shared out among threads, by rows.
-    """
-    use = "index of a lookup"
-    if index.device.type != "cpu" or torch.get_num_threads() == 1 or len(index) % 32:
-        if index.dtype == torch.uint8:
-            index = scratch(use, len(index), torch.int32, index.device).copy_(index)
-        return torch.index_select(table, 0, index, out=out)
-    if index.dtype == torch.uint8:
-        index = scratch(use, len(index), torch.int64, index.device).copy_(index)
-    out = torch.empty_like(index, dtype=table.dtype) if out is None else out
-    torch.gather(table.expand(32, -1), 1, index.view(32, -1), out=out.view(32, -1))
-    return out
-
-
-@cache
-def search_cells(levels, device):
-    """Cut [-1, 1] into cells so narrow that each meets at most one bound between two levels.
-
-    levels: the sorted code book, as a tuple
-    returns for each cell that bound, and the number of bounds below it
-    """
-    levels = torch.tensor(levels)
-    bounds = (levels[1:] + levels[:-1]) / 2
-    cells = 64
-    while 2 / cells > bounds.diff().min() / 2:
-        cells *= 2
-    centres = (2 * torch.arange(cells + 1) + 1) / cells - 1
-    below = (centres.unsqueeze(1) - bounds).abs().argmin(dim=1)  # the bound nearest to the cell
-    return bounds[below].to(device), below.to(device, torch.uint8)
-
-
 def nearest(values, codebook):
     """Index of the level nearest to each of the values, (n,), in [-1, 1]; on a tie, the lower one."""
-    levels, order = codebook.sort(stable=True)
-    if len(levels) > 16:
-        bounds = (levels[1:] + levels[:-1]) / 2
-        return torch.bucketize(values, bounds.to(values.device), out_int32=True).to(torch.uint8)
-    bound, below = search_cells(tuple(levels.tolist()), values.device)
-    half = (len(bound) - 1) / 2
-    cell = (values * half).add_(half).long().clamp_(0, len(bound) - 1)  # NaN included
-    index = lookup(below, cell).add_((values > lookup(bound, cell)).view(torch.uint8))
-    if torch.equal(levels, codebook):
-        return index
-    return order.to(values.device, torch.uint8)[index.int()]
+    levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
+    bounds = (levels[1:] + levels[:-1]) / 2
+    index = torch.bucketize(values, bounds.to(values.device), out_int32=True)
+    return order.to(values.device, torch.uint8)[index]
 
 
 def quantize_blockwise(values, codebook, block_size):
@@ -223,9 +181,32 @@ def dequantize_blockwise(codes, codebook, absmax, block_size):
 # A 4-bit tensor
 
 
+class Quantized:
+    """What the two kinds of quantized tensors share; TENSORS names the fields that take memory."""
+
+    def tensors(self):
+        return {name: getattr(self, name) for name in self.TENSORS}
+
+    @property
+    def nbytes(self):
+        """All bytes it takes to store the tensor."""
+        return sum(t.nbytes for t in self.tensors().values() if t is not None)
+
+    def to(self, device):
+        return replace(self, **{n: t if t is None else t.to(device) for n, t in self.tensors().items()})
+
+    def unpack(self, dtype):
+        """The weight in the one scratch buffer that all have: good until the next call of any."""
+        buffer = scratch("weight", self.padded, dtype, self.codes.device)
+        return self.dequantize(dtype, buffer)
+
+    def product(self, x, bias):
+        return F.linear(x, self.unpack(x.dtype), bias)
+
+
 @dataclass
-class Quantized4bit:
-    """A quantized tensor; the fields are described at the top of this file."""
+class Quantized4bit(Quantized):
+    """A tensor of 4-bit codes; the fields are described at the top of this file."""
 
     codes: torch.Tensor
     absmax: torch.Tensor
@@ -234,11 +215,17 @@ class Quantized4bit:
     shape: tuple
     kind: str = "nf4"
 
+    TENSORS = ("codes", "absmax", "nested_absmax", "offset")
+
     @property
-    def nbytes(self):
-        """All bytes it takes to store the tensor."""
-        parts = (self.codes, self.absmax, self.nested_absmax, self.offset)
-        return sum(t.nbytes for t in parts if t is not None)
+    def parts(self):
+        """What the operators below take."""
+        return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
+
+    @property
+    def padded(self):
+        """Values of whole blocks."""
+        return len(self.absmax) * BLOCK_SIZE
 
     def scales(self):
         """Each block's absmax in fp32, (blocks,)."""
@@ -248,29 +235,27 @@ class Quantized4bit:
         centred = dequantize_blockwise(self.absmax, dynamic, self.nested_absmax, ABSMAX_BLOCK_SIZE)
         return centred.add_(self.offset)
 
-    def to(self, device):
-        tensors = (self.codes, self.absmax, self.nested_absmax, self.offset)
-        moved = [None if t is None else t.to(device) for t in tensors]
-        return Quantized4bit(*moved, self.shape, self.kind)
-
-    @property
-    def parts(self):
-        """What the operators below take."""
-        return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
-
     def dequantize(self, dtype=torch.float32, out=None):
         """Return the weights, rounded once, from the fp32 product to `dtype`.
 
         out: optional buffer of that dtype to write to; what is returned is a view of it
         """
-        n, whole = self.shape.numel(), len(self.absmax) * BLOCK_SIZE
-        if out is None or out.numel() < whole:
-            buffer = torch.empty(whole, dtype=dtype, device=self.codes.device)
+        if out is None or out.numel() < self.padded:
+            buffer = torch.empty(self.padded, dtype=dtype, device=self.codes.device)
         else:
-            buffer, out = out.view(-1)[:whole], None
+            buffer, out = out.view(-1)[: self.padded], None
         torch.ops.qst.dequantize(*self.parts, buffer)
-        weight = buffer[:n].view(self.shape)
+        weight = buffer[: self.shape.numel()].view(self.shape)
         return weight if out is None else out.copy_(weight)
+
+    def product(self, x, bias):
+        """`F.linear`; of few rows of x, W is never written to memory."""
+        rows = x.numel() // self.shape[1]
+        if rows > MAX_ROWS:
+            return super().product(x, bias)
+        y = torch.ops.qst.matvec(x.reshape(rows, -1), *self.parts, self.shape[0])
+        y = y.view(*x.shape[:-1], self.shape[0])
+        return y if bias is None else y + bias
 
 
 def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
@@ -336,47 +321,28 @@ def pair_table(kind, device):
     return levels.view(torch.int64).view(256).to(device)
 
 
-def unpack(codes, scales, pairs, out):
-    """Write levels times scales to `out`, a flat buffer of len(scales) whole blocks."""
-    levels = out
-    if out.dtype != torch.float32:
-        levels = scratch("levels", out.numel(), torch.float32, out.device)
-    lookup(pairs, codes, out=levels.view(torch.int64)[: len(codes)])
-    torch.mul(levels.view(-1, BLOCK_SIZE), scales.unsqueeze(1), out=out.view(-1, BLOCK_SIZE))
-
-
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    """Unpack a weight into `out`, (number of blocks * 64,), which sets the dtype to round to."""
+    """Unpack a weight into `out`, (number of blocks * 64,), which sets the dtype to round to.
+
+    A byte at a time, as the two levels it stands for; a chunk at a time, so that what is in between
+    stays in a CPU's cache.
+    """
     scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
     pairs, step = pair_table(kind, codes.device), chunk_size(codes.device)
     for start in range(0, out.numel(), step):
-        stop = start + step
-        part = scales[start // BLOCK_SIZE : stop // BLOCK_SIZE]
-        unpack(codes[start // 2 : stop // 2], part, pairs, out[start:stop])
+        part = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
+        byte = codes[start // 2 : (start + step) // 2].int()
+        levels = torch.zeros(len(part) * BLOCK_SIZE // 2, dtype=torch.int64, device=codes.device)
+        torch.index_select(pairs, 0, byte, out=levels[: len(byte)])
+        levels = levels.view(torch.float32).view(-1, BLOCK_SIZE)
+        torch.mul(levels, part, out=out[start : start + step].view(-1, BLOCK_SIZE))
 
 
 def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
-    """x (rows, in_features) -> x @ W.T (rows, out_features), never holding all of W.
-
-    Some rows of W at a time are unpacked into a buffer that stays in the CPU's cache, so that of
-    the weight only the 4-bit codes come from memory.
-    """
-    in_features = x.shape[1]
-    scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
-    pairs = pair_table(kind, codes.device)
-    whole = BLOCK_SIZE // math.gcd(in_features, BLOCK_SIZE)  # so many rows are whole blocks
-    step = max(1, chunk_size(x.device) // (whole * in_features)) * whole
-
-    def product(codes, scales, rows):
-        buffer = scratch("rows", len(scales) * BLOCK_SIZE, x.dtype, x.device)
-        unpack(codes, scales, pairs, buffer)
-        return torch.mm(x, buffer[: rows * in_features].view(rows, in_features).T)
-
-    if step >= out_features:
-        return product(codes, scales, out_features)
-    blocks = step * in_features // BLOCK_SIZE
-    parts = zip(codes.split(blocks * BLOCK_SIZE // 2), scales.split(blocks), range(out_features, 0, -step))
-    return torch.cat([product(*part, min(step, left)) for *part, left in parts], dim=1)
+    """x (rows, in_features) -> x @ W.T (rows, out_features)."""
+    buffer = scratch("weight", len(absmax) * BLOCK_SIZE, x.dtype, x.device)
+    plain_dequantize(codes, absmax, nested_absmax, offset, kind, buffer)
+    return x @ buffer[: out_features * x.shape[1]].view(out_features, -1).T
 
 
 # `Library` and not `custom_op`: a call takes 2 us and not 17.
@@ -507,31 +473,37 @@ if triton:
 # --------------------------------------------------------------------------------------
 # A frozen linear layer
 
-class _Linear4bitFunction(torch.autograd.Function):
-    """`F.linear` that keeps nothing for backward: the 4-bit weight is simply unpacked again."""
+
+class _FrozenProduct(torch.autograd.Function):
+    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where the
+    scales of whole numbers learn."""
 
     @staticmethod
-    def forward(ctx, x, layer):
+    def forward(ctx, x, scales, layer):
         ctx.layer = layer
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
         return layer.product(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.unpack(grad.dtype), None
+        (x,), weight = ctx.saved_tensors, ctx.layer.quantized
+        grad_x = grad @ weight.unpack(grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None if x is None else weight.grad_of_scales(x, grad), None
 
 
 class Linear4bit(nn.Module):
-    """A frozen linear layer with 4-bit weights.
+    """A frozen linear layer of 4-bit weights, or of whole numbers (`QuantizedInt`), whose scales may be
+    made a Parameter.
 
     x: (..., in_features), any float dtype, in which the product is computed and returned
     """
 
-    def __init__(self, weight: Quantized4bit, bias=None):
+    def __init__(self, weight: Quantized, bias=None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.kind = weight.kind
-        for name in ("codes", "absmax", "nested_absmax", "offset"):
-            self.register_buffer(name, getattr(weight, name))
+        self.frame = replace(weight, **dict.fromkeys(weight.TENSORS))  # shape and kind; tensors are buffers
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -541,29 +513,23 @@ class Linear4bit(nn.Module):
 
     @property
     def quantized(self):
-        shape = torch.Size((self.out_features, self.in_features))
-        return Quantized4bit(
-            self.codes, self.absmax, self.nested_absmax, self.offset, shape, self.kind
-        )
+        tensors = {name: getattr(self, name) for name in self.frame.TENSORS}
+        return replace(self.frame, **{n: t if t is None else t.detach() for n, t in tensors.items()})
+
+    @property
+    def kind(self):
+        return self.quantized.kind
 
     def unpack(self, dtype):
-        """The weight in the shared scratch buffer: (out_features, in_features), good until the
-        next call of any layer."""
-        numel = len(self.absmax) * BLOCK_SIZE
-        return self.quantized.dequantize(dtype, scratch("weight", numel, dtype, self.codes.device))
+        return self.quantized.unpack(dtype)
 
     def product(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        rows = x.numel() // self.in_features
-        if rows > MAX_ROWS:
-            return F.linear(x, self.unpack(x.dtype), bias)
-        x, shape = x.reshape(rows, -1), (*x.shape[:-1], self.out_features)
-        y = torch.ops.qst.matvec(x, *self.quantized.parts, self.out_features).view(shape)
-        return y if bias is None else y + bias
+        return self.quantized.product(x, None if self.bias is None else self.bias.to(x.dtype))
 
     def forward(self, x):
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _Linear4bitFunction.apply(x, self)
+        scales = getattr(self, "scales", None)
+        if torch.is_grad_enabled() and (x.requires_grad or scales is not None and scales.requires_grad):
+            return _FrozenProduct.apply(x, scales, self)
         return self.product(x)
 
     def extra_repr(self):
@@ -602,7 +568,7 @@ def unpack_codes(packed, bits):
 
 
 @dataclass
-class QuantizedInt:
+class QuantizedInt(Quantized):
     """A matrix of packed whole numbers.
 
     codes: uint8 (ceil(n / 8) * bits,)
@@ -615,9 +581,16 @@ class QuantizedInt:
     shape: tuple
     bits: int
 
+    TENSORS = ("codes", "scales", "zeros")
+
     @property
-    def nbytes(self):
-        return self.codes.nbytes + self.scales.nbytes + self.zeros.nbytes
+    def kind(self):
+        groups = self.scales.shape[1]
+        return f"int{self.bits}" + (f"-{self.shape[1] // groups}" if groups > 1 else "")
+
+    @property
+    def padded(self):
+        return self.shape.numel()
 
     def chunks(self):
         """Cut the rows into slices of so many that a slice begins with a whole byte."""
@@ -634,11 +607,20 @@ class QuantizedInt:
         return (codes.view(*zeros.shape[:2], -1) - zeros).to(self.scales.dtype)
 
     def dequantize(self, dtype=torch.float32, out=None):
-        """Return the weights, rounded once to `dtype`; out: optional buffer of their shape."""
-        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device) if out is None else out
+        """Return the weights, rounded once to `dtype`; out: optional buffer of so many values."""
+        out = torch.empty(self.padded, dtype=dtype, device=self.codes.device) if out is None else out
+        out = out.view(self.shape)
         for rows in self.chunks():
             out[rows] = (self.steps(rows) * self.scales[rows].unsqueeze(-1)).flatten(1)
         return out
+
+    def grad_of_scales(self, x, grad):
+        """dL/dscale = the sum of dL/dW * (code - zero) over the group; some rows of W at a time."""
+        x, grad, found = x.flatten(0, -2), grad.flatten(0, -2), torch.empty_like(self.scales)
+        for rows in self.chunks():
+            steps = self.steps(rows)
+            found[rows] = ((grad[:, rows].T @ x).view_as(steps) * steps).sum(dim=-1)
+        return found
 
 
 def quantize_int(weight, bits=4, group_size=0, name="the weight"):
@@ -666,84 +648,13 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     return QuantizedInt(codes, scales, zeros, weight.shape, bits)
 
 
-class _LinearIntFunction(torch.autograd.Function):
-    """`F.linear` with a gradient for the scales too, that keeps x and never a weight: the codes are
-    unpacked again, and where the scales need the gradient of W, some of its rows at a time."""
-
-    @staticmethod
-    def forward(ctx, x, scales, layer):
-        ctx.save_for_backward(x)
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,), layer, grad_x, grad_scales = ctx.saved_tensors, ctx.layer, None, None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ layer.unpack(grad.dtype)
-        if ctx.needs_input_grad[1]:
-            q, x, grad = layer.quantized, x.flatten(0, -2), grad.flatten(0, -2)
-            grad_scales = torch.empty_like(q.scales)
-            for rows in q.chunks():  # dL/dscale = the sum of dL/dW * (code - zero) over the group
-                steps = q.steps(rows)
-                grad_scales[rows] = ((grad[:, rows].T @ x).view_as(steps) * steps).sum(dim=-1)
-        return grad_x, grad_scales, None
-
-
-class LinearInt(nn.Module):
-    """A linear layer with weights of 3 or 4 bits, frozen but for the scales, if they are made a
-    Parameter. That one number is the scale of the quantizer and what PEQA adds to it.
-
-    x: (..., in_features), any float dtype, in which the product is computed and returned
-    """
-
-    def __init__(self, weight: QuantizedInt, bias=None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bits = weight.bits
-        for name in ("codes", "scales", "zeros"):
-            self.register_buffer(name, getattr(weight, name))
-        self.register_buffer("bias", None if bias is None else bias.detach())
-
-    @property
-    def quantized(self):
-        shape = torch.Size((self.out_features, self.in_features))
-        return QuantizedInt(self.codes, self.scales.detach(), self.zeros, shape, self.bits)
-
-    @property
-    def kind(self):
-        groups = self.scales.shape[1]
-        return f"int{self.bits}" + (f"-{self.in_features // groups}" if groups > 1 else "")
-
-    def unpack(self, dtype):
-        """The weight in the scratch buffer that `Linear4bit.unpack` has too."""
-        weight = self.quantized
-        buffer = scratch("weight", weight.shape.numel(), dtype, self.codes.device)
-        return weight.dequantize(dtype, buffer.view(weight.shape))
-
-    def product(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.unpack(x.dtype), bias)
-
-    def forward(self, x):
-        if torch.is_grad_enabled() and (x.requires_grad or self.scales.requires_grad):
-            return _LinearIntFunction.apply(x, self.scales, self)
-        return self.product(x)
-
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
-
-
-PACKED = (Linear4bit, LinearInt)  # each has `kind`, `quantized`, `unpack` and `product`
-
-
 def frozen_linear(weight, kind, bias=None, name="the weight"):
-    """A layer of PACKED for a matrix, or for a `Quantized4bit`, which is taken as it is."""
-    if isinstance(weight, Quantized4bit):
-        return Linear4bit(weight, bias)
+    """A `Linear4bit` of a matrix, or of a `Quantized4bit`, which is taken as it is."""
     if numbers := parse_int(kind):
-        return LinearInt(quantize_int(weight, *numbers, name=name), bias)
-    return Linear4bit(quantize_4bit(weight, kind, name=name), bias)
+        weight = quantize_int(weight, *numbers, name=name)
+    elif not isinstance(weight, Quantized):
+        weight = quantize_4bit(weight, kind, name=name)
+    return Linear4bit(weight, bias)
 
 
 def main():

@@ -16,55 +16,19 @@ Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import PACKED, InputError, pack_activation, unpack_activation
+from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
 
-def setting(default, help):
-    """A field of a dataclass of settings, with the text for `--help`."""
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class SideConfig:
-    """What is trained. The defaults are the paper's side network; VARIANTS has others."""
-
-    method: str = setting("qst", "qst; or, to compare with, lst, lora, qlora, adapter, peqa, full")
-    reduction: int = setting(16, "the side network is this many times narrower than the base")
-    rank: int = setting(16, "of the lora and adapter downsamplers, of LoRA and of Adapter")
-    downsample: str = setting(None, "adapter (lst: linear), linear, lora, maxpool or avgpool")
-    standardize: bool = setting(False, "standardize each channel of what the downsamplers read")
-    downsample_norm: bool = setting(False, "a LayerNorm after each downsampler")
-    share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = setting("scalar", "scalar: gamma, from 0; channel: a vector, from 0.5; sum: no gate")
-    mix: str = setting(None, "alpha: a scalar, from 1; released: a vector; residual: a plain sum; "
-        "side: the side network alone (lst)")  # fmt: skip
-    attention: str = setting("own", "own, or borrowed: the base's queries and keys, the side's values")
-    upsample_bias: bool = setting(False, "whether the upsampler has a bias")
-    final_norm: bool = setting(False, "a norm of the side network before it is upsampled")
-    n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
-    task: str = setting("", "whose labels a classifier has learned")
-
-    def __post_init__(self):
-        if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings
-            self.downsample, self.mix = self.downsample or "linear", self.mix or "side"
-        self.downsample, self.mix = self.downsample or "adapter", self.mix or "alpha"
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(
-                    f"--{name} {getattr(self, name)} is unknown: choose {', '.join(choices)}."
-                )
-
-
-# What each method's base may be stored in; the first is the default. int4 stands for int4-64 too.
-QUANTS = {
+METHODS = {  # what each method's base may be stored in; the first is the default. int4 stands for int4-64 too
     "qst": ("nf4", "fp4", "none"),
     "lst": ("none", "nf4", "fp4"),
     "qlora": ("nf4", "fp4"),
@@ -73,21 +37,44 @@ QUANTS = {
     "peqa": ("int4", "int3"),
     "full": ("none",),
 }
+DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
+SIDE = ("qst", "lst")  # the methods that train a side network
 
 
 def check_quant(method, quant):
-    if quant.partition("-")[0] not in QUANTS[method]:
-        kinds = " or ".join(QUANTS[method])
+    if quant.partition("-")[0] not in METHODS[method]:
+        kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
-CHOICES = {
-    "method": tuple(QUANTS),
-    "downsample": ("linear", "lora", "adapter", "maxpool", "avgpool"),
-    "gate": ("scalar", "channel", "sum"),
-    "mix": ("alpha", "released", "residual", "side"),
-    "attention": ("own", "borrowed"),
-}
+@dataclass
+class SideConfig:
+    """What is trained. The defaults are the paper's side network; VARIANTS has others."""
+
+    method: str = setting("qst", "QST, or what it is compared with", tuple(METHODS))
+    reduction: int = setting(16, "the side network is so many times narrower than the base", of=SIDE, at_least=1)
+    rank: int = setting(16, "of the lora and adapter downsamplers, of LoRA and of Adapter", at_least=1)
+    downsample: str = setting(None, "from the base's width to the side's; default: adapter, or linear for lst",
+        DOWNSAMPLERS, SIDE)  # fmt: skip
+    standardize: bool = setting(False, "standardize each channel of what the downsamplers read", of=SIDE)
+    downsample_norm: bool = setting(False, "a LayerNorm after each downsampler", of=SIDE)
+    share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output", of=SIDE)
+    gate: str = setting("scalar", "a number, from 0; a vector, from 0.5; or none: a plain sum",
+        ("scalar", "channel", "sum"), SIDE)  # fmt: skip
+    mix: str = setting(None, "a scalar, from 1 (the default); a vector; a plain sum; the side network alone (of lst)",
+        ("alpha", "released", "residual", "side"), SIDE)  # fmt: skip
+    attention: str = setting("own", "or the base's queries and keys, with the side's values", ("own", "borrowed"), SIDE)
+    upsample_bias: bool = setting(False, "whether the upsampler has a bias", of=SIDE)
+    final_norm: bool = setting(False, "a norm of the side network before it is upsampled", of=SIDE)
+    n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
+    task: str = setting("", "whose labels a classifier has learned")
+
+    def __post_init__(self):
+        if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings
+            self.downsample, self.mix = self.downsample or "linear", self.mix or "side"
+        self.downsample, self.mix = self.downsample or "adapter", self.mix or "alpha"
+        check(self)
+
 
 # What the authors' released code builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and
 # a mix per channel, norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73,
@@ -289,18 +276,11 @@ class SideNetwork(nn.Module):
         starts at the LLM too, and its gradient waits for nobody.
         """
         up = self.upsample(self.norm(h_g))
-        if self.config.mix == "side":
-            return up
-        alpha, share = self.shares(h_f.dtype)
-        return alpha * h_f + share * up
-
-    def shares(self, dtype):
-        """What h_f and what the upsampled state is weighted by: tensors () or (C,)."""
         if self.alpha is None:
-            return self.upsample.weight.new_ones(2, dtype=dtype)
+            return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
-        return alpha.to(dtype), (1 - alpha).to(dtype)
+        return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
 
 
 # --------------------------------------------------------------------------------------
@@ -309,7 +289,7 @@ class SideNetwork(nn.Module):
 
 def full_weight(linear):
     """The weight of a frozen layer in fp32, whatever it is stored in."""
-    packed = isinstance(linear, PACKED)
+    packed = isinstance(linear, Linear4bit)
     return linear.quantized.dequantize() if packed else linear.weight.detach().float()
 
 
@@ -332,7 +312,7 @@ def prune(base, side):
     top = lambda score, n: score.topk(n).indices.sort().values
     hidden = top(sum(map(hidden_score, base.layers)), c.n_embd)
     for layer, own in zip(base.layers, side.layers):
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, *PACKED))}
+        linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
         W = {name.split(".")[-1]: full_weight(m) for name, m in linears.items()}
         heads = lambda name: W[name].abs().sum(1).view(n_kv, -1, base.config.head_dim).sum(1)
         score = heads("q_proj") + heads("k_proj")  # (n_kv, D)
@@ -371,7 +351,7 @@ def hidden_score(layer):
     """The magnitudes of a layer's weights that read and write each channel of h_f: (C,)."""
     score = 0
     for name, module in layer.named_modules():
-        if isinstance(module, (Linear, *PACKED)):
+        if isinstance(module, (Linear, Linear4bit)):
             writes = name.endswith(("o_proj", "down_proj"))
             score = score + full_weight(module).abs().sum(1 if writes else 0)
     return score
@@ -444,7 +424,7 @@ class Branches(Inserted):
 
     @staticmethod
     def places(layer):
-        return {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, *PACKED))}
+        return {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
 
     @staticmethod
     def make(linear, rank):
@@ -471,7 +451,7 @@ class Adapters(Inserted):
 
 class Thawed(nn.Module):
     """Tensors of the base itself that learn: in full finetuning all, in PEQA (arXiv 2305.14152 §3)
-    the scales of its `LinearInt` layers, of which the whole numbers stay as they are."""
+    the scales of its `QuantizedInt` layers, of which the whole numbers stay as they are."""
 
     def __init__(self, base, config):
         super().__init__()
@@ -494,7 +474,7 @@ INSIDE = {"qlora": Branches, "lora": Branches, "adapter": Adapters, "peqa": Thaw
 def main():
     base = PRESETS["llama-2-7b"]
     print("A side network for LLaMA-2-7B (4096 -> 256 channels)        trainable parameters")
-    rows = [(f"{kind} downsampler", dict(downsample=kind)) for kind in CHOICES["downsample"]]
+    rows = [(f"{kind} downsampler", dict(downsample=kind)) for kind in DOWNSAMPLERS]
     for name, fields in [*rows, ("as released (adapter)", RELEASED)]:
         with torch.device("meta"):
             side = SideNetwork(base, SideConfig(**fields))

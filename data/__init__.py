@@ -12,8 +12,9 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from model import IGNORE_INDEX, check_length
 from quant import InputError
+
+IGNORE_INDEX = -100  # the target of a token that is not in the loss
 
 
 @dataclass
@@ -46,6 +47,14 @@ def collate(examples, pad_id=0):
     return idx, targets
 
 
+def pad_left(prompts, pad_id=0, device=None):
+    """Stack prompts of unequal length: list of lists of ids -> idx (B, T) and keep (B, T)."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([[pad_id] * (T - len(p)) + list(p) for p in prompts], device=device)
+    keep = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return idx, keep
+
+
 def batches(examples, batch_size, seed):
     """Yield batches for ever: each epoch in a new order, sequences of similar length together."""
     rng = random.Random(seed)
@@ -71,6 +80,14 @@ def split(examples, fraction, seed, most=0):
 def label(ids, target):
     """An example that asks for one thing, after the last token."""
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
+
+
+def check_length(config, length, advice):
+    if length > config.max_positions:
+        raise InputError(
+            f"A sequence of {length} tokens is longer than the model's {config.max_positions} "
+            f"positions: {advice}."
+        )
 
 
 @torch.no_grad()

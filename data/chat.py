@@ -16,13 +16,14 @@ differs from the templates: answers are encoded apart from what stands before th
 what the model will see when it generates; the ids differ only if an answer begins with a space.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import read_json, read_text
 from data.instruct import Refused, frame
-from data.tokenizer import SentencePiece, read_text
-from model import read_json
+from data.tokenizer import SentencePiece
 from quant import InputError
 
 
@@ -225,6 +226,41 @@ class Talk:
         for piece in self.tokenizer.stream(self.say(self.ids, most)):
             self.messages[-1]["content"] += piece
             yield piece
+
+
+    def in_the_terminal(self):
+        """Ask what is typed, until /exit or Ctrl-D."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, gives input() its arrow keys
+        while True:
+            try:
+                question = input("\n> ").strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return print()
+            if question == "/exit":
+                return
+            if question == "/reset":
+                self.reset()
+            elif question:
+                self.ask_aloud(question)
+
+    def ask_aloud(self, question):
+        try:
+            if dropped := self.ask(question):
+                print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
+            show(self.answer())
+        except Refused as error:
+            print(f"[not asked: it {error}]")
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+
+def show(pieces):
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 def prompt_that_fits(messages, tokenizer, template, room):

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from model import write_atomically
+from data.files import write_atomically
 from quant import InputError
 
 HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"

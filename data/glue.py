@@ -22,8 +22,7 @@ import torch
 
 from data import Task, choice_logits, label, split, word_ids
 from data.download import command_line
-from data.tokenizer import read_text
-from model import write_atomically
+from data.files import read_text, write_atomically
 from quant import InputError
 
 RATING = 5.0  # STS-B's largest

@@ -23,9 +23,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import Task, split
+from data import IGNORE_INDEX, Task, pad_left, split
 from data.download import command_line
-from model import IGNORE_INDEX, pad_left
 from quant import InputError
 
 

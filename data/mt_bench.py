@@ -16,7 +16,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data.download import command_line
+from tqdm import tqdm
+
+from data.download import checksum, command_line
 from data.instruct import Refused, read_records
 from quant import InputError
 
@@ -116,6 +118,38 @@ def _question_id(path, number, line, model_id):
             " another --out."
         )
     return answer["question_id"]
+
+
+FLAGS = {  # of `qst.py answer`
+    "questions": dict(required=True, help="mt_bench_question.jsonl, or a file like it"),
+    "model_id": dict(help="the model's name there, behind which the first digits of the side checkpoint's"
+        " SHA-256 are put; default: the name of --out, as FastChat has it"),
+    "limit": dict(type=int, help="only the first so many questions"),
+    "fastchat_temperatures": dict(action="store_true",
+        help="FastChat's temperature for each category, instead of --temperature"),
+}  # fmt: skip
+
+
+def answer_file(args, start_talk):
+    """Answer the questions that --out has no answers to yet."""
+    if args.limit is not None and args.limit < 1:
+        raise InputError(f"--limit {args.limit} must be at least 1.")
+    model_id = args.model_id or Path(args.out).stem
+    if args.side:  # trained anew, it is another model, whose answers must not finish a file
+        model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
+    questions = read_questions(args.questions)[: args.limit]
+    done = answered(args.out, model_id)
+    todo = [question for question in questions if question["question_id"] not in done]
+    note = lambda text: tqdm.write(text, sys.stderr)
+    with open(args.out, "a", encoding="utf-8") as out:
+        talk = start_talk()
+        for question in tqdm(todo, "answers", unit="question"):
+            if args.fastchat_temperatures:
+                args.temperature = temperature(question)
+            turns = answer(talk, question, note)
+            out.write(answer_line(question["question_id"], model_id, turns))
+            out.flush()
+    print(f"{args.out}: {len(todo)} questions answered, {len(questions) - len(todo)} were before")
 
 
 def show(path):

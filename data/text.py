@@ -8,9 +8,8 @@ give 1,023 predictions. The last, shorter window counts too.
 import math
 from pathlib import Path
 
-from data import Task, mean_loss
-from data.tokenizer import read_text
-from model import IGNORE_INDEX
+from data import IGNORE_INDEX, Task, mean_loss
+from data.files import read_text
 from quant import InputError
 
 

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from data import bpe
-from model import read_json
+from data.files import read_json, read_text
 from quant import InputError
 
 
@@ -132,13 +132,6 @@ def load_tokenizer(folder):
         f"{folder} has no tokenizer: copy the model's tokenizer.model, its tokenizer.json, or its"
         " vocab.json and merges.txt there."
     )
-
-
-def read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
 
 
 def expect(path, record, field, *known):

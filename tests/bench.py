@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from data import Task  # noqa: E402
+from data import Task, report  # noqa: E402
 from data.chat import load_template  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from model import (  # noqa: E402
@@ -49,9 +49,8 @@ from model import (  # noqa: E402
 )  # fmt: skip
 from quant import quantize_4bit  # noqa: E402
 from side import INSIDE  # noqa: E402
-from train import (  # noqa: E402
-    AS_WRITTEN, COLUMNS, LADDER, TrainConfig, complete, make_optimizer, memory_report, parse_args, rows, untrained,
-)  # fmt: skip
+from account import AS_WRITTEN, COLUMNS, LADDER, ROWS, memory_report, rows, untrained  # noqa: E402
+from train import TrainConfig, complete, make_optimizer, parse_args  # noqa: E402
 
 
 def peak():
@@ -328,7 +327,7 @@ def methods(rounds=3):
 
 
 def lean(folder):
-    """What each saving of train.LADDER saves, and what it costs: 8 x 512 tokens in fp32."""
+    """What each saving of LADDER saves, and what it costs: 8 x 512 tokens in fp32."""
     table("A step of QST", "", "MB above the model", "of the first", "s", "of the first", "loss")
     flags, first = "--batch_size 8 --sequence_len 512", None
     for name, saving in (LADDER | {"as written": AS_WRITTEN}).items():
@@ -397,7 +396,7 @@ def paper():
     """Every table in turn; GB are 10^9 bytes."""
     table("LLaMA-2-70B, batch 16, length 384 (Fig. 1a)", "", "weights", "paper", "gradients and optimizer",
           "paper", "activations and transients", "paper", "total", "paper", "ours / paper")  # fmt: skip
-    for label, pair in reports("llama-2-70b", 16, 384, train.ROWS).items():
+    for label, pair in reports("llama-2-70b", 16, 384, ROWS).items():
         theirs = FIGURE_1A.get(label)
         for r, how in zip(pair, ("", ", plain attention")):
             weights, gradients, optimizer, activations, transient, total = (
@@ -461,7 +460,7 @@ def curve(title, name, values, methods=("qlora", "qst")):
 # How fast it learns
 
 RUNS = {  # as flags of train.py
-    "qst": "", "alpha x 1": "--lr_factors alpha=1", "released": "--variant released",
+    "qst": "", "alpha x 1": "--alpha_lr_factor 1", "released": "--variant released",
     "residual": "--mix residual", "sum": "--gate sum", "borrowed": "--attention borrowed",
     "standardize": "--standardize", "fast": "--variant fast",
     # On the embedded default, 1e-2 is the best of several rates for all but the last two.
@@ -469,7 +468,7 @@ RUNS = {  # as flags of train.py
     "adapter": "--method adapter", "peqa": "--method peqa --learning_rate 3e-3",
     "full": "--method full --learning_rate 3e-3",
 }  # fmt: skip
-SCORES = [f"{name}_{when}" for name in train.SCORES for when in ("before", "after")]
+SCORES = [f"{name}_{when}" for name in report.SCORES for when in ("before", "after")]
 
 
 def learn(only, seeds, rates, out, flags):

@@ -12,10 +12,8 @@ from model import Transformer, model_bytes
 from qst import QST, pick_dtype
 from quant import InputError
 from side import SideConfig
-from train import (
-    Live, TrainConfig, activation_bytes, attention_of, complete, main, make_optimizer, memory_report,
-    parse_args, rows, untrained,
-)  # fmt: skip
+from account import Live, attention_of, memory_report, rows, untrained
+from train import TrainConfig, activation_bytes, complete, main, make_optimizer, parse_args
 
 SMALL = dict(device="cpu", reduction=2, batch_size=3, sequence_len=12)
 COMBINATIONS = {

@@ -11,7 +11,7 @@ from conftest import ROOT, SHARED
 from data import batches, instruct, split, tiny
 from data.chat import ChatTemplate
 from data.tokenizer import load_tokenizer
-from model import IGNORE_INDEX
+from data import IGNORE_INDEX
 from quant import InputError
 
 PLAIN = ChatTemplate()

@@ -11,7 +11,8 @@ import train
 from data import choice_logits, glue, label, word_ids
 from data.glue import ANSWER, FORMS, METRICS
 from data.tokenizer import load_tokenizer
-from model import IGNORE_INDEX, from_pretrained
+from data import IGNORE_INDEX
+from model import from_pretrained
 from quant import InputError
 from qst import QST
 from train import TrainConfig

@@ -15,14 +15,16 @@ import quant
 import train
 from data import tiny
 from model import (
-    PRESETS, Transformer, count_weights, from_pretrained, pad_left, read_safetensors, save_pretrained,
+    PRESETS, Transformer, count_weights, from_pretrained, save_pretrained,
 )  # fmt: skip
+from data import pad_left
+from data.safetensors import read_safetensors
 from qst import QST, tune
-from quant import InputError, LinearInt, pack, quantize_int, unpack_codes
-from side import QUANTS, SideConfig, hidden_score, prune
+from quant import InputError, Linear4bit, pack, quantize_int, unpack_codes
+from side import METHODS, SideConfig, hidden_score, prune
 from train import TrainConfig
 
-KINDS = {method: kinds[0] for method, kinds in QUANTS.items()} | {"peqa": "int4-16"}
+KINDS = {method: kinds[0] for method, kinds in METHODS.items()} | {"peqa": "int4-16"}
 INSIDE = ["lora", "qlora", "adapter", "peqa", "full"]
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 each_method = pytest.mark.parametrize("method", KINDS)
@@ -197,15 +199,14 @@ def test_contradictions(method, kind):
 
 @pytest.mark.parametrize("flags, told", [
     (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
-    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "--side_dtype is of a side network"),
-    (dict(method="qlora", h_f_bits=8), "--h_f_bits is of a side network, and --method qlora has none"),
-    (dict(method="full", reduction=4), "--reduction is of a side"), (dict(method="peqa", variant="fast"), "--variant is"),
+    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "--side_dtype is of --method qst and lst"),
+    (dict(method="qlora", h_f_bits=8), "--h_f_bits is of --method qst and lst, and not of qlora"),
+    (dict(method="full", reduction=4), "--reduction is of --method qst"), (dict(method="peqa", variant="fast"), "--variant is of"),
     (dict(ladder=True), "--ladder goes with --plan"), (dict(plan=True, side="out"), "leave out --side"),
-    (dict(side_dtype="bf16", optimizer_bits=8, dtype="fp16"), "bf16 cannot learn in --dtype fp16"),
-    (dict(method="lora", init="pruned"), "--init pruned: choose random"),
-    (dict(init="best"), "--init best"), (dict(group_size=64), "--group_size is of --method peqa"),
-    (dict(method="peqa", peqa_bits=5), "--peqa_bits 5"),
-    (dict(method="peqa", quant="int3", group_size=4), "whose --quant it makes"),
+    (dict(side_dtype="bf16", optimizer_bits=8, dtype="fp16"), "cannot learn in --dtype fp16"),
+    (dict(method="lora", init="pruned"), "--init is of --method qst and lst"),
+    (dict(init="best"), "--init best"),
+    (dict(method="peqa", quant="int5"), "--quant int4 or int3, and not int5"),
     (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
 ])  # fmt: skip
 def test_flags_that_contradict_the_method(flags, told):
@@ -221,8 +222,6 @@ def test_defaults_of_a_method():
     )
     assert {m: c.reduction for m, c in done.items() if c.reduction != 16} == {"lst": 8}
     assert train.complete(TrainConfig(method="lst", reduction=4)).reduction == 4
-    grouped = train.complete(TrainConfig(method="peqa", peqa_bits=3, group_size=64))
-    assert grouped.quant == "int3-64"
 
 
 @each_method
@@ -232,7 +231,7 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
     common = dict(base=str(tiny_model), data=str(data), batch_size=4, sequence_len=100)
     flags = dict(checkpoint=True) if method in INSIDE else dict(reduction=4)
-    flags |= dict(group_size=8) if method == "peqa" else {}
+    flags |= dict(quant="int4-8") if method == "peqa" else {}
     result = train.main(
         TrainConfig(method=method, out_dir=str(out), max_iters=2, **common, **flags)
     )
@@ -288,7 +287,7 @@ def test_merging(method, family, tmp_path, idx):
 def test_lora_is_pefts(family, tmp_path, idx):
     """With the same branches, logits and gradients are peft's (rank 4, alpha 16, all linears)."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    from model import OPT_NAMES
+    from data.hub import OPT_NAMES
 
     model = moved(make("lora", family))
     save_pretrained(small_base("none", **FAMILIES[family]), tmp_path)
@@ -448,7 +447,7 @@ def test_chunks_do_not_show(monkeypatch):
     weight, x = torch.randn(37, 24), torch.randn(5, 24)
 
     def all_of_it():
-        layer = LinearInt(quantize_int(weight, 3, 8))
+        layer = Linear4bit(quantize_int(weight, 3, 8))
         layer.scales = torch.nn.Parameter(layer._buffers.pop("scales"))
         layer(x).square().sum().backward()
         return layer.codes, layer.quantized.dequantize(), layer.scales.grad
@@ -470,7 +469,7 @@ def test_codes_are_packed_to_the_bit(bits):
 
 def int_layer(bits, group, dtype=torch.float64):
     torch.manual_seed(0)
-    layer = LinearInt(quantize_int(torch.randn(10, 24), bits, group), torch.randn(10)).to(dtype)
+    layer = Linear4bit(quantize_int(torch.randn(10, 24), bits, group), torch.randn(10)).to(dtype)
     layer.scales = torch.nn.Parameter(layer._buffers.pop("scales"))
     return layer, torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
 
@@ -483,7 +482,7 @@ def test_gradients_against_numerical_differences(bits, group):
 
     def product(x, scales):
         layer.scales.data.copy_(scales.detach())
-        return quant._LinearIntFunction.apply(x, scales, layer)
+        return quant._FrozenProduct.apply(x, scales, layer)
 
     assert torch.autograd.gradcheck(product, (x, scales.detach().clone().requires_grad_()))
 
@@ -513,7 +512,7 @@ def test_peqa_trains_the_scales_alone(kind, tmp_path, idx):
     training; the file holds the scales and nothing else; another file is another task."""
     model = make("peqa", kind=kind)
     start = model.side.state_dict()
-    layers = [m for m in model.base.modules() if isinstance(m, LinearInt)]
+    layers = [m for m in model.base.modules() if isinstance(m, Linear4bit)]
     assert len(layers) == 3 * 7 and {layer.kind for layer in layers} == {kind}
     group = int(kind.partition("-")[2] or 0)
     count = sum(m.out_features * (m.in_features // (group or m.in_features)) for m in layers)

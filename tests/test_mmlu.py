@@ -19,7 +19,8 @@ from conftest import FIXTURES, ROOT, SHARED, small_base, small_config
 import train
 from data import choice_logits, mmlu, text
 from data.tokenizer import load_tokenizer
-from model import IGNORE_INDEX, Transformer, from_pretrained, save_pretrained
+from data import IGNORE_INDEX
+from model import Transformer, from_pretrained, save_pretrained
 from qst import QST
 from quant import InputError
 from side import SideConfig

@@ -13,9 +13,11 @@ from conftest import FIXTURES, SHARED, small_base, small_config
 from torch import nn
 
 from model import (
-    PRESETS, KVCache, Transformer, count_weights, from_pretrained, pad_left, quantize_folder, read_config,
-    read_safetensors, sample, save_pretrained, write_safetensors,
+    PRESETS, KVCache, Transformer, count_weights, from_pretrained, quantize_folder, read_config, sample,
+    save_pretrained,
 )  # fmt: skip
+from data import pad_left
+from data.safetensors import read_safetensors, write_safetensors
 from qst import fingerprint
 from quant import InputError, Linear4bit
 
@@ -390,7 +392,7 @@ def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, told, tmp_path):
     with pytest.raises(InputError, match=f"layers.0.mlp.up_proj.weight.*{told}"):
         from_pretrained(folder)
     other = copy("llama_rope3", tmp_path / "2", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(InputError, match="quantization_config is of gptq"):
+    with pytest.raises(InputError, match="quantization_config is .gptq"):
         from_pretrained(other)
 
 

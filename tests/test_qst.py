@@ -11,8 +11,9 @@ from torch.nn import functional as F
 import side
 import train
 from model import (
-    IGNORE_INDEX, PRESETS, Transformer, count_weights, pad_left, positions_and_mask, rotary_table,
+    PRESETS, Transformer, count_weights, positions_and_mask, rotary_table,
 )  # fmt: skip
+from data import IGNORE_INDEX, pad_left
 from qst import QST, fingerprint, import_released, tune
 from quant import InputError
 from side import RELEASED, SideConfig, SideNetwork
@@ -345,7 +346,7 @@ def test_a_factor_near_0_is_not_lost_in_bf16():
 
 def test_a_tensor_missing_or_left_over_is_named(tmp_path):
     """Loading a side network is strict in both directions, and about shapes and formats."""
-    from model import read_safetensors, write_safetensors
+    from data.safetensors import read_safetensors, write_safetensors
 
     base, path = small_base(), tmp_path / "side.safetensors"
     QST(base, SideConfig(reduction=4)).save_side(tmp_path)

@@ -9,13 +9,14 @@ from test_qst import shaken, small_base
 from torch.nn import functional as F
 
 import model as model_py
-from model import IGNORE_INDEX, Transformer, token_loss
+from data import IGNORE_INDEX
+from model import Transformer, token_loss
 from qst import QST
 from quant import pack_activation, unpack_activation
 from side import SideConfig
+from account import AS_WRITTEN, LADDER, Live, memory_report, rows
 from train import (
-    AS_WRITTEN, LADDER, AdamW8bit, Live, TrainConfig, activation_bytes, complete, main,
-    make_optimizer, memory_report, parse_args, rows, save_memory,
+    AdamW8bit, TrainConfig, activation_bytes, complete, main, make_optimizer, parse_args, save_memory,
 )  # fmt: skip
 
 VARIANTS = {
@@ -106,28 +107,6 @@ def test_the_loss_in_chunks(rows, family, shape, idx, monkeypatch):
     assert torch.allclose(model.loss(idx, targets), plain, rtol=1e-6)
     for name, grad in expected.items():
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7
-
-
-@pytest.mark.parametrize("changes, commutes", [
-    ({}, True), (dict(mix="residual", final_norm=True), True), (dict(method="lst"), False),
-    (dict(mix="released", upsample_bias=True), False),
-])  # fmt: skip
-@pytest.mark.parametrize("shape", [{}, dict(family="opt", embed_dim=16)])
-def test_the_head_before_the_mix(changes, commutes, shape, monkeypatch):
-    """With many positions W (a h_f + b U h_g) is a W h_f + b (W U) h_g: the same loss and gradients."""
-    model = shaken(QST(small_base(**shape), SideConfig(reduction=4, **changes)))
-    idx = torch.randint(50, (4, 4 * model.side.narrow.n_embd), generator=torch.Generator().manual_seed(3))
-    model.chunk_loss = False
-    expected_loss, expected = step(model, idx)
-    model.chunk_loss = True
-    monkeypatch.setattr(model_py, "CHUNK", 50)
-    widths = [h.shape[-1] for h in model.to_logits(*(h.flatten(0, 1) for h in model.states(idx)))[1]]
-    assert widths == [model.config.n_embd, model.side.narrow.n_embd][: 1 + commutes]
-    loss, grads = step(model, idx)
-    assert torch.allclose(loss, expected_loss, rtol=1e-6)
-    assert grads.keys() == expected.keys()
-    for name, grad in expected.items():
-        assert (grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
 
 
 def test_chunks_bound_the_logits(monkeypatch):

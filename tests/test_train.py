@@ -15,6 +15,7 @@ import qst
 import train
 from data import tiny
 from data.chat import ChatTemplate
+from data.settings import run
 from model import from_pretrained
 from qst import QST
 from quant import InputError
@@ -78,7 +79,7 @@ def test_a_result_tells_the_settings_of_its_side_network(cfg, tmp_path):
         assert {name: told[name] for name in about} == about | dict(task="instruct")
         assert told["rank"] == 2 and told["reduction"] == 4 and told["gate"] == "sum" and not told["final_norm"]
         assert train.complete(TrainConfig(**told)) == TrainConfig(**told)
-    for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel"), dict(peqa_bits=3)):
+    for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel")):
         with pytest.raises(InputError, match=f"--{next(iter(other))}: --side .* has its own"):
             train.main(TrainConfig(**cfg | more | other))
 
@@ -138,13 +139,12 @@ def test_learning_rate():
 def test_optimizer_groups():
     """Matrices decay, vectors and gates do not, and alpha has its own learning rate."""
     model = QST(small_base(), SideConfig(reduction=4, downsample_norm=True, gate="channel"))
-    cfg = train.complete(TrainConfig(weight_decay=0.1, lr_factors="alpha=25,gamma=3"))
+    cfg = train.complete(TrainConfig(weight_decay=0.1, alpha_lr_factor=25.0))
     optimizer = train.make_optimizer(model, cfg)
     groups = {(g["factor"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
-    assert set(groups) == {(1, 0.1), (1, 0), (25, 0), (3, 0)}
+    assert set(groups) == {(1, 0.1), (1, 0), (25, 0)}
     assert all(p.dim() == 2 for p in groups[1, 0.1])
     assert [id(p) for p in groups[25, 0]] == [id(model.side.alpha)]
-    assert [id(p) for p in groups[3, 0]] == [id(model.side.gamma)]
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
 
 
@@ -255,7 +255,7 @@ def test_mistakes_on_the_command_line(args, told):
     script, *flags = args
     main = (lambda: train.main(train.parse_args(flags))) if script == "train.py" else lambda: qst.main(flags)
     with pytest.raises(SystemExit) as stopped:
-        qst.run(main)
+        run(main)
     assert told in stopped.value.code and "\n" not in stopped.value.code
 
 

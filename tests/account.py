@@ -1,0 +1,205 @@
+"""The memory account: one real training step, of the real modules, on tensors without memory.
+
+    python train.py --plan --preset llama-2-70b        every method, with and without recomputing
+    python train.py --plan --ladder --preset ...       each saving, one after the other
+
+What autograd keeps is what it would keep on a GPU: attention is told which kernel it is (`attention_of`),
+and every storage is added up from the operator that makes it until it is freed (`Live`).
+"""
+
+import contextlib
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+
+from data.files import write_json
+from model import PRESETS, Transformer, count_weights, model_bytes, read_config
+from qst import pick_dtype, tune
+from quant import InputError, drop_scratch
+from train import complete, loss_and_kept, optimizer_bytes, save_memory, side_config
+
+aten = torch.ops.aten
+
+
+@contextlib.contextmanager
+def attention_of(device):
+    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu", or "meta" itself.
+
+    By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
+    A fused kernel keeps queries, keys, values, output and one fp32 number a query, and it has a
+    meta implementation that can be called by its name. Which one is used follows torch's own rules:
+    flash attention where keys and values are equally wide (on CUDA in 16 bits only, and padded to a
+    multiple of 8); otherwise on CUDA the memory-efficient one, unless queries share their keys; and
+    what is left is the plain formula, on the real device too.
+    """
+    plain = F.scaled_dot_product_attention
+
+    def attention(q, k, v, is_causal, **other):
+        D, causal, same = v.shape[-1], is_causal, q.shape[-1] == v.shape[-1]
+        if same and device == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
+        if same and device == "cuda" and q.dtype != torch.float32:
+            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in (q, k, v))
+            return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
+        if device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
+            return aten._scaled_dot_product_efficient_attention(
+                q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
+            )[0]
+        return plain(q, k, v, is_causal=causal, **other)
+
+    # Replaced, and not caught by a TorchFunctionMode: backward computes checkpointed layers again
+    # where no such mode is on.
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention as if not causal
+    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class Live(TorchDispatchMode):
+    """Add up the storages that operators make, each until it is freed (`peak` is the most), and
+    the floating-point operations."""
+
+    now = peak = flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        storages = lambda *trees: {
+            t.untyped_storage()._cdata: t.untyped_storage()
+            for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
+        }  # fmt: skip
+        given = storages(args, kwargs)  # views, and what is written in place, are nothing new
+        for key, storage in storages(out).items():
+            if key not in given:
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
+        return out
+
+    def add(self, nbytes):
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def memory_report(cfg, config=None):
+    """Account for the memory of one training step, in bytes, without allocating any of it.
+
+    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ... Its device is "cpu",
+        or "meta" for attention by the plain formula; anything else is a GPU
+    config: a `ModelConfig`, in place of --preset or --base
+
+    The real modules are built on the meta device and run one real step there, forward and
+    backward. Every position has a target, for all methods alike.
+        activations   what forward keeps for backward, each storage once: `activation_bytes`
+        gradients     as while they accumulate: they are there from the start to the end
+        optimizer     the two moments of AdamW
+        transient     the step's peak above the four others: logits, a layer's intermediates, the
+                      unpacked weight, and what is recomputed
+        total         the sum, and so the peak
+    Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
+    """
+    cfg = complete(replace(cfg, plan=True))
+    device = cfg.device if cfg.device in ("cpu", "meta") else "cuda"
+    dtype = pick_dtype(cfg.dtype, torch.device(device))
+    model = untrained(cfg, config or config_of(cfg), dtype, "meta")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = sum(p.grad.nbytes for p in parameters)
+    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    drop_scratch()  # so that this step makes it, and it is counted
+    with attention_of(device), Live() as live:
+        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
+        loss.backward()
+    drop_scratch()
+    weights, optimizer = model_bytes(model), optimizer_bytes(parameters, cfg.optimizer_bits)
+    return dict(
+        method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
+        gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
+        transient_bytes=live.peak - activations,
+        total_bytes=weights + gradients + optimizer + live.peak,
+        trainable_parameters=sum(p.numel() for p in parameters),
+        flops_per_token=round(live.flops / targets.numel()),
+    )  # fmt: skip
+
+
+def untrained(cfg, config, dtype, device):
+    """A model with random weights: the base, frozen, and what --method trains."""
+    with torch.device(device):
+        base = Transformer(config)
+    return save_memory(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
+
+
+def config_of(cfg):
+    """The shape of --preset, or of the model in --base."""
+    if cfg.base:
+        return read_config(cfg.base)
+    if cfg.preset not in PRESETS:
+        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "--plan needs --base, or --preset"
+        raise InputError(f"{wrong}: choose {', '.join(PRESETS)}.")
+    return PRESETS[cfg.preset]
+
+
+ROWS = ("full", "adapter", "lora", "qlora", "peqa", "lst", "qst")
+CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
+COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
+
+# What --ladder switches on, one after the other: from QST as it is written in the paper.
+AS_WRITTEN = dict(checkpoint=False, h_f_bits=16, chunk_loss=False, optimizer_bits=32, side_dtype="fp32")
+LADDER = {
+    "as written": {}, "rungs recomputed": dict(checkpoint=True), "h_f in 8 bits": dict(h_f_bits=8),
+    "loss in chunks": dict(chunk_loss=True), "AdamW in 8 bits": dict(optimizer_bits=8),
+    "side in bf16": dict(side_dtype="bf16"), "h_f in 4 bits": dict(h_f_bits=4),
+}  # fmt: skip
+
+
+def rows(cfg):
+    """Yield a label and settings: each method, with and without recomputing; or each saving."""
+    if cfg.ladder:
+        cfg = replace(cfg, **AS_WRITTEN)
+        for name, saving in LADDER.items():
+            yield name, (cfg := replace(cfg, **saving))
+        return
+    for method in ROWS:
+        for checkpoint in (False, True):
+            label = method + ", checkpoint" * checkpoint
+            yield label, replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+
+
+def plan(cfg, given):
+    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports.
+
+    given: the settings before `complete`, so that what depends on the method still does
+    """
+    config = config_of(cfg)
+    unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
+    head = (
+        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with"
+        f" a target.\nIn {unit} of 10^{power} bytes; * where a GPU of so many GB has room for it.\n\n"
+        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
+        + "".join(f"{card:>3}" for card in CARDS)
+    )
+    reports = []
+    for label, settings in rows(given):
+        row = dict(label=label) | memory_report(settings, config)
+        cells = "".join(f"{row[f'{name}_bytes'] / 10**power:12.2f}" for name in COLUMNS)
+        cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
+        fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
+        print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
+        reports.append(row)
+    write_json(Path(cfg.out_dir) / "plan.json", reports)
+    return reports
