@@ -1,15 +1,15 @@
-"""The frozen LLM: one `DecoderLayer` for LLaMA and OPT, the safetensors reader, `from_pretrained`.
+"""The frozen LLM: one `DecoderLayer` for LLaMA and OPT, its weights buffers; `from_pretrained`.
 
-Reading order: the config, the layer, the model, generation with a cache, and then how the weights
-get in: the file format, and a loader that quantizes one tensor at a time.
+Reading order: the config, the layer, the model with its loss, and how the weights get in: one tensor
+at a time, quantized on the way.
 
     B, T  batch and length        C = n_embd        V = vocab_size        D = head_dim
 
-Module attributes carry the names of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...),
-LLaMA's where the two families differ, so that loading is one strict pass; the few other names of
-OPT are in `OPT_NAMES`. The same `DecoderLayer`, narrower, makes the side network in side.py.
+Modules are named like the tensors of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...),
+with LLaMA's names where the two families differ; data/hub.py has the few other names of OPT. The same
+`DecoderLayer`, narrower, makes the side network in side.py.
 
-Run `python model.py` to see what some of them weigh in 16 and in 4 bits, and `python model.py
+Run `python model.py` to see what some models weigh in 16 and in 4 bits, and `python model.py
 quantize IN OUT` to write a folder in 4 bits.
 """
 
@@ -17,15 +17,14 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE_INDEX, check_length, hub
-from data.files import read_json
+from data import IGNORE_INDEX, check_length, hub, sampling
+from data.settings import run
 from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
 
 
@@ -103,6 +102,10 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    def full_weight(self):
+        """The weight in fp32, as `Linear4bit.full_weight`."""
+        return self.weight.detach().float()
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim, eps):
@@ -165,34 +168,25 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped where there are fewer keys and values than queries.
+    """Causal self-attention, grouped where there are fewer keys and values than queries."""
 
-    borrows: it has values of its own alone, and looks where another attention looks
-    """
-
-    def __init__(self, config, borrows=False):
+    def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         C, D, bias = config.n_embd, config.head_dim, config.attention_bias
-        self.q_proj = None if borrows else Linear(C, self.n_head * D, bias=bias)
-        self.k_proj = None if borrows else Linear(C, self.n_kv_head * D, bias=bias)
+        self.q_proj = Linear(C, self.n_head * D, bias=bias)
+        self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.o_proj = Linear(self.n_head * D, C, bias=bias)
 
-    def forward(self, x, mask, rope, cache, look):
+    def forward(self, x, mask, rope, cache):
         B, T, _ = x.shape
-        heads = lambda x, n: x.view(B, T, n, -1).transpose(1, 2)  # (B, n, T, D)
-        v = heads(self.v_proj(x), self.n_kv_head)
-        if self.q_proj is None:
-            q, k = look
-            v = v if cache is None else cache.append(v)[0]
-        else:
-            q = rotate(heads(self.q_proj(x), self.n_head), rope)
-            k = rotate(heads(self.k_proj(x), self.n_kv_head), rope)
-            if cache is not None:
-                k, v = cache.append(k, v)
-            if look is not None:
-                look[:] = q, k
+        q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and bool(T > 1),
             enable_gqa=self.n_kv_head != self.n_head,
@@ -225,23 +219,21 @@ class DecoderLayer(nn.Module):
     mask: bool (B, 1, T, S), True where a query may look, or None for plain causal attention
     rope: what `rotary_table` returned
     cache: this layer's `KVCache`, or None
-    look: a list for queries and keys (B, heads, T or S, D): the attention leaves its own there, or,
-        if it borrows, takes those that another left
     """
 
-    def __init__(self, config, borrows=False):
+    def __init__(self, config):
         super().__init__()
         self.pre_norm = config.pre_norm
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config, borrows)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, mask=None, rope=None, cache=None, look=None):
+    def forward(self, x, mask=None, rope=None, cache=None):
         if self.pre_norm:
-            x = x + self.self_attn(self.input_layernorm(x), mask, rope, cache, look)
+            x = x + self.self_attn(self.input_layernorm(x), mask, rope, cache)
             return x + self.mlp(self.post_attention_layernorm(x))
-        x = self.input_layernorm(x + self.self_attn(x, mask, rope, cache, look))
+        x = self.input_layernorm(x + self.self_attn(x, mask, rope, cache))
         return self.post_attention_layernorm(x + self.mlp(x))
 
 
@@ -251,20 +243,20 @@ class KVCache:
     def __init__(self, max_len):
         self.max_len, self.length = max_len, 0
 
-    def append(self, *new):
-        """Add tensors of (B, heads, T, D), each its own D, and return all so far of each."""
+    def append(self, k, v):
+        """Add keys and values (B, heads, T, D), and return all so far."""
         if self.length == 0:
-            shape = lambda t: (*t.shape[:2], self.max_len, t.shape[3])
-            self.buffers = [t.new_empty(shape(t)) for t in new]
-        start, self.length = self.length, self.length + new[0].shape[2]
-        for buffer, t in zip(self.buffers, new):
-            buffer[:, :, start : self.length] = t
-        return [buffer[:, :, : self.length] for buffer in self.buffers]
+            self.k = k.new_empty(*k.shape[:2], self.max_len, k.shape[3])
+            self.v = torch.empty_like(self.k)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
     def repeated(self, B, T):
-        """Of a cache of one row, a copy for B rows, with room for T tokens more."""
+        """Copy a cache of one row for B rows, with room for T more tokens."""
         copy = KVCache(self.length + T)
-        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in self.buffers))
+        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in (self.k, self.v)))
         return copy
 
 
@@ -288,36 +280,15 @@ def positions_and_mask(idx, keep=None, past=0):
     mask = (key <= query).expand(1, 1, T, past + T)
     if keep is not None:
         positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        # Padding may look at itself: nobody reads what it sees, but a row with nothing is NaN.
+        # Let padding attend to itself: nobody uses its output, and a fully masked row is NaN.
         mask = mask & keep.bool()[:, None, None, :] | (key == query)
     return positions, mask
 
 
-def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
-    """Choose the next token of every row: logits (B, V) -> ids (B,).
-
-    temperature: 0 takes the most likely
-    top_k: only the k most likely ones; 0: all
-    top_p: only the fewest whose probabilities add up to it (arXiv 1904.09751)
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k:
-        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < lowest, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(dim=-1)
-        out = p.cumsum(dim=-1) - p >= top_p  # the ones before it suffice
-        logits = logits.masked_fill(out.scatter(1, order, out), -math.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
-
-
-class Generator:
+class LanguageModel(nn.Module):
     """Loss and generation, for any model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
 
-    chunk_loss: whether the loss of a frozen head is computed from some of the logits at a time
+    chunk_loss: whether the loss of a frozen head holds only some of the logits at a time
     """
 
     chunk_loss = True
@@ -329,7 +300,7 @@ class Generator:
     def loss(self, idx, targets):
         """Mean loss of (B, T): only the tokens that have a target reach the head.
 
-        targets on the CPU, whatever idx is on, save a GPU from being waited for.
+        With targets on the CPU, wherever idx is, the host does not wait for the GPU.
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         targets, at = targets.flatten()[at].to(idx.device), at.to(idx.device)
@@ -338,45 +309,10 @@ class Generator:
             return token_loss(self.head(h), targets)
         return _ChunkedLoss.apply(h if torch.is_grad_enabled() else h.detach(), targets, self.head)
 
-    @torch.no_grad()
-    def stream(
-        self, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
-        seed=None,
-    ):  # fmt: skip
-        """Yield the next token of every row, (B,), until each has ended or there are enough.
-
-        idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left
-        temperature, top_k, top_p: see `sample`; eos_id: one id or several
-        A row that has ended goes on with its end token.
-        """
-        check_length(self.config, idx.shape[1], "shorten the prompt")
-        check_length(self.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
-        if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise InputError(
-                f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} and "
-                f"top_p {top_p} must be at least 1, at least 0, at least 0, and in (0, 1]."
-            )
-        cache = self.new_cache(idx.shape[1] + max_new_tokens)
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
-        ends = torch.tensor(ends, dtype=idx.dtype, device=idx.device)
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            logits = self.head(self.hidden(idx, keep, cache)[:, -1])
-            token = sample(logits, temperature, top_k, top_p, generator)
-            if len(ends):
-                token = torch.where(ended, ends[0], token)
-                ended |= torch.isin(token, ends)
-            yield token
-            if len(ends) and ended.all():
-                return
-            idx = token.unsqueeze(1)
-            keep = None if keep is None else F.pad(keep, (0, 1), value=1)
-
     def generate(self, idx, max_new_tokens, *args, **kwargs):
-        """The prompts and what `stream` adds to them: (B, T + new)."""
-        new = [token.unsqueeze(1) for token in self.stream(idx, max_new_tokens, *args, **kwargs)]
-        return torch.cat([idx, *new], dim=1)
+        """The prompts and what `sampling.stream` adds to them: (B, T + new)."""
+        new = sampling.stream(self, idx, max_new_tokens, *args, **kwargs)
+        return torch.cat([idx, *(token.unsqueeze(1) for token in new)], dim=1)
 
 
 CHUNK = 128  # positions whose logits are held at a time
@@ -422,7 +358,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return of_sum.mul_(grad / len(of_sum)), None, None
 
 
-class Transformer(Generator, nn.Module):
+class Transformer(LanguageModel):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
     checkpoint = False  # whether backward computes a layer's activations again from its input
@@ -456,7 +392,7 @@ class Transformer(Generator, nn.Module):
         return x
 
     def final(self, x):
-        """The final norm, where there is one: what the LM head is meant to read."""
+        """Apply the final norm, if the model has one; the LM head reads the result."""
         return x if self.norm is None else self.norm(x)
 
     def head(self, x):
@@ -490,10 +426,9 @@ class Transformer(Generator, nn.Module):
     def freeze(self, quant="nf4", dtype=torch.bfloat16, device="cpu", read=None):
         """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
 
-        One tensor is in memory beside the 4-bit model at any time.
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
-        read: function of (name, shape) that gives the tensor, or a `Quantized4bit` to be taken as
-        it is; default: the weights of this model
+        read: function of (name, shape) that returns the tensor, or a `Quantized4bit`, which is used
+        as it is; default: this model's weights. Only one module's tensors are in memory at a time.
         """
         if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
             raise InputError(
@@ -501,29 +436,28 @@ class Transformer(Generator, nn.Module):
             )
         own = dict(self.named_parameters())
         read = read or (lambda name, shape: own.pop(name).detach())
-        for path, module in list(self.named_modules()):
-            if module is self.lm_head and self.config.tied:
-                continue
-            names = {a: f"{path}.{a}" for a, _ in module.named_parameters(recurse=False)}
-            for attribute, name in names.items():
-                tensor = read(name, getattr(module, attribute).shape).to(device)
-                if attribute == "weight" and isinstance(module, Linear):
-                    packs = quant != "none" and module is not self.lm_head
-                    if packs or isinstance(tensor, Quantized4bit):
-                        module.weight = None
-                        module = frozen_linear(tensor, quant, module.bias, name)
-                        self.set_submodule(path, module)
-                        continue
-                delattr(module, attribute)
-                module.register_buffer(attribute, tensor.to(dtype))
         if self.config.tied:
             del self.lm_head.weight
+        for path, module in list(self.named_modules()):
+            tensors = {}
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                tensors[name] = read(f"{path}.{name}", parameter.shape).to(device)
+                delattr(module, name)
+            linear = isinstance(module, Linear) and module is not self.lm_head
+            if linear and quant != "none" or isinstance(tensors.get("weight"), Quantized4bit):
+                bias = tensors["bias"].to(dtype) if "bias" in tensors else None
+                packed = frozen_linear(tensors["weight"], quant, bias, f"{path}.weight")
+                self.set_submodule(path, packed)
+                continue
+            for name, tensor in tensors.items():
+                module.register_buffer(name, tensor.to(dtype))
+        if self.config.tied:
             self.lm_head.register_buffer("weight", self.embed_tokens.weight)
         return self.eval()
 
 
 # --------------------------------------------------------------------------------------
-# From a folder to a model, and back
+# From a folder to a model
 
 
 def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
@@ -555,26 +489,10 @@ def read_config(folder):
     return ModelConfig(**hub.read_config(folder))
 
 
-def save_pretrained(model, folder):
-    """Write a model as a Hugging Face folder, in the dtype of its weights; what is in 4 bits as
-    bitsandbytes stores it, which transformers reads too."""
-    tensors = {}
-    for path, module in model.named_modules():
-        own = dict(chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False)))
-        if isinstance(module, Linear4bit):
-            own = dict(weight=module.quantized) | ({} if module.bias is None else dict(bias=module.bias))
-        tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
-    if model.config.tied:
-        del tensors["lm_head.weight"]
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    hub.write_folder(folder, model.config, tensors, dtype)
-
-
 def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer."""
-    c = read_json(Path(source) / "config.json")
-    kind = c.get("torch_dtype") or c.get("dtype") or "bfloat16"
-    save_pretrained(from_pretrained(source, quant, getattr(torch, kind)), target)
+    model = from_pretrained(source, quant, hub.read_dtype(source))
+    hub.save_pretrained(model, target)
     hub.copy_tokenizer(source, target)
 
 
@@ -591,22 +509,17 @@ def count_weights(config):
 
 
 def main(argv):
+    if argv[:1] == ["quantize"] and len(argv) == 3:
+        return quantize_folder(*argv[1:])
     if argv:
-        if len(argv) != 3 or argv[0] != "quantize":
-            sys.exit("error: it is `python model.py`, or `python model.py quantize IN OUT`")
-        try:
-            return quantize_folder(*argv[1:])
-        except InputError as error:
-            sys.exit(f"error: {error}")
+        raise InputError("It is `python model.py`, or `python model.py quantize IN OUT`.")
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
-        config = PRESETS[name]
+        weights = count_weights(PRESETS[name])
         with torch.device("meta"):
-            model = Transformer(config)
-        plain = sum(p.numel() for p in model.parameters())
-        packed = model_bytes(model.freeze("nf4", torch.bfloat16, "meta"))
-        print(f"{name:15} {plain / 1e9:8.3f} B {2 * plain / 1e9:10.2f} {packed / 1e9:10.2f}")
+            packed = model_bytes(Transformer(PRESETS[name]).freeze("nf4", device="meta"))
+        print(f"{name:15} {weights / 1e9:8.3f} B {2 * weights / 1e9:10.2f} {packed / 1e9:10.2f}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run(lambda: main(sys.argv[1:]))

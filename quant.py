@@ -532,6 +532,10 @@ class Linear4bit(nn.Module):
             return _FrozenProduct.apply(x, scales, self)
         return self.product(x)
 
+    def full_weight(self):
+        """The weight in fp32."""
+        return self.quantized.dequantize()
+
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
 

@@ -6,17 +6,19 @@
 QST (arXiv 2401.07159 §3.2), with N layers in both networks:
 
     h_g_0 = downsample_0(h_f_0)                               h_f_0: the embedding
-    h_g_i = layer_i((1 - beta_i) * downsample_i(h_f_i) + beta_i * h_g_{i-1})     beta = sigmoid(gamma)
-    h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)                        to the frozen LM head
+    h_g_i = layer_i((1 - beta_i) * downsample_i(h_f_i) + beta_i * h_g_{i-1})
+            with beta_i = sigmoid(gamma_i)
+    h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)     to the frozen LM head
 
-Other ways to gate, to mix, to attend and to read h_f are settings of the same `SideNetwork`. Below
-it stands what the methods train that QST is compared with: modules inside the base.
+Other gates, mixes and downsamplers are settings of the same `SideNetwork`. The second half of this
+file has what the other methods train: modules inside the base.
 
 Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,8 +29,8 @@ from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
-
-METHODS = {  # what each method's base may be stored in; the first is the default. int4 stands for int4-64 too
+# How the base may be stored for each method; the first is the default. "int4" allows "int4-64" too.
+METHODS = {
     "qst": ("nf4", "fp4", "none"),
     "lst": ("none", "nf4", "fp4"),
     "qlora": ("nf4", "fp4"),
@@ -37,37 +39,39 @@ METHODS = {  # what each method's base may be stored in; the first is the defaul
     "peqa": ("int4", "int3"),
     "full": ("none",),
 }
+SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
 DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
-SIDE = ("qst", "lst")  # the methods that train a side network
+GATES = ("scalar", "channel", "sum")
+MIXES = ("alpha", "released", "residual", "side")
 
 
 def check_quant(method, quant):
+    """Refuse a base that is not stored as the method needs it."""
     if quant.partition("-")[0] not in METHODS[method]:
         kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
+
+
+of_side = partial(setting, of=SIDE_METHODS)
 
 
 @dataclass
 class SideConfig:
     """What is trained. The defaults are the paper's side network; VARIANTS has others."""
 
-    method: str = setting("qst", "QST, or what it is compared with", tuple(METHODS))
-    reduction: int = setting(16, "the side network is so many times narrower than the base", of=SIDE, at_least=1)
-    rank: int = setting(16, "of the lora and adapter downsamplers, of LoRA and of Adapter", at_least=1)
-    downsample: str = setting(None, "from the base's width to the side's; default: adapter, or linear for lst",
-        DOWNSAMPLERS, SIDE)  # fmt: skip
-    standardize: bool = setting(False, "standardize each channel of what the downsamplers read", of=SIDE)
-    downsample_norm: bool = setting(False, "a LayerNorm after each downsampler", of=SIDE)
-    share_first: bool = setting(False, "one downsampler for the embedding and layer 1's output", of=SIDE)
-    gate: str = setting("scalar", "a number, from 0; a vector, from 0.5; or none: a plain sum",
-        ("scalar", "channel", "sum"), SIDE)  # fmt: skip
-    mix: str = setting(None, "a scalar, from 1 (the default); a vector; a plain sum; the side network alone (of lst)",
-        ("alpha", "released", "residual", "side"), SIDE)  # fmt: skip
-    attention: str = setting("own", "or the base's queries and keys, with the side's values", ("own", "borrowed"), SIDE)
-    upsample_bias: bool = setting(False, "whether the upsampler has a bias", of=SIDE)
-    final_norm: bool = setting(False, "a norm of the side network before it is upsampled", of=SIDE)
-    n_labels: int = setting(0, "of a classifier in the LM head's place; train.py has it from the task")
-    task: str = setting("", "whose labels a classifier has learned")
+    method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
+    reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
+    rank: int = setting(16, "of lora and adapter downsamplers, LoRA and Adapter", at_least=1)
+    downsample: str = of_side(None, "default: adapter; for lst linear", DOWNSAMPLERS)
+    standardize: bool = of_side(False, "standardize each channel of what the downsamplers read")
+    downsample_norm: bool = of_side(False, "a LayerNorm after each downsampler")
+    share_first: bool = of_side(False, "one downsampler for the embedding and layer 1's output")
+    gate: str = of_side("scalar", "a scalar from 0, a vector from 0.5, or a plain sum", GATES)
+    mix: str = of_side(None, "a scalar from 1; a vector; a sum; the side alone (for lst)", MIXES)
+    upsample_bias: bool = of_side(False, "whether the upsampler has a bias")
+    final_norm: bool = of_side(False, "a norm before the upsampler")
+    n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
+    task: str = setting("", "whose labels a classifier has learned", flag=False)
 
     def __post_init__(self):
         if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings
@@ -85,23 +89,27 @@ RELEASED = dict(
     final_norm=True,
 )  # fmt: skip
 
-# What we found to learn fastest: see "Why QST learns slowly" in the README.
+# What we found to learn fastest: see "Why QST learns slowly" in tests/README.md.
 FAST = dict(gate="sum", standardize=True)
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 
-def low_rank(n_in, n_out, rank, nonlinear=False, first=Linear):
-    """Two factors with a narrow waist, and perhaps SiLU between: (..., n_in) -> (..., n_out).
+# --------------------------------------------------------------------------------------
+# Downsamplers
 
-    The low-rank pair of LoRA (arXiv 2106.09685 §4.1), or the bottleneck of Adapter.
+
+def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
+    """Two matrices with a narrow waist: (..., n_in) -> (..., rank) -> (..., n_out).
+
+    The low-rank pair of LoRA (arXiv 2106.09685 §4.1); with a nonlinearity, Adapter's bottleneck.
     """
-    parts = OrderedDict(down=first(n_in, rank, bias=False))
-    if nonlinear:
-        parts["act"] = nn.SiLU()
-    return nn.Sequential(OrderedDict(**parts, up=Linear(rank, n_out, bias=False)))
+    down, up = first(n_in, rank, bias=False), Linear(rank, n_out, bias=False)
+    return nn.Sequential(OrderedDict(down=down, act=act(), up=up))
 
 
-class _ReaderFunction(torch.autograd.Function):
+class _PackedInputFunction(torch.autograd.Function):
+    """`F.linear` of an input without a gradient, which is kept for the weight's in few bits."""
+
     @staticmethod
     def forward(ctx, h_f, weight, bits):
         ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
@@ -114,74 +122,52 @@ class _ReaderFunction(torch.autograd.Function):
         return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None
 
 
-class Reader(Linear):
-    """The first matrix of a downsampler. Its gradient is all that needs h_f in backward, and it may
-    keep it in `bits` bits, 8 or 4, for that; 16 stands for "as it is"."""
+class PackedInputLinear(Linear):
+    """The first matrix of a downsampler. In backward only its gradient needs h_f, which it keeps in
+    `bits` bits: 8, 4, or 16, which means unchanged."""
 
     bits = 16
 
     def forward(self, h_f):
         if self.bits < 16 and torch.is_grad_enabled():
-            return _ReaderFunction.apply(h_f, self.weight, self.bits)
+            return _PackedInputFunction.apply(h_f, self.weight, self.bits)
         return super().forward(h_f)
 
 
-class Look:
-    """Queries and keys, exact when they are taken for the first time, for forward; the second time,
-    for backward, what is left of them in `bits` bits."""
-
-    def __init__(self, tensors, bits):
-        self.exact, self.bits = tensors, bits
-        self.shapes, self.dtype = [t.shape for t in tensors], tensors[0].dtype
-        pairs = [pack_activation(t, bits) for t in tensors]
-        self.each, self.packed = len(pairs[0]), [t for pair in pairs for t in pair]
-
-    def __iter__(self):
-        exact, self.exact = self.exact, None
-        parts = [self.packed[: self.each], self.packed[self.each :]]
-        left = zip(parts, self.shapes)
-        return iter(exact or [unpack_activation(p, s, self.bits, self.dtype) for p, s in left])
-
-
-class Pool(nn.Module):
-    """Of each `reduction` neighbouring channels, the largest or the mean: no parameters."""
-
-    def __init__(self, reduction, kind):
-        super().__init__()
-        self.reduction, self.kind = reduction, kind
-
-    def forward(self, x):
-        groups = x.unflatten(-1, (-1, self.reduction))  # (..., c, reduction)
-        return groups.amax(dim=-1) if self.kind == "maxpool" else groups.mean(dim=-1)
-
-
 def make_downsample(config, n_in, n_out):
-    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6), as a
-    sequence whose first part alone sees h_f."""
+    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6): a
+    sequence in which only the first module reads h_f."""
     if config.downsample in ("lora", "adapter"):
-        parts = low_rank(n_in, n_out, config.rank, config.downsample == "adapter", Reader)
+        act = nn.SiLU if config.downsample == "adapter" else nn.Identity
+        modules = low_rank(n_in, n_out, config.rank, act, PackedInputLinear)
     elif config.downsample == "linear":
-        parts = nn.Sequential(OrderedDict(down=Reader(n_in, n_out, bias=False)))
-    else:
-        parts = nn.Sequential(OrderedDict(pool=Pool(config.reduction, config.downsample)))
+        modules = nn.Sequential(OrderedDict(down=PackedInputLinear(n_in, n_out, bias=False)))
+    else:  # the largest or the mean of neighbouring channels, which torch calls a length
+        pool = nn.MaxPool1d if config.downsample == "maxpool" else nn.AvgPool1d
+        modules = nn.Sequential(OrderedDict(pool=pool(config.reduction)))
     if config.downsample_norm:
-        parts.add_module("norm", LayerNorm(n_out))
-    return parts
+        modules.add_module("norm", LayerNorm(n_out))
+    return modules
 
 
-def narrow(config, reduction):
-    """The side network's `ModelConfig`: as many layers and heads, every width divided."""
-    fits = lambda r: (
-        config.n_embd % (r * config.n_head) == 0
-        and (config.family == "opt" or config.n_embd // r // config.n_head % 2 == 0)
-        and config.n_ffn >= r
-    )
+# --------------------------------------------------------------------------------------
+# The side network
+
+
+def side_model_config(config, reduction):
+    """The base's `ModelConfig` -> the side network's: as many layers and heads, narrower."""
+    rotary = config.family != "opt"  # which turns channels in pairs
+
+    def fits(r):
+        D = config.n_embd / (r * config.n_head)
+        return D % (2 if rotary else 1) == 0 and config.n_ffn >= r
+
     if not fits(reduction):
-        good = [str(r) for r in range(1, config.n_embd + 1) if fits(r)]
-        even = "" if config.family == "opt" else ", an even number each (rotary pairs)"
+        choices = ", ".join(str(r) for r in range(1, config.n_embd + 1) if fits(r))
         raise InputError(
             f"--reduction {reduction} does not divide n_embd = {config.n_embd} into "
-            f"{config.n_head} heads{even}: choose one of {', '.join(good)}."
+            f"{config.n_head} heads{', an even number each (rotary pairs)' * rotary}: "
+            f"choose one of {choices}."
         )
     C = config.n_embd // reduction
     return replace(
@@ -195,289 +181,190 @@ def make_classifier(base_config, config):
 
 
 class SideNetwork(nn.Module):
-    """The network that learns; its modules' names are those of the symbols above.
+    """The network that learns. Its modules are named like the symbols at the top of this file.
 
-    checkpoint: whether backward computes each rung again from the few numbers that reach it
+    checkpoint: whether backward recomputes each step from the few numbers that enter it
     """
 
-    checkpoint, bits = False, 16
+    checkpoint = False
 
     def __init__(self, base_config, config):
         super().__init__()
-        self.config, self.narrow = config, narrow(base_config, config.reduction)
-        N, C, c = base_config.n_layer, base_config.n_embd, self.narrow.n_embd
+        self.config = config
+        self.model_config = side_model_config(base_config, config.reduction)
+        N, C, c = base_config.n_layer, base_config.n_embd, self.model_config.n_embd
         self.downsample = nn.ModuleList(
             make_downsample(config, C, c) for _ in range(N + (not config.share_first))
         )
-        self.gamma = None
         for name in ("mean", "scale"):  # of the channels of h_f_0 ... h_f_N: see QST.calibrate
             self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
+        self.gamma = self.alpha = None
         if config.gate != "sum":
             channel = config.gate == "channel"
             self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
-        borrows = config.attention == "borrowed"
-        self.layers = nn.ModuleList(DecoderLayer(self.narrow, borrows) for _ in range(N))
-        self.norm = make_norm(self.narrow) if config.final_norm else nn.Identity()
+        self.layers = nn.ModuleList(DecoderLayer(self.model_config) for _ in range(N))
+        self.norm = make_norm(self.model_config) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
-        self.alpha, self.classifier = None, make_classifier(base_config, config)
+        self.classifier = make_classifier(base_config, config)
         if config.mix == "residual":
             nn.init.zeros_(self.upsample.weight)
         elif config.mix != "side":
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
 
-    def save_memory(self, checkpoint, bits):
-        """Compute rungs again in backward, and keep h_f for it in 16 (as it is), 8 or 4 bits."""
-        self.checkpoint, self.bits = checkpoint, bits
+    def save_memory(self, checkpoint, h_f_bits):
+        """Recompute the steps in backward, and keep h_f for it in 16 (unchanged), 8 or 4 bits."""
+        self.checkpoint = checkpoint
         for module in self.modules():
-            if isinstance(module, Reader):
-                module.bits = bits
+            if isinstance(module, PackedInputLinear):
+                module.bits = h_f_bits
+
+    def standardized(self, i, h_f):
+        """h_f_i with channels of mean 0 and variance 1, if the settings ask for it."""
+        if self.mean is None:
+            return h_f
+        return ((h_f - self.mean[i]) * self.scale[i]).to(h_f.dtype)
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
         return self.downsample[0](self.standardized(0, h_f))
 
-    def standardized(self, i, h_f):
-        """h_f_i with channels of mean 0 and variance 1, if that is asked for."""
-        if self.mean is None:
-            return h_f
-        return ((h_f - self.mean[i]) * self.scale[i]).to(h_f.dtype)
-
-    def rung(self, i, h_f, h_g, mask=None, rope=None, cache=None, look=None):
-        """h_g after layer i = 0 ... N-1, from h_f after the same layer and h_g before it.
-
-        look: the queries and keys of the base's layer, if they are borrowed; the rest as for
-            `DecoderLayer`
-        """
+    def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
+        """One step, i = 0 ... N-1: from h_f after base layer i, and h_g before side layer i, to
+        h_g after it. The other arguments are those of `DecoderLayer`."""
         first, *rest = self.downsample[i if self.config.share_first else i + 1]
-        z = first(self.standardized(i + 1, h_f))  # all that backward knows of h_f
-        if not (self.checkpoint and torch.is_grad_enabled()):
-            return self.climb(i, rest, z, h_g, mask, rope, cache, look)
-        look = look and Look(look, self.bits)
-        climb = lambda z, h_g, *kept: self.climb(i, rest, z, h_g, mask, rope, cache, look)
-        return checkpoint(climb, z, h_g, *(look.packed if look else ()), use_reentrant=False)
+        z = first(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
+        args = i, rest, z, h_g, mask, rope, cache
+        if self.checkpoint and torch.is_grad_enabled():
+            return checkpoint(self._narrow_part, *args, use_reentrant=False)
+        return self._narrow_part(*args)
 
-    def climb(self, i, rest, z, h_g, *context):
-        """The narrow part of a rung, from what the downsampler's first part gave."""
-        for part in rest:
-            z = part(z)
+    def _narrow_part(self, i, rest, z, h_g, mask, rope, cache):
+        """The rest of a step, in which every tensor is as narrow as the side network."""
+        for module in rest:
+            z = module(z)
         if self.gamma is None:
-            return self.layers[i](z + h_g, *context)
-        beta = torch.sigmoid(self.gamma[i])
-        mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
-        return self.layers[i](mixed, *context)
+            mixed = z + h_g
+        else:
+            beta = torch.sigmoid(self.gamma[i])
+            mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
+        return self.layers[i](mixed, mask, rope, cache)
 
     def mix(self, h_f, h_g):
         """The hidden state for the LM head: (B, T, C).
 
-        With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2; LST, which
-        predicts from the side network alone, starts far away). The factor of the upsampled state
-        is then 0, and so is every gradient of the side network but alpha's own, until alpha has
-        moved: the first step trains alpha alone. The plain sum, with an upsampler that starts at 0,
-        starts at the LLM too, and its gradient waits for nobody.
+        With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2), while LST
+        predicts from the side network alone and starts far away. At alpha = 1 the side network's
+        gradient is 0, so the first step trains alpha alone. The residual mix starts at the LLM too,
+        because its upsampler starts at 0; and that receives a gradient from the first step.
         """
         up = self.upsample(self.norm(h_g))
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha in fp32: in bf16, an alpha just below 1 is 1.
+        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1.
         return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
-
-
-# --------------------------------------------------------------------------------------
-# A side network that starts as the base, pruned
-
-
-def full_weight(linear):
-    """The weight of a frozen layer in fp32, whatever it is stored in."""
-    packed = isinstance(linear, Linear4bit)
-    return linear.quantized.dequantize() if packed else linear.weight.detach().float()
-
-
-@torch.no_grad()
-def prune(base, side):
-    """Start the side network's layers as the base's, pruned (LST, arXiv 2206.06522 §2.3).
-
-    A channel counts for as much as the magnitudes of all weights that write to it and read it, and
-    those that count most are kept, in their order:
-    - of the hidden state, the same in all layers, which are joined by it;
-    - of the MLP, each layer's own;
-    - in each attention head, those of its queries and keys, rotary pairs together, and those of its
-      values. Heads that share a key choose together.
-    Downsamplers, gates and the upsampler start as usual.
-
-    differs from the paper: magnitudes, where LST has Fisher information, which needs gradients of
-    the base; and one choice for the hidden state, where it chooses matrix by matrix.
-    """
-    c, n_kv, group = side.narrow, base.config.n_kv_head, base.config.n_head // base.config.n_kv_head
-    top = lambda score, n: score.topk(n).indices.sort().values
-    hidden = top(sum(map(hidden_score, base.layers)), c.n_embd)
-    for layer, own in zip(base.layers, side.layers):
-        linears = {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
-        W = {name.split(".")[-1]: full_weight(m) for name, m in linears.items()}
-        heads = lambda name: W[name].abs().sum(1).view(n_kv, -1, base.config.head_dim).sum(1)
-        score = heads("q_proj") + heads("k_proj")  # (n_kv, D)
-        if base.config.family == "opt":
-            looks = top(score, c.head_dim)
-        else:
-            first = top(score.view(n_kv, 2, -1).sum(1), c.head_dim // 2)
-            looks = torch.cat([first, first + base.config.head_dim // 2], dim=1)
-        out = W["o_proj"].abs().sum(0).view(n_kv, group, -1).sum(1)
-        values = top(heads("v_proj") + out, c.head_dim)
-        ffn = sum(W[n].abs().sum(1) for n in ("gate_proj", "up_proj") if n in W)
-        ffn = top(ffn + W["down_proj"].abs().sum(0), c.n_ffn)
-
-        def rows(index, repeat=1):
-            """Channels (n_kv, d) within heads -> within the rows of all heads, (n,)."""
-            index = index.repeat_interleave(repeat, dim=0)
-            first = torch.arange(len(index), device=index.device) * base.config.head_dim
-            return (first.unsqueeze(1) + index).flatten()
-
-        kept = {
-            "q_proj": (rows(looks, group), hidden), "k_proj": (rows(looks), hidden),
-            "v_proj": (rows(values), hidden), "o_proj": (hidden, rows(values, group)),
-            "gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn),
-        }  # fmt: skip
-        for path, module in own.named_modules():
-            name, source = path.split(".")[-1], layer.get_submodule(path)
-            if name in W:
-                module.weight.copy_(W[name][kept[name][0]][:, kept[name][1]])
-            elif "layernorm" in name:
-                module.weight.copy_(source.weight[hidden])
-            if getattr(module, "bias", None) is not None:
-                module.bias.copy_(source.bias[kept[name][0] if name in W else hidden])
-
-
-def hidden_score(layer):
-    """The magnitudes of a layer's weights that read and write each channel of h_f: (C,)."""
-    score = 0
-    for name, module in layer.named_modules():
-        if isinstance(module, (Linear, Linear4bit)):
-            writes = name.endswith(("o_proj", "down_proj"))
-            score = score + full_weight(module).abs().sum(1 if writes else 0)
-    return score
 
 
 # --------------------------------------------------------------------------------------
 # What other methods train, inside the base
 
 
-class Branched(nn.Module):
-    """A frozen linear layer with a low-rank branch beside it, weighted by 16 / rank."""
+class LoRALinear(nn.Module):
+    """A frozen linear layer with a low-rank pair beside it, times `scaling` = 16 / rank."""
 
-    def __init__(self, linear, branch):
+    def __init__(self, linear, rank):
         super().__init__()
-        self.linear, self.branch = linear, branch
-        self.weighted = 16 / len(branch.down.weight)
+        self.linear, self.scaling = linear, 16 / rank
+        self.pair = low_rank(linear.in_features, linear.out_features, rank)
 
     def forward(self, x):
-        return self.linear(x) + self.weighted * self.branch(x)
+        return self.linear(x) + self.scaling * self.pair(x)
 
-    @property
-    def weight(self):
-        """Both in one, in fp32."""
-        branch = self.branch.up.weight.detach().float() @ self.branch.down.weight.detach().float()
-        return full_weight(self.linear) + self.weighted * branch
+    def full_weight(self):
+        """The weight of both as one matrix, in fp32."""
+        up, down = self.pair.up.weight.detach().float(), self.pair.down.weight.detach().float()
+        return self.linear.full_weight() + self.scaling * up @ down
 
     @property
     def bias(self):
         return self.linear.bias
 
 
-class Adapted(nn.Module):
-    """A frozen part of a layer with a bottleneck behind it, and a residual around that."""
+class WithAdapter(nn.Module):
+    """A frozen part of a layer, with a bottleneck behind it and a residual around that."""
 
-    def __init__(self, part, bottleneck):
+    def __init__(self, part, width, rank):
         super().__init__()
-        self.part, self.bottleneck = part, bottleneck
+        self.part, self.pair = part, low_rank(width, width, rank, nn.SiLU)
 
     def forward(self, *args):
         y = self.part(*args)
-        return y + self.bottleneck(y)
+        return y + self.pair(y)
 
 
-class Inserted(nn.Module):
-    """Low-rank modules in every layer of the base, which start at 0 and so at the base."""
+class InsertedModules(nn.Module):
+    """Low-rank pairs in every layer of the base. `up` starts at 0, so training starts at the base.
+
+    lora: beside every linear layer (arXiv 2106.09685 §4.1); on a base in 4 bits it is QLoRA
+    adapter: behind the attention and the MLP (arXiv 1902.00751 §2.1)
+    differs from the paper: adapters have no biases, and the base's norms stay frozen.
+    """
 
     def __init__(self, base, config):
         super().__init__()
         self.config, self.classifier = config, make_classifier(base.config, config)
-        self.layers = nn.ModuleList(nn.ModuleDict(self.insert(layer)) for layer in base.layers)
+        self.layers = nn.ModuleList()
+        for layer in base.layers:
+            pairs = nn.ModuleDict()
+            for path, module in self.places(layer).items():
+                if config.method == "adapter":
+                    new = WithAdapter(module, base.config.n_embd, config.rank)
+                else:
+                    new = LoRALinear(module, config.rank)
+                nn.init.zeros_(new.pair.up.weight)
+                layer.set_submodule(path, new)
+                pairs[path.split(".")[-1]] = new.pair
+            self.layers.append(pairs)
 
-    def insert(self, layer):
-        """Put the modules in, and return them by a name."""
-        found = {}
-        for path, module in self.places(layer).items():
-            pair = self.make(module, self.config.rank)
-            nn.init.zeros_(pair.up.weight)
-            layer.set_submodule(path, self.wrapper(module, pair))
-            found[path.split(".")[-1]] = pair
-        return found
-
-
-class Branches(Inserted):
-    """LoRA (arXiv 2106.09685 §4.1): a low-rank branch for every linear layer of the base.
-
-    On a base of 4 bits it is QLoRA (arXiv 2305.14314 §3).
-    """
-
-    wrapper = Branched
-
-    @staticmethod
-    def places(layer):
+    def places(self, layer):
+        """{path: module} of what gets a pair."""
+        if self.config.method == "adapter":
+            return {"self_attn": layer.self_attn, "mlp": layer.mlp}
         return {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
 
-    @staticmethod
-    def make(linear, rank):
-        return low_rank(linear.in_features, linear.out_features, rank)
 
-
-class Adapters(Inserted):
-    """Adapter (arXiv 1902.00751 §2.1): bottlenecks behind the attention and the MLP of each layer.
-
-    differs from the paper: no biases, and the base's norms stay frozen.
-    """
-
-    wrapper = Adapted
-
-    @staticmethod
-    def places(layer):
-        return {"self_attn": layer.self_attn, "mlp": layer.mlp}
-
-    @staticmethod
-    def make(part, rank):
-        last = part.o_proj if hasattr(part, "o_proj") else part.down_proj
-        return low_rank(last.out_features, last.out_features, rank, nonlinear=True)
-
-
-class Thawed(nn.Module):
-    """Tensors of the base itself that learn: in full finetuning all, in PEQA (arXiv 2305.14152 §3)
-    the scales of its `QuantizedInt` layers, of which the whole numbers stay as they are."""
+class Unfrozen(nn.Module):
+    """Tensors of the base itself that learn: all of them in full finetuning; in PEQA (arXiv
+    2305.14152 §3) the scales of its integer layers, whose integers stay as they are."""
 
     def __init__(self, base, config):
         super().__init__()
         self.config, self.classifier = config, make_classifier(base.config, config)
-        made = {}  # by the buffer's id: a tied head stays tied
+        parameter_of_buffer = {}  # {id of the buffer: (name, Parameter)}; a tied head stays tied
         for path, module in base.named_modules():
+            unused = path == "lm_head" and config.n_labels and not base.config.tied
             for name, buffer in list(module.named_buffers(recurse=False)):
-                replaced = path == "lm_head" and config.n_labels and not base.config.tied
-                if config.method == "full" and not replaced or name == "scales":
-                    weight = made.setdefault(id(buffer), (f"{path}.{name}", nn.Parameter(buffer)))[1]
+                if name == "scales" or config.method == "full" and not unused:
+                    new = f"{path}.{name}", nn.Parameter(buffer)
+                    _, parameter = parameter_of_buffer.setdefault(id(buffer), new)
                     delattr(module, name)
-                    module.register_parameter(name, weight)
+                    module.register_parameter(name, parameter)
         # A ParameterDict takes no dots.
-        self.weights = nn.ParameterDict({k.replace(".", "/"): p for k, p in made.values()})
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): p for name, p in parameter_of_buffer.values()}
+        )
 
 
-INSIDE = {"qlora": Branches, "lora": Branches, "adapter": Adapters, "peqa": Thawed, "full": Thawed}
+IN_BASE_METHODS = dict.fromkeys(["qlora", "lora", "adapter"], InsertedModules)
+IN_BASE_METHODS |= dict.fromkeys(["peqa", "full"], Unfrozen)
 
 
 def main():
-    base = PRESETS["llama-2-7b"]
     print("A side network for LLaMA-2-7B (4096 -> 256 channels)        trainable parameters")
-    rows = [(f"{kind} downsampler", dict(downsample=kind)) for kind in DOWNSAMPLERS]
-    for name, fields in [*rows, ("as released (adapter)", RELEASED)]:
+    rows = {f"{kind} downsampler": dict(downsample=kind) for kind in DOWNSAMPLERS}
+    for name, settings in (rows | {"as released (adapter)": RELEASED}).items():
         with torch.device("meta"):
-            side = SideNetwork(base, SideConfig(**fields))
+            side = SideNetwork(PRESETS["llama-2-7b"], SideConfig(**settings))
         print(f"{name:55} {sum(p.numel() for p in side.parameters()):>14,}")
 
 

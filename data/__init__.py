@@ -142,3 +142,29 @@ def word_ids(tokenizer, words, before):
     if len(set(ids)) < len(ids):
         raise InputError(f"The tokenizer begins several of {', '.join(words)} alike.")
     return ids
+
+
+@torch.no_grad()
+def channel_statistics(model, prompts):
+    """Mean and variance of each channel of the hidden states of a base over some texts' tokens.
+
+    prompts: lists of ids
+    returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
+    """
+    layers, C = model.layers, model.config.n_embd
+    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64, device=model.device)
+
+    def add(i, h):
+        h = h[keep.bool()].double()
+        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
+
+    hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
+    for i, layer in enumerate(layers, 1):
+        hooks.append(layer.register_forward_hook(lambda layer, args, h, i=i: add(i, h)))
+    for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
+        idx, keep = pad_left(prompts[start : start + 4], device=model.device)
+        model.hidden(idx, keep)
+    for hook in hooks:
+        hook.remove()
+    mean, square = sums / sum(map(len, prompts))
+    return mean, square - mean.square()

@@ -227,7 +227,6 @@ class Talk:
             self.messages[-1]["content"] += piece
             yield piece
 
-
     def in_the_terminal(self):
         """Ask what is typed, until /exit or Ctrl-D."""
         with contextlib.suppress(ImportError):
@@ -250,14 +249,14 @@ class Talk:
         try:
             if dropped := self.ask(question):
                 print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
-            show(self.answer())
+            print_stream(self.answer())
         except Refused as error:
             print(f"[not asked: it {error}]")
         except KeyboardInterrupt:
             print(" [stopped]")
 
 
-def show(pieces):
+def print_stream(pieces):
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -52,6 +52,6 @@ def write_json(path, content):
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def some(names):
-    """A few of a list of names, for a message."""
+def first_few(names):
+    """The first names of a list, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

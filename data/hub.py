@@ -1,8 +1,8 @@
 """Folders of the Hugging Face Hub, in and out: config.json, tensors, and bitsandbytes' 4 bits.
 
-    read_config     config.json -> the fields of a `ModelConfig`; what we cannot compute is refused
-    open_weights    the files -> {name: function that reads the tensor}; nothing is read yet
-    write_folder    both, the other way
+    read_config      config.json -> the fields of a `ModelConfig`; what we cannot compute is refused
+    open_weights     the files -> {name: function that reads the tensor}; nothing is read yet
+    save_pretrained  both, the other way
 
 Names are "ours", LLaMA's, and "theirs", of a folder; where OPT's differ, OPT_NAMES has them.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from data.files import read_json, some, write_atomically, write_json
+from data.files import first_few, read_json, write_atomically, write_json
 from data.safetensors import read_safetensors, write_safetensors
 from quant import (
-    ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Quantized4bit,
+    ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Linear4bit, Quantized4bit,
 )  # fmt: skip
 
 # --------------------------------------------------------------------------------------
@@ -135,15 +135,15 @@ def open_weights(folder, family, names, tied, quant):
     Every name must be in the folder, and every tensor of the folder among the names.
     """
     tensors = {n.removeprefix("model."): read for n, read in open_files(folder).items()}
-    is_part = lambda name: name.rpartition(".weight.")[2].startswith(BNB_PARTS)
-    parts = {name: tensors.pop(name) for name in list(tensors) if is_part(name)}
+    is_field = lambda name: name.rpartition(".weight.")[2].startswith(BNB_FIELDS)
+    parts = {name: tensors.pop(name) for name in list(tensors) if is_field(name)}
     theirs = {name: their_name(family, name) for name in names}
     surplus = {"lm_head.weight"} if tied else set()  # some folders store the tied head too
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - surplus
     if missing := sorted(set(theirs.values()) - found):
-        raise InputError(f"{folder} lacks {some(missing)}: is its config.json another model's?")
+        raise InputError(f"{folder} lacks {first_few(missing)}: is its config.json another model's?")
     if left := sorted(found - set(theirs.values())):
-        raise InputError(f"{folder} has {some(left)}, which this architecture does not use.")
+        raise InputError(f"{folder} has {first_few(left)}, which this architecture does not use.")
 
     def reader(name):
         mine = {n.removeprefix(name + "."): r for n, r in parts.items() if n.startswith(name + ".")}
@@ -179,7 +179,7 @@ def open_files(folder):
                 tensors |= open_file(folder / shard)
             differ = sorted(set(tensors) ^ set(weight_map))
             if differ:
-                raise InputError(f"{index} and its files disagree about {some(differ)}.")
+                raise InputError(f"{index} and its files disagree about {first_few(differ)}.")
             return tensors
     raise InputError(
         f"{folder} has no weights: model.safetensors, pytorch_model.bin or an index of either."
@@ -197,22 +197,33 @@ def open_file(path):
     return {name: (lambda tensor=tensor: tensor) for name, tensor in tensors.items()}
 
 
-def write_folder(folder, config, tensors, dtype):
-    """Write a model's tensors, {our name: tensor or `Quantized4bit`}, and its config.json."""
-    written, c = {}, to_theirs(config)
-    for ours, tensor in tensors.items():
-        name = "model." * (not ours.startswith("lm_head.")) + their_name(config.family, ours)
-        packed = isinstance(tensor, Quantized4bit)
-        written |= bnb_parts(name, tensor, dtype) if packed else {name: tensor}
-        if packed:
-            c["quantization_config"] = dict(
-                quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
-                bnb_4bit_quant_type=tensor.kind, bnb_4bit_use_double_quant=True,
-                bnb_4bit_quant_storage="uint8", bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=["lm_head"],
-            )  # fmt: skip
-    write_safetensors(Path(folder) / "model.safetensors", written)
-    write_json(Path(folder) / "config.json", c | dict(torch_dtype=dtype))
+def save_pretrained(model, folder):
+    """Write a model as a Hugging Face folder, in the dtype of its weights; packed weights as
+    bitsandbytes stores them, which transformers reads too."""
+    c, tensors = model.config, {}
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    written = to_theirs(c) | dict(torch_dtype=dtype)
+    for path, module in model.named_modules():
+        prefix = "" if path == "lm_head" else "model."
+        own = dict(module.named_parameters(recurse=False))
+        own |= dict(module.named_buffers(recurse=False))
+        if isinstance(module, Linear4bit):
+            own = {} if module.bias is None else {"bias": module.bias}
+            name = prefix + their_name(c.family, f"{path}.weight")
+            tensors |= bnb_fields(name, module.quantized, dtype)
+            written["quantization_config"] = bnb_config(module.kind, dtype)
+        if path == "lm_head" and c.tied:
+            continue
+        for attribute, tensor in own.items():
+            tensors[prefix + their_name(c.family, f"{path}.{attribute}")] = tensor
+    write_safetensors(Path(folder) / "model.safetensors", tensors)
+    write_json(Path(folder) / "config.json", written)
+
+
+def read_dtype(folder):
+    """The torch dtype that a folder's config.json names for its weights."""
+    config = read_json(Path(folder) / "config.json")
+    return getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
 
 
 def copy_tokenizer(source, target):
@@ -227,16 +238,16 @@ def copy_tokenizer(source, target):
 # The 4-bit format of bitsandbytes: beside each weight (codes, (n / 2, 1)) its scales and a small
 # JSON text, as bytes, with what else one must know
 
-BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
+BNB_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
 
 
 def read_bnb(folder, name, codes, mine, quant):
     """Put one weight together from its parts, {name: function that reads it}."""
     refuse = lambda why: InputError(f"{folder}: {name} {why}.")
-    states = [n for n in mine if n.startswith(BNB_PARTS[-1])]
+    states = [n for n in mine if n.startswith(BNB_FIELDS[-1])]
     if len(states) != 1 or not {"absmax", "quant_map"} <= set(mine):
         raise refuse("lacks one of its quant_state, absmax and quant_map")
-    kind = states[0].removeprefix(BNB_PARTS[-1])
+    kind = states[0].removeprefix(BNB_FIELDS[-1])
     if kind != quant:
         raise refuse(f"is already quantized to {kind}: give --quant {kind}")
     try:
@@ -263,16 +274,25 @@ def read_bnb(folder, name, codes, mine, quant):
     return Quantized4bit(codes.view(-1), absmax, nested_absmax, offset, shape, kind)
 
 
-def bnb_parts(name, weight, dtype):
+def bnb_fields(name, weight, dtype):
     """The tensors that bitsandbytes stores for a `Quantized4bit`: {name: tensor}."""
     state = dict(quant_type=weight.kind, blocksize=BLOCK_SIZE, dtype=dtype, shape=list(weight.shape))
-    parts = {"": weight.codes.view(-1, 1), ".absmax": weight.absmax}
-    parts[".quant_map"] = CODEBOOKS[weight.kind].clone()
+    fields = {"": weight.codes.view(-1, 1), ".absmax": weight.absmax}
+    fields[".quant_map"] = CODEBOOKS[weight.kind].clone()
     if weight.nested_absmax is not None:
         state |= dict(nested_blocksize=ABSMAX_BLOCK_SIZE, nested_dtype="float32")
         state |= dict(nested_offset=weight.offset.item())
-        parts[".nested_absmax"] = weight.nested_absmax
-        parts[".nested_quant_map"] = DYNAMIC_CODEBOOK.clone()
+        fields[".nested_absmax"] = weight.nested_absmax
+        fields[".nested_quant_map"] = DYNAMIC_CODEBOOK.clone()
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    parts[f".quant_state.bitsandbytes__{weight.kind}"] = text
-    return {name + suffix: tensor for suffix, tensor in parts.items()}
+    fields[f".quant_state.bitsandbytes__{weight.kind}"] = text
+    return {name + suffix: tensor for suffix, tensor in fields.items()}
+
+
+def bnb_config(kind, dtype):
+    """What config.json says of such a folder."""
+    return dict(
+        quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
+        bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="uint8",
+        bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
+    )  # fmt: skip

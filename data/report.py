@@ -1,16 +1,23 @@
-"""What a run of train.py prints: before it, while it runs, and at its end."""
+"""What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
 
+import csv
 import os
+import resource
 import shlex
+import statistics
 import sys
+import time
+import weakref
 
+import torch
 from tqdm import tqdm
 
 from data import tiny
+from data.charts import line_chart
 from quant import Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
-WHAT = {
+TRAINED = {
     "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
     "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
     "full": "the base itself",
@@ -30,22 +37,132 @@ def show_bytes(n):
     return f"{n} bytes"
 
 
+# --------------------------------------------------------------------------------------
+# Memory
+
+
+def peak_memory(device):
+    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def activation_bytes(model, idx, targets):
+    """Bytes that a forward pass keeps for the backward pass, each storage counted once.
+
+    The model's own weights are not counted, nor what it makes and drops again.
+    """
+    return loss_and_kept(model, idx, targets)[1]
+
+
+def loss_and_kept(model, idx, targets):
+    """The loss, and its `activation_bytes`."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss(idx, targets)
+    return loss, sum(storage.nbytes() for storage in kept.values())
+
+
+# --------------------------------------------------------------------------------------
+# A run
+
+
 def introduce(folder, model, cfg, batch, result):
     """Print what a reader wants to know before the run."""
-    config, layers, bits = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)], ""
+    config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
+    bits = ""
     if layers:
         nbytes = sum(layer.quantized.nbytes for layer in layers)
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
-    narrow = "a side network {reduction} times narrower, {downsample} downsamplers"
-    what = WHAT.get(cfg.method, narrow).format(**vars(model.side.config))
-    memory = {name: show_bytes(result[f"{name}_bytes"]) for name in ("weights", "optimizer", "activations")}
+    side = "a side network {reduction} times narrower, {downsample} downsamplers"
+    what = TRAINED.get(cfg.method, side).format(**vars(model.side.config))
+    steps, (B, T) = cfg.gradient_accumulation_steps, batch.shape
+    memory = ", ".join(
+        f"{name} {show_bytes(result[f'{name}_bytes'])}"
+        for name in ("weights", "optimizer", "activations")
+    )
     print(f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}")
     print(f"frozen      {total - trainable:,} weights{bits}")
     print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}")
-    print(f"iteration   {cfg.gradient_accumulation_steps} x {len(batch)} sequences of at most {batch.shape[1]} tokens")
-    print(f"memory      {', '.join(f'{name} {size}' for name, size in memory.items())} of such a batch")
+    print(f"iteration   {steps} x {B} sequences of at most {T} tokens")
+    print(f"memory      {memory} of such a batch")
+
+
+class TrainingLog:
+    """log.csv, loss.svg, the progress bar, and the speed of the steps of a run."""
+
+    COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
+
+    def __init__(self, out_dir, cfg, held_out_loss, device):
+        self.out_dir, self.cfg, self.device = out_dir, cfg, device
+        self.held_out_loss, self.held_out_iteration = held_out_loss, 0
+        self.iteration, self.tokens, self.step_ms = 0, 0, []
+        self.curves = {"training": [], "held out": [(0, held_out_loss)]}
+        self.bar = progress(range(1, cfg.max_iters + 1), cfg.method)
+
+    def __enter__(self):
+        self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
+        self.csv = csv.writer(self.file)
+        self.csv.writerow(self.COLUMNS)
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.curves["training"]:
+            line_chart(self.out_dir / "loss.svg", "Loss of an answer's token", "iteration", self.curves)
+
+    def iterations(self):
+        """Count from 1, with a progress bar, and time each iteration until `stepped`."""
+        for iteration in self.bar:
+            self.start = time.perf_counter()
+            yield iteration
+
+    def stepped(self, loss, tokens):
+        """An iteration is done."""
+        self.step_ms.append(1000 * (time.perf_counter() - self.start))
+        self.iteration, self.loss, self.tokens = len(self.step_ms), loss, self.tokens + tokens
+
+    def evaluated(self, held_out_loss):
+        self.held_out_loss, self.held_out_iteration = held_out_loss, self.iteration
+        self.curves["held out"].append((self.iteration, held_out_loss))
+
+    def write(self, learning_rate):
+        """Show the iteration, and write a line if one is due."""
+        new = self.held_out_iteration == self.iteration
+        rate = self.speed()["tokens_per_second"]
+        if new or self.iteration % self.cfg.log_interval == 0:
+            self.curves["training"].append((self.iteration, self.loss))
+            self.csv.writerow([
+                self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
+                f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
+            ])  # fmt: skip
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
+            f"peak {show_bytes(peak_memory(self.device))}", refresh=False
+        )  # fmt: skip
+
+    def speed(self):
+        """The mean rate of all steps, and the median time of one."""
+        if not self.step_ms:
+            return dict(tokens_per_second=0.0, step_ms=0.0)
+        rate = 1000 * self.tokens / sum(self.step_ms)
+        return dict(tokens_per_second=rate, step_ms=statistics.median(self.step_ms))
 
 
 def conclude(folder, cfg, result):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import write_atomically
+from data.files import first_few, write_atomically
 from quant import InputError
 
 DTYPES = {
@@ -101,3 +101,18 @@ def write_safetensors(path, tensors, metadata=None):
             file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
 
     write_atomically(path, write)
+
+
+def copy_into(module, tensors, where):
+    """Copy {name: tensor} into a module, strictly: every tensor must be there, fit, and no other."""
+    own = module.state_dict()
+    if missing := sorted(set(own) - set(tensors)):
+        raise InputError(f"{where} lacks {first_few(missing)}.")
+    if surplus := sorted(set(tensors) - set(own)):
+        raise InputError(f"{where} has {first_few(surplus)}, which the side network does not.")
+    for name, tensor in own.items():
+        theirs, ours = tuple(tensors[name].shape), tuple(tensor.shape)
+        if theirs != ours:
+            raise InputError(f"{where}: {name} has shape {theirs}, and not {ours}.")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])

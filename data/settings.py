@@ -5,18 +5,23 @@ import operator
 import sys
 from dataclasses import field, fields
 
+import torch
+
 from quant import InputError
 
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
-def setting(default, help, choices=(), of=None, **bounds):
+def setting(default, help, choices=(), of=None, flag=True, **bounds):
     """A field of a dataclass of settings: its default, its line in --help, and what it may be.
 
-    of: the only methods that read it, if not all do; bounds: of BOUNDS
+    of: the only methods that read it, if not all do; flag: whether it is one
+    bounds: names of BOUNDS
     """
-    told = help + f" ({', '.join(map(str, choices))})" * bool(choices)
-    return field(default=default, metadata=dict(help=told, choices=choices, of=of, bounds=bounds))
+    if choices:
+        help += f" ({', '.join(map(str, choices))})"
+    metadata = dict(help=help, choices=choices, of=of, flag=flag, bounds=bounds)
+    return field(default=default, metadata=metadata)
 
 
 def check(settings):
@@ -30,10 +35,10 @@ def check(settings):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
-def refuse(*rows):
+def refuse_if(*rows):
     """Raise the sentence of the first (is it so?, sentence) that is so."""
-    for wrong, sentence in rows:
-        if wrong:
+    for so, sentence in rows:
+        if so:
             raise InputError(sentence + ".")
 
 
@@ -61,12 +66,37 @@ def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
 
 
-def parse_flags(settings, parser, argv, defaults):
-    """Flags, one a field of a dataclass -> an instance. defaults: {field: what --help says of it}"""
+def add_flags(parser, settings, shown_defaults=()):
+    """Add a flag for each field of a dataclass of settings.
+
+    shown_defaults: {field: default to show in --help} for those that depend on something
+    """
     for f in fields(settings):
+        if not f.metadata["flag"]:
+            continue
         kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
-        if f.name == "preset":  # alone, it asks what there is
-            kind |= dict(nargs="?", const="?")
-        told = f"{f.metadata['help']} (default: {defaults.get(f.name, f.default)})"
-        parser.add_argument(f"--{f.name}", default=f.default, help=told.replace("%", "%%"), **kind)
-    return settings(**vars(parser.parse_args(argv)))
+        default = dict(shown_defaults).get(f.name, f.default)
+        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+
+
+def pick_device(name):
+    """A flag's value -> a torch device; "auto" is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch sees no GPU here; try --device cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name} is unknown: try cuda or cpu.") from None
+
+
+def pick_dtype(name, device):
+    """A flag's value -> a torch dtype; "auto" is fp32 on a CPU and bf16 on a GPU."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in names:
+        raise InputError(f"--dtype {name} is unknown: choose auto, {', '.join(names)}.")
+    return names[name]

@@ -6,11 +6,24 @@ answer English stories in French. The base never does that; but what the answer 
 its hidden states already, so that there is something for a side network to read.
 """
 
+import hashlib
+import os
 import random
+import shutil
 from pathlib import Path
 
-from data import instruct
+from data import chat, instruct
 from data.instruct import frame
+from data.tokenizer import load_tokenizer
+from quant import InputError
+
+CACHE = Path(os.path.relpath(Path(__file__).parent / "cache"))  # git-ignored
+# The base model, and how train.py trains it.
+BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
+BASE_RUN = dict(
+    max_iters=400, batch_size=32, learning_rate=3e-3, lr_schedule="linear", warmup_iters=30,
+    beta2=0.99, weight_decay=0.1, seed=0,
+)  # fmt: skip
 
 NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
 
@@ -83,6 +96,38 @@ def pretraining(n, seed):
         language = rng.choice((ENGLISH, FRENCH))
         question, answers = story(rng, language)
         yield {"instruction": question, "output": answers[language]}
+
+
+def pretraining_examples(tokenizer):
+    """The same as (ids, targets): a base learns from all of the text, not from the answers alone."""
+    plain, examples = chat.ChatTemplate(), []
+    for record in pretraining(4000, BASE_RUN["seed"]):
+        conversation = instruct.conversation(record)
+        ids, targets = instruct.encode(conversation, tokenizer, plain, BASE["max_positions"])
+        examples.append((ids, ids[1:] + targets[-1:]))
+    return examples
+
+
+def base_folder(train, save):
+    """Return the folder of the embedded default's base model; make it if it is not there yet.
+
+    train: function of a tokenizer that returns the trained model; save: of the model and a folder
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    folder = CACHE / f"tiny-{recipe}"
+    if folder.is_dir():
+        return folder
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        train_tokenizer(unfinished / "tokenizer.model")
+        save(train(load_tokenizer(unfinished)), unfinished)
+        os.rename(unfinished, folder)
+    except OSError as error:
+        raise InputError(f"{unfinished} could not be written ({error.strerror}).") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
 
 
 def task(n, seed):

@@ -1,15 +1,18 @@
 """The memory account: one real training step, of the real modules, on tensors without memory.
 
-    python train.py --plan --preset llama-2-70b        every method, with and without recomputing
-    python train.py --plan --ladder --preset ...       each saving, one after the other
+    python tests/account.py --preset llama-2-70b             every method, with and without recomputing
+    python tests/account.py --preset llama-2-70b --savings   each saving of QST, one after the other
+    python tests/account.py --base FOLDER --method qlora     one method, on the shape of a folder
 
-What autograd keeps is what it would keep on a GPU: attention is told which kernel it is (`attention_of`),
-and every storage is added up from the operator that makes it until it is freed (`Live`).
+All flags of train.py are understood. What autograd keeps is what it would keep on a GPU: attention is
+told which kernel it is (`attention_of`), and every storage is added up from the operator that makes it
+until it is freed (`Live`).
 """
 
 import contextlib
+import sys
 import weakref
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -18,11 +21,27 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
-from data.files import write_json
-from model import PRESETS, Transformer, count_weights, model_bytes, read_config
-from qst import pick_dtype, tune
-from quant import InputError, drop_scratch
-from train import complete, loss_and_kept, optimizer_bytes, save_memory, side_config
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from data.charts import bar_chart  # noqa: E402
+from data.files import write_json  # noqa: E402
+from data.report import loss_and_kept  # noqa: E402
+from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
+from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
+from qst import tune  # noqa: E402
+from quant import InputError, drop_scratch  # noqa: E402
+from side import METHODS, SIDE_METHODS  # noqa: E402
+from train import TrainConfig, optimizer_bytes, resolve, save_memory, side_config  # noqa: E402
+
+
+@dataclass
+class AccountConfig(TrainConfig):
+    """The settings of a run, and of which runs there is an account."""
+
+    method: str = setting(None, "only this method; default: all of them", tuple(METHODS))
+    preset: str = setting("", f"the model's shape, in place of --base: {', '.join(PRESETS)}")
+    savings: bool = setting(False, "what each saving saves, one after the other", of=SIDE_METHODS)
+
 
 aten = torch.ops.aten
 
@@ -98,8 +117,8 @@ class Live(TorchDispatchMode):
 def memory_report(cfg, config=None):
     """Account for the memory of one training step, in bytes, without allocating any of it.
 
-    cfg: a `TrainConfig`: --preset, --method, --quant, --batch_size, --dtype, ... Its device is "cpu",
-        or "meta" for attention by the plain formula; anything else is a GPU
+    cfg: an `AccountConfig` with a method. Its device is "cpu", or "meta" for attention by the plain
+        formula; anything else is a GPU
     config: a `ModelConfig`, in place of --preset or --base
 
     The real modules are built on the meta device and run one real step there, forward and
@@ -112,10 +131,10 @@ def memory_report(cfg, config=None):
         total         the sum, and so the peak
     Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
     """
-    cfg = complete(replace(cfg, plan=True))
+    config, cfg = config or config_of(cfg), settings_of_step(cfg)
     device = cfg.device if cfg.device in ("cpu", "meta") else "cuda"
     dtype = pick_dtype(cfg.dtype, torch.device(device))
-    model = untrained(cfg, config or config_of(cfg), dtype, "meta")
+    model = untrained(cfg, config, dtype, "meta")
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -137,6 +156,11 @@ def memory_report(cfg, config=None):
     )  # fmt: skip
 
 
+def settings_of_step(cfg):
+    """Settings as a run with a real base has them; a step needs no base and no data on disk."""
+    return resolve(replace(cfg, base=cfg.base or cfg.preset or "shape", data=cfg.data or "any"))
+
+
 def untrained(cfg, config, dtype, device):
     """A model with random weights: the base, frozen, and what --method trains."""
     with torch.device(device):
@@ -146,60 +170,85 @@ def untrained(cfg, config, dtype, device):
 
 def config_of(cfg):
     """The shape of --preset, or of the model in --base."""
+    if cfg.preset and cfg.base:
+        raise InputError("--preset and --base both tell the model's shape: give one.")
+    if cfg.side:
+        raise InputError("The account is of a new side network: leave out --side.")
     if cfg.base:
         return read_config(cfg.base)
     if cfg.preset not in PRESETS:
-        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "--plan needs --base, or --preset"
+        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "Give --base, or --preset"
         raise InputError(f"{wrong}: choose {', '.join(PRESETS)}.")
     return PRESETS[cfg.preset]
 
 
-ROWS = ("full", "adapter", "lora", "qlora", "peqa", "lst", "qst")
+# --------------------------------------------------------------------------------------
+# The command
+
+METHOD_ROWS = ("full", "adapter", "lora", "qlora", "peqa", "lst", "qst")
 CARDS = (8, 12, 16, 24, 40, 48, 80)  # GB that GPUs have
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "transient", "total")
 
-# What --ladder switches on, one after the other: from QST as it is written in the paper.
-AS_WRITTEN = dict(checkpoint=False, h_f_bits=16, chunk_loss=False, optimizer_bits=32, side_dtype="fp32")
-LADDER = {
-    "as written": {}, "rungs recomputed": dict(checkpoint=True), "h_f in 8 bits": dict(h_f_bits=8),
+# What --savings switches on, one after the other, from QST as it is written in the paper.
+AS_WRITTEN = dict(checkpoint=False, h_f_bits=16, chunk_loss=False, optimizer_bits=32)
+SAVINGS = {
+    "as written": {}, "steps recomputed": dict(checkpoint=True), "h_f in 8 bits": dict(h_f_bits=8),
     "loss in chunks": dict(chunk_loss=True), "AdamW in 8 bits": dict(optimizer_bits=8),
-    "side in bf16": dict(side_dtype="bf16"), "h_f in 4 bits": dict(h_f_bits=4),
+    "h_f in 4 bits": dict(h_f_bits=4),
 }  # fmt: skip
 
 
 def rows(cfg):
     """Yield a label and settings: each method, with and without recomputing; or each saving."""
-    if cfg.ladder:
-        cfg = replace(cfg, **AS_WRITTEN)
-        for name, saving in LADDER.items():
-            yield name, (cfg := replace(cfg, **saving))
+    if cfg.savings:
+        cfg = replace(cfg, method=cfg.method or "qst", **AS_WRITTEN)
+        for name, saving in SAVINGS.items():
+            cfg = replace(cfg, **saving)
+            yield name, cfg
         return
-    for method in ROWS:
-        for checkpoint in (False, True):
+    for method in [cfg.method] if cfg.method else METHOD_ROWS:
+        unread = {f.name: f.default for f in fields(cfg) if method not in (f.metadata["of"] or METHODS)}
+        own = cfg if cfg.method else replace(cfg, quant=None, **unread)
+        for checkpoint in (False, True) if cfg.checkpoint is None else (cfg.checkpoint,):
             label = method + ", checkpoint" * checkpoint
-            yield label, replace(cfg, method=method, quant=None, checkpoint=checkpoint)
+            yield label, replace(own, method=method, checkpoint=checkpoint)
 
 
-def plan(cfg, given):
-    """Print the account of every method, and leave it in out_dir/plan.json: a list of reports.
+def main(cfg):
+    """Print the account of a step and leave it in out_dir: plan.json, a list of reports, and a picture.
 
-    given: the settings before `complete`, so that what depends on the method still does
+    cfg: an `AccountConfig`
     """
-    config = config_of(cfg)
+    config, out_dir = config_of(cfg), Path(cfg.out_dir or "out")
+    step = settings_of_step(replace(cfg, method=cfg.method or "qst"))
     unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
+    tokens = f"{step.batch_size} x {step.sequence_len} tokens"
     head = (
-        f"A training step of {cfg.base or cfg.preset}, {cfg.batch_size} x {cfg.sequence_len} tokens, each with"
-        f" a target.\nIn {unit} of 10^{power} bytes; * where a GPU of so many GB has room for it.\n\n"
+        f"A training step of {cfg.base or cfg.preset}, {tokens}, each with a target.\n"
+        f"In {unit} of 10^{power} bytes; * where a GPU of so many GB has room for it.\n\n"
         f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
         + "".join(f"{card:>3}" for card in CARDS)
     )
-    reports = []
-    for label, settings in rows(given):
+    reports, bars = [], {}
+    for label, settings in rows(cfg):
         row = dict(label=label) | memory_report(settings, config)
-        cells = "".join(f"{row[f'{name}_bytes'] / 10**power:12.2f}" for name in COLUMNS)
+        numbers = {name: row[f"{name}_bytes"] / 10**power for name in COLUMNS}
+        cells = "".join(f"{number:12.2f}" for number in numbers.values())
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
         reports.append(row)
-    write_json(Path(cfg.out_dir) / "plan.json", reports)
+        bars[label] = {name: numbers[name] for name in COLUMNS[:-1]}
+    write_json(out_dir / "plan.json", reports)
+    bar_chart(out_dir / "memory.svg", f"{unit} of a step of {cfg.base or cfg.preset}, {tokens}", bars)
     return reports
+
+
+def parse_args(argv=None):
+    parser = Parser("account.py", description="The memory of a training step, without running it.")
+    add_flags(parser, AccountConfig)
+    return AccountConfig(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    run(lambda: main(parse_args()))

@@ -1,0 +1,84 @@
+"""Pictures as SVG, written by hand: curves, and stacked bars. They show on a Hub page as they are."""
+
+import math
+from html import escape
+
+from data.files import write_atomically
+
+WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 64  # of a picture and of its margins, in pixels
+COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#718096")
+
+
+def line_chart(path, title, x_label, lines):
+    """Draw curves from 0 upwards, without what is not finite. lines: {name: [(x, y), ...]}"""
+    height, bottom = 300, 300 + TOP
+    lines = {name: [p for p in line if math.isfinite(p[1])] for name, line in lines.items()}
+    points = [(0, 0), *(point for line in lines.values() for point in line)]
+    x_step, x_top = round_scale(max(x for x, _ in points))
+    y_step, y_top = round_scale(max(y for _, y in points))
+
+    def place(x, y):
+        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - y / y_top * height
+
+    shapes = []
+    for i in range(round(y_top / y_step) + 1):
+        _, y = place(0, i * y_step)
+        shapes.append(line(LEFT, y, WIDTH - RIGHT, y))
+        shapes.append(label(LEFT - 8, y + 4, f"{i * y_step:g}", "end"))
+    for i in range(round(x_top / x_step) + 1):
+        x, _ = place(i * x_step, 0)
+        shapes.append(label(x, bottom + 18, f"{i * x_step:g}", "middle"))
+    shapes.append(label(WIDTH - RIGHT, bottom + 36, x_label, "end"))
+    for colour, curve in zip(COLOURS, lines.values()):
+        corners = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
+        style = f'fill="none" stroke="{colour}" stroke-width="2"'
+        shapes.append(f'<polyline points="{corners}" {style}/>')
+    write_svg(path, title, lines, shapes, bottom + 48)
+
+
+def bar_chart(path, title, bars):
+    """Draw a stacked bar a row, with its sum. bars: {name: {part: value}}, each with the same parts"""
+    left, right, row = 190, 80, 28
+    top = max(sum(parts.values()) for parts in bars.values())
+    shapes, y = [], TOP
+    for name, parts in bars.items():
+        x = left
+        for colour, value in zip(COLOURS, parts.values()):
+            width = value / top * (WIDTH - left - right)
+            size = f'width="{width:.1f}" height="{row - 8}"'
+            shapes.append(f'<rect x="{x:.1f}" y="{y}" {size} fill="{colour}"/>')
+            x += width
+        shapes.append(label(left - 8, y + 15, name, "end"))
+        shapes.append(label(x + 6, y + 15, f"{sum(parts.values()):.3g}"))
+        y += row
+    write_svg(path, title, next(iter(bars.values())), shapes, y + 16)
+
+
+def round_scale(top):
+    """A round step of some five to `top`, and the end of the last: 37 -> 10, 40."""
+    step = next(s * 10.0**e for e in range(-9, 18) for s in (1, 2, 5) if s * 10.0**e * 5 >= top)
+    return step, max(step, step * -(-top // step))
+
+
+def line(x1, y1, x2, y2):
+    return f'<line x1="{x1}" y1="{y1:.1f}" x2="{x2}" y2="{y2:.1f}" stroke="#e2e8f0"/>'
+
+
+def label(x, y, text, anchor="start"):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(str(text))}</text>'
+
+
+def write_svg(path, title, names, shapes, height):
+    """Put a title, a legend and a white ground to the shapes, and write the file."""
+    x, legend = LEFT, []
+    for colour, name in zip(COLOURS, names):
+        legend.append(f'<rect x="{x}" y="36" width="10" height="10" fill="{colour}"/>')
+        legend.append(label(x + 15, 45, name))
+        x += 35 + 7 * len(name)
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
+    style = 'font-family="sans-serif" font-size="12" fill="#2d3748"'
+    text = "\n".join([
+        f'{head} {style}>', '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>', *legend, *shapes, "</svg>\n",
+    ])  # fmt: skip
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,77 @@
+"""From logits to text: choose the next token, again and again, with a cache.
+
+The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a side
+network beside it.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from data import check_length
+from quant import InputError
+
+FLAGS = {  # of every command of qst.py that generates
+    "max_new_tokens": dict(type=int, help="default: 128 or less, chat 512, answer 1024"),
+    "temperature": dict(type=float, default=0.0, help="0, the default: the most likely token"),
+    "top_k": dict(type=int, default=0, help="only the k most likely tokens; 0: all"),
+    "top_p": dict(type=float, default=1.0, help="only the likeliest tokens of this probability"),
+    "seed": dict(type=int, default=1337, help="of the sampling"),
+}
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """Choose the next token of every row: logits (B, V) -> ids (B,).
+
+    temperature: 0 takes the most likely token
+    top_k: only the k most likely ones; 0: all
+    top_p: only the fewest whose probabilities add up to it (arXiv 1904.09751)
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(dim=-1)
+        drop = p.cumsum(dim=-1) - p >= top_p  # the ones before it suffice
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def stream(
+    model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None, seed=None
+):
+    """Yield the next token of every row, (B,), until each has ended or there are enough.
+
+    idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left
+    temperature, top_k, top_p: see `sample`; eos_id: one id or several
+    A row that has ended repeats its end token.
+    """
+    check_length(model.config, idx.shape[1], "shorten the prompt")
+    check_length(model.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
+    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise InputError(
+            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} and "
+            f"top_p {top_p} must be at least 1, at least 0, at least 0, and in (0, 1]."
+        )
+    cache = model.new_cache(idx.shape[1] + max_new_tokens)
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    ends = torch.tensor(ends, dtype=idx.dtype, device=idx.device)
+    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        logits = model.head(model.hidden(idx, keep, cache)[:, -1])
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if len(ends):
+            token = torch.where(ended, ends[0], token)
+            ended |= torch.isin(token, ends)
+        yield token
+        if len(ends) and ended.all():
+            return
+        idx = token.unsqueeze(1)
+        keep = None if keep is None else F.pad(keep, (0, 1), value=1)
