@@ -23,8 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE_INDEX, check_length, hub, sampling
+from data import IGNORE_INDEX, check_length, hub, presets, sampling
 from data.settings import run
+from data.tokenizer import copy_tokenizer
 from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
 
 
@@ -59,36 +60,8 @@ class ModelConfig:
         self.embed_dim = self.embed_dim or self.n_embd
 
 
-def _llama(n_layer, n_head, n_embd, n_ffn, vocab_size=32000, max_positions=4096, **other):
-    return ModelConfig(
-        vocab_size, n_layer, n_head, n_embd, n_ffn, max_positions=max_positions,
-        bos_id=1, eos_id=2, **other
-    )  # fmt: skip
+PRESETS = {name: ModelConfig(**shape) for name, shape in presets.SHAPES.items()}
 
-
-def _opt(n_layer, n_head, n_embd, **other):
-    return ModelConfig(
-        50272, n_layer, n_head, n_embd, 4 * n_embd, family="opt", attention_bias=True,
-        mlp_bias=True, tied=True, bos_id=2, eos_id=2, **other
-    )  # fmt: skip
-
-
-PRESETS = {
-    "smollm2-135m": _llama(30, 9, 576, 1536, 49152, 8192, n_kv_head=3, tied=True, rope_theta=1e5),
-    "tinyllama-1.1b": _llama(22, 32, 2048, 5632, max_positions=2048, n_kv_head=4),
-    "llama-2-7b": _llama(32, 32, 4096, 11008),
-    "llama-2-13b": _llama(40, 40, 5120, 13824),
-    "llama-2-70b": _llama(80, 64, 8192, 28672, n_kv_head=8),
-    "llama-3-8b": _llama(32, 32, 4096, 14336, 128256, 8192, n_kv_head=8, rope_theta=5e5),
-    "opt-125m": _opt(12, 12, 768),
-    "opt-350m": _opt(24, 16, 1024, embed_dim=512, pre_norm=False, final_norm=False),
-    "opt-1.3b": _opt(24, 32, 2048),
-    "opt-2.7b": _opt(32, 32, 2560),
-    "opt-6.7b": _opt(32, 32, 4096),
-    "opt-13b": _opt(40, 40, 5120),
-    "opt-30b": _opt(48, 56, 7168),
-    "opt-66b": _opt(64, 72, 9216),
-}
 
 # --------------------------------------------------------------------------------------
 # A layer
@@ -107,15 +80,10 @@ class Linear(nn.Linear):
         return self.weight.detach().float()
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
-        return normed * self.weight.to(x.dtype)
+        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -427,21 +395,21 @@ class Transformer(LanguageModel):
         """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
 
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
-        read: function of (name, shape) that returns the tensor, or a `Quantized4bit`, which is used
-        as it is; default: this model's weights. Only one module's tensors are in memory at a time.
+        read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
+        is; default: this model's weights. Only one module's tensors are in memory at a time.
         """
         if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
             raise InputError(
                 f"--quant {quant} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
             )
         own = dict(self.named_parameters())
-        read = read or (lambda name, shape: own.pop(name).detach())
+        read = read or (lambda name: own.pop(name).detach())
         if self.config.tied:
             del self.lm_head.weight
         for path, module in list(self.named_modules()):
             tensors = {}
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                tensors[name] = read(f"{path}.{name}", parameter.shape).to(device)
+            for name, _ in list(module.named_parameters(recurse=False)):
+                tensors[name] = read(f"{path}.{name}").to(device)
                 delattr(module, name)
             linear = isinstance(module, Linear) and module is not self.lm_head
             if linear and quant != "none" or isinstance(tensors.get("weight"), Quantized4bit):
@@ -471,18 +439,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     config = read_config(folder)
     with torch.device("meta"):
         model = Transformer(config)
-    names = [name for name, _ in model.named_parameters()]
-    weights, packed = hub.open_weights(folder, config.family, names, config.tied, quant)
-
-    def read(name, shape):
-        tensor = weights[name]()
-        if tensor.shape != shape:
-            raise InputError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)}, and config.json says {tuple(shape)}."
-            )
-        return tensor
-
-    return model.freeze("none" if packed else quant, dtype, device, read)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    weights, packed = hub.open_weights(folder, config.family, shapes, config.tied, quant)
+    return model.freeze("none" if packed else quant, dtype, device, lambda name: weights[name]())
 
 
 def read_config(folder):
@@ -493,7 +452,7 @@ def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer."""
     model = from_pretrained(source, quant, hub.read_dtype(source))
     hub.save_pretrained(model, target)
-    hub.copy_tokenizer(source, target)
+    copy_tokenizer(source, target)
 
 
 def model_bytes(module):

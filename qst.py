@@ -13,23 +13,25 @@ import hashlib
 import json
 import sys
 from dataclasses import asdict
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import channel_statistics, chat, mt_bench, released, sampling
+from data import channel_statistics, chat, mt_bench, released, sampling, talk
 from data.files import read_json, write_json
-from data.hub import copy_tokenizer, save_pretrained
+from data.hub import save_pretrained
 from data.safetensors import copy_into, read_safetensors, write_safetensors
 from data.settings import Parser, pick_device, pick_dtype, run
-from data.tokenizer import load_tokenizer
+from data.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
-    LanguageModel, Transformer, from_pretrained, positions_and_mask, rotary_table, token_loss,
+    LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
+    token_loss,
 )  # fmt: skip
 from quant import InputError, Linear4bit
-from side import IN_BASE_METHODS, RELEASED, SideConfig, SideNetwork, check_quant
+from side import (
+    IN_BASE_METHODS, RELEASED, SIDE_METHODS, SideConfig, SideNetwork, check_quant,
+)  # fmt: skip
 
 FORMAT = 1  # of a side checkpoint
 REMOVED = {"attention": "own"}  # settings that older side checkpoints have, and what they must be
@@ -50,14 +52,19 @@ class Tuned(LanguageModel):
         self.base, self.config = base, base.config
         # Computed first: the method may modify the base.
         self.fingerprint = fingerprint(base) if base.device.type != "meta" else None
-        self.build_side(config)
+        self.side = self.make_side(config)
 
-    def build_side(self, config):
-        """Make what is trained, untrained."""
-        if hasattr(self, "side"):
-            raise InputError("The base holds modules of other settings: load the base anew.")
+    def make_side(self, config):
+        """What the method trains, before training; in-base methods modify the base."""
         with torch.device(self.base.device):
-            self.side = IN_BASE_METHODS[config.method](self.base, config)
+            if config.method in SIDE_METHODS:
+                side = SideNetwork(self.config, config)
+            else:
+                side = IN_BASE_METHODS[config.method](self.base, config)
+            labels = config.n_labels  # of a task with labels, a classifier takes the LM head's place
+            width = self.config.n_embd
+            side.classifier = Linear(width, labels, bias=False) if labels else None
+        return side
 
     def hidden(self, idx, keep=None, cache=None):
         """idx (B, T) -> the state that the LM head reads, (B, T, C)."""
@@ -89,7 +96,7 @@ class Tuned(LanguageModel):
         if method not in ("lora", "qlora", "peqa", "full"):
             raise InputError(f"What --method {method} trains cannot be merged into the base.")
 
-        def read(name, shape):
+        def read(name):
             path, _, attribute = name.rpartition(".")
             module = self.base.get_submodule(path)
             if attribute == "weight" and hasattr(module, "full_weight"):
@@ -112,14 +119,15 @@ class Tuned(LanguageModel):
 
         It must have been trained on this base; every tensor must be there, and no other.
         """
-        config, base = read_side(folder)
-        if differences := [key for key in self.fingerprint if base.get(key) != self.fingerprint[key]]:
-            there_and_here = ", ".join(
-                f"{key} {base.get(key)} there and {self.fingerprint[key]} here" for key in differences
-            )
-            raise InputError(f"{folder} was trained on another base: {there_and_here}.")
+        (config, base), ours = read_side(folder), self.fingerprint
+        if different := [key for key in ours if base.get(key) != ours[key]]:
+            both = [f"{key} {base.get(key)} there and {ours[key]} here" for key in different]
+            raise InputError(f"{folder} was trained on another base: {', '.join(both)}.")
         if config != self.side.config:
-            self.build_side(config)
+            if not {config.method, self.side.config.method} <= set(SIDE_METHODS):
+                message = f"{folder} has other settings than these modules: load the base anew."
+                raise InputError(message)
+            self.side = self.make_side(config)
         path = Path(folder) / "side.safetensors"
         tensors = {name: read() for name, read in read_safetensors(path).items()}
         copy_into(self.side, tensors, path)
@@ -139,10 +147,6 @@ class QST(Tuned):
 
     def __init__(self, base, config=None):
         super().__init__(base, config or SideConfig())
-
-    def build_side(self, config):
-        with torch.device(self.base.device):
-            self.side = SideNetwork(self.base.config, config)
 
     def hidden(self, idx, keep=None, cache=None):
         """The forward pass of QST: idx (B, T) -> the state that the LM head reads, (B, T, C).
@@ -186,7 +190,7 @@ class QST(Tuned):
 
 def tune(base, config):
     """A base with what a method trains: a side network (qst, lst), or modules inside the base."""
-    return (Tuned if config.method in IN_BASE_METHODS else QST)(base, config)
+    return (QST if config.method in SIDE_METHODS else Tuned)(base, config)
 
 
 def import_released(base, folder):
@@ -259,54 +263,24 @@ def load_model(args):
     return model, tokenizer
 
 
-def stream_ids(model, ids, max_new_tokens, end_ids, args):
-    """Yield the ids that a model says after those of a prompt."""
-    idx = torch.tensor([ids], device=model.device)
-    choice = args.temperature, args.top_k, args.top_p
-    for token in sampling.stream(model, idx, max_new_tokens, *choice, end_ids, seed=args.seed):
-        yield token.item()
-
-
 def generate(args):
     """Answer one prompt, or go on with it."""
     template = chat.ChatTemplate() if args.raw else chat.load_template(args.base)
     framed = not args.raw and (args.side or template.name != "plain")
-    model, tokenizer = load_model(args)
-    if framed:
-        try:
-            ids, _ = template.encode([{"role": "user", "content": args.prompt}], tokenizer)
-        except chat.Refused as error:
-            raise InputError(f"--prompt {error}.") from None
-    else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
-    room = max(1, min(128, model.config.max_positions - len(ids) + 1))
-    max_new_tokens = room if args.max_new_tokens is None else args.max_new_tokens
-    new = stream_ids(model, ids, max_new_tokens, template.end_ids(tokenizer), args)
-    # Plain text is printed with its continuation.
-    chat.print_stream(tokenizer.stream(new if framed else chain(ids, new)))
+    talk.answer_prompt(*load_model(args), template, framed, args)
 
 
 def start_talk(args, default_max_new_tokens):
     """A conversation with the model of the flags."""
     template = chat.load_template(args.base)
-    model, tokenizer = load_model(args)
-    end_ids, system = template.end_ids(tokenizer), getattr(args, "system", None)
-
-    def reply(ids, max_new_tokens):
-        return stream_ids(model, ids, max_new_tokens, end_ids, args)
-
-    if args.max_new_tokens is None:
-        args.max_new_tokens = default_max_new_tokens
-    return chat.Talk(
-        reply, tokenizer, template, model.config.max_positions, args.max_new_tokens, system
-    )
+    return talk.start(*load_model(args), template, args, default_max_new_tokens)
 
 
 def chat_command(args):
     """Talk to a model: /reset forgets, /exit or Ctrl-D ends, and Ctrl-C stops an answer."""
-    talk = start_talk(args, 512)
+    conversation = start_talk(args, 512)
     print(chat_command.__doc__)
-    talk.in_the_terminal()
+    conversation.in_the_terminal()
 
 
 def answer_command(args):
@@ -352,7 +326,8 @@ FLAGS = {
     **sampling.FLAGS,
     **mt_bench.FLAGS,
 }  # fmt: skip
-BASE, SAMPLE, ANSWER = "base quant dtype device", " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
+BASE = "base quant dtype device"
+SAMPLE, ANSWER = " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
 COMMANDS = {  # name: (function, its flags); the first is the default
     "generate": (generate, f"{BASE} side {SAMPLE} prompt raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),

@@ -175,11 +175,6 @@ def side_model_config(config, reduction):
     )
 
 
-def make_classifier(base_config, config):
-    """What is trained in the LM head's place where a task has labels; otherwise None."""
-    return Linear(base_config.n_embd, config.n_labels, bias=False) if config.n_labels else None
-
-
 class SideNetwork(nn.Module):
     """The network that learns. Its modules are named like the symbols at the top of this file.
 
@@ -205,7 +200,6 @@ class SideNetwork(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(self.model_config) for _ in range(N))
         self.norm = make_norm(self.model_config) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
-        self.classifier = make_classifier(base_config, config)
         if config.mix == "residual":
             nn.init.zeros_(self.upsample.weight)
         elif config.mix != "side":
@@ -312,7 +306,7 @@ class InsertedModules(nn.Module):
 
     def __init__(self, base, config):
         super().__init__()
-        self.config, self.classifier = config, make_classifier(base.config, config)
+        self.config = config
         self.layers = nn.ModuleList()
         for layer in base.layers:
             pairs = nn.ModuleDict()
@@ -339,7 +333,7 @@ class Unfrozen(nn.Module):
 
     def __init__(self, base, config):
         super().__init__()
-        self.config, self.classifier = config, make_classifier(base.config, config)
+        self.config = config
         parameter_of_buffer = {}  # {id of the buffer: (name, Parameter)}; a tied head stays tied
         for path, module in base.named_modules():
             unused = path == "lm_head" and config.n_labels and not base.config.tied

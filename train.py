@@ -11,7 +11,6 @@ held-out examples), last/ (the same of the last iteration), log.csv, loss.svg an
 
 import math
 import os
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,9 +18,11 @@ from pathlib import Path
 import torch
 
 from data import batches, chat, check_length, collate, glue, instruct, mean_loss, mmlu, text, tiny
-from data.files import write_json
+from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
-from data.report import TrainingLog, activation_bytes, conclude, introduce, peak_memory, progress
+from data.report import (
+    TrainingLog, activation_bytes, conclude, introduce, optimizer_bytes, peak_memory, progress,
+)  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
@@ -251,13 +252,6 @@ class AdamW8bit(torch.optim.Optimizer):
         parameter.copy_(parameter.float() * (1 - lr * weight_decay) - step)
 
 
-def optimizer_bytes(parameters, bits):
-    """Bytes of AdamW's two moments."""
-    if bits == 32:
-        return 2 * sum(p.nbytes for p in parameters)
-    return 2 * sum(p.numel() + 4 * -(-p.numel() // ABSMAX_BLOCK_SIZE) for p in parameters)
-
-
 def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
     """One iteration: accumulate gradients, clip, step. Returns the mean loss and the tokens.
 
@@ -331,14 +325,14 @@ def make_model(cfg, base, task):
         model.calibrate([ids for ids, _ in task.train[:64]])
         return save_memory(model, cfg)
     model = QST.from_side(base, cfg.side)
-    config = model.side.config
-    if config.n_labels != task.n_labels:
-        labels = f"{config.n_labels} labels, and --task {cfg.task} {task.n_labels}"
-        raise InputError(f"--side {cfg.side} has {labels}.")
-    # Both halves of MNLI have the same labels; older side checkpoints do not tell their task.
-    if config.task and config.task.removesuffix("-mm") != cfg.task.removesuffix("-mm"):
-        tasks = f"--task {config.task}, and not {cfg.task}"
-        raise InputError(f"--side {cfg.side} is a classifier for {tasks}.")
+    labels, learned = model.side.config.n_labels, model.side.config.task
+    refuse_if(
+        (labels != task.n_labels,
+         f"--side {cfg.side} has {labels} labels, and --task {cfg.task} {task.n_labels}"),
+        # Both halves of MNLI have the same labels; older side checkpoints do not name their task.
+        (learned and learned.removesuffix("-mm") != cfg.task.removesuffix("-mm"),
+         f"--side {cfg.side} is a classifier for --task {learned}, and not {cfg.task}"),
+    )  # fmt: skip
     return save_memory(model, cfg)
 
 
@@ -434,12 +428,7 @@ def main(cfg):
     cfg: a `TrainConfig`
     """
     started, cfg = time.time(), resolve(cfg)
-    try:
-        Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out_dir).close()
-    except OSError as error:
-        message = f"--out_dir {cfg.out_dir} cannot be written to ({error.strerror})."
-        raise InputError(message) from None
+    make_writable_folder(cfg.out_dir, "--out_dir")
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     if cfg.threads:

@@ -16,7 +16,6 @@ differs from the templates: answers are encoded apart from what stands before th
 what the model will see when it generates; the ids differ only if an answer begins with a space.
 """
 
-import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,103 +177,6 @@ def check_forged(messages):
         for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
             if mark in with_input(message):
                 raise Refused(f"has {mark} in a message, which would look like a turn")
-
-
-# --------------------------------------------------------------------------------------
-# Conversations with a model
-
-
-class Talk:
-    """A conversation with a model, which is remembered as long as it fits.
-
-    say: (ids of a prompt, most new tokens) -> the ids that the model says, one by one
-    positions: the most tokens that the model can see; max_new_tokens: the longest answer
-
-    Every answer computes its whole prompt anew. The caches of the last answer could be kept, but
-    only where the history's ids are the same again: after a cut, or in LLaMA-2's frame, they are
-    not.
-    """
-
-    def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):
-        if max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
-        self.say, self.tokenizer, self.template = say, tokenizer, template
-        self.positions, self.max_new_tokens = positions, max_new_tokens
-        self.system = [{"role": "system", "content": system}] if system else []
-        self.reset()
-
-    def reset(self):
-        self.messages = list(self.system)
-
-    def ask(self, question):
-        """Put a question; returns how many old messages were dropped to make room for an answer.
-
-        `Refused` says why it cannot be put; the history is then what it was.
-        """
-        messages = [*self.messages, {"role": "user", "content": question}]
-        room = self.positions - min(self.max_new_tokens, self.positions // 4) + 1
-        ids, left = prompt_that_fits(messages, self.tokenizer, self.template, room)
-        if len(ids) > self.positions:
-            raise Refused(f"has {len(ids)} tokens, and the model {self.positions} positions")
-        self.ids, self.messages = ids, left
-        return len(messages) - len(left)
-
-    def answer(self):
-        """Yield the answer in pieces; what was said of it is remembered, even if it is stopped."""
-        self.messages.append({"role": "assistant", "content": ""})
-        most = min(self.max_new_tokens, self.positions - len(self.ids) + 1)
-        for piece in self.tokenizer.stream(self.say(self.ids, most)):
-            self.messages[-1]["content"] += piece
-            yield piece
-
-    def in_the_terminal(self):
-        """Ask what is typed, until /exit or Ctrl-D."""
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401, gives input() its arrow keys
-        while True:
-            try:
-                question = input("\n> ").strip()
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return print()
-            if question == "/exit":
-                return
-            if question == "/reset":
-                self.reset()
-            elif question:
-                self.ask_aloud(question)
-
-    def ask_aloud(self, question):
-        try:
-            if dropped := self.ask(question):
-                print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
-            print_stream(self.answer())
-        except Refused as error:
-            print(f"[not asked: it {error}]")
-        except KeyboardInterrupt:
-            print(" [stopped]")
-
-
-def print_stream(pieces):
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
-
-
-def prompt_that_fits(messages, tokenizer, template, room):
-    """Drop the oldest turns until the prompt has at most `room` ids: (ids, the messages left).
-
-    The system message and the last question stay, even if they alone are longer.
-    """
-    system = messages[: messages[0]["role"] == "system"]
-    rest = messages[len(system) :]
-    while True:
-        ids, _ = template.encode(system + rest, tokenizer)
-        starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
-        if len(ids) <= room or len(starts) < 2:
-            return ids, system + rest
-        rest = rest[starts[1] :]
 
 
 # --------------------------------------------------------------------------------------

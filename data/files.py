@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 from quant import InputError
@@ -55,3 +56,12 @@ def write_json(path, content):
 def first_few(names):
     """The first names of a list, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def make_writable_folder(folder, flag):
+    """Make a folder where there is none, and see that files can be written to it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}).") from None

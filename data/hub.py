@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import first_few, read_json, write_atomically, write_json
+from data.files import first_few, read_json, write_json
 from data.safetensors import read_safetensors, write_safetensors
 from quant import (
     ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, InputError, Linear4bit, Quantized4bit,
@@ -128,37 +128,43 @@ def their_name(family, name):
     return "decoder." + name
 
 
-def open_weights(folder, family, names, tied, quant):
+def open_weights(folder, family, shapes, tied, quant):
     """Find the weights of a model: {our name: function that reads the tensor, or a `Quantized4bit`},
     and whether any is in 4 bits already.
 
-    Every name must be in the folder, and every tensor of the folder among the names.
+    shapes: {our name: shape}. Every name must be in the folder, and every tensor of the folder
+    among the names.
     """
     tensors = {n.removeprefix("model."): read for n, read in open_files(folder).items()}
-    is_field = lambda name: name.rpartition(".weight.")[2].startswith(BNB_FIELDS)
-    parts = {name: tensors.pop(name) for name in list(tensors) if is_field(name)}
-    theirs = {name: their_name(family, name) for name in names}
-    surplus = {"lm_head.weight"} if tied else set()  # some folders store the tied head too
-    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - surplus
+    fields = {n: tensors.pop(n) for n in list(tensors) if is_bnb_field(n)}
+    theirs = {name: their_name(family, name) for name in shapes}
+    optional = {"lm_head.weight"} if tied else set()  # some folders store the tied head too
+    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
     if missing := sorted(set(theirs.values()) - found):
         raise InputError(f"{folder} lacks {first_few(missing)}: is its config.json another model's?")
-    if left := sorted(found - set(theirs.values())):
-        raise InputError(f"{folder} has {first_few(left)}, which this architecture does not use.")
+    if surplus := sorted(found - set(theirs.values())):
+        raise InputError(
+            f"{folder} has {first_few(surplus)}, which this architecture does not use."
+        )
 
-    def reader(name):
-        mine = {n.removeprefix(name + "."): r for n, r in parts.items() if n.startswith(name + ".")}
+    def reader(ours):
+        name, shape = theirs[ours], tuple(shapes[ours])
+        own = {n.removeprefix(name + "."): r for n, r in fields.items() if n.startswith(name + ".")}
 
         def read():
             tensor = tensors[name]()
-            if mine:
-                return read_bnb(folder, name, tensor, mine, quant)
-            if not tensor.is_floating_point():
-                raise InputError(f"{folder}: {name} is of type {tensor.dtype}, and no scales are with it.")
+            if own:
+                tensor = read_bnb(folder, name, tensor, own, quant)
+            elif not tensor.is_floating_point():
+                raise InputError(f"{folder}: {name} is {tensor.dtype}, and no scales are with it.")
+            if tensor.shape != shape:
+                sizes = f"shape {tuple(tensor.shape)}, and config.json says {shape}"
+                raise InputError(f"{folder}: {ours} has {sizes}.")
             return tensor
 
         return read
 
-    return {ours: reader(name) for ours, name in theirs.items()}, bool(parts)
+    return {ours: reader(ours) for ours in shapes}, bool(fields)
 
 
 def open_files(folder):
@@ -226,14 +232,6 @@ def read_dtype(folder):
     return getattr(torch, config.get("torch_dtype") or config.get("dtype") or "bfloat16")
 
 
-def copy_tokenizer(source, target):
-    """Copy a folder's tokenizer, and what else is neither weights nor config.json."""
-    for path in Path(source).iterdir():
-        kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
-        if kept and "index" not in path.name:
-            write_atomically(Path(target) / path.name, lambda file: file.write(path.read_bytes()))
-
-
 # --------------------------------------------------------------------------------------
 # The 4-bit format of bitsandbytes: beside each weight (codes, (n / 2, 1)) its scales and a small
 # JSON text, as bytes, with what else one must know
@@ -241,8 +239,12 @@ def copy_tokenizer(source, target):
 BNB_FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__")
 
 
+def is_bnb_field(name):
+    return name.rpartition(".weight.")[2].startswith(BNB_FIELDS)
+
+
 def read_bnb(folder, name, codes, mine, quant):
-    """Put one weight together from its parts, {name: function that reads it}."""
+    """Put one weight together from its fields, {name: function that reads it}."""
     refuse = lambda why: InputError(f"{folder}: {name} {why}.")
     states = [n for n in mine if n.startswith(BNB_FIELDS[-1])]
     if len(states) != 1 or not {"absmax", "quant_map"} <= set(mine):

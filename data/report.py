@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import tiny
 from data.charts import line_chart
-from quant import Linear4bit
+from quant import ABSMAX_BLOCK_SIZE, Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 TRAINED = {
@@ -71,6 +71,13 @@ def loss_and_kept(model, idx, targets):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.loss(idx, targets)
     return loss, sum(storage.nbytes() for storage in kept.values())
+
+
+def optimizer_bytes(parameters, bits):
+    """Bytes of AdamW's two moments; in 8 bits each block has its scale in fp32."""
+    if bits == 32:
+        return 2 * sum(p.nbytes for p in parameters)
+    return 2 * sum(p.numel() + 4 * -(-p.numel() // ABSMAX_BLOCK_SIZE) for p in parameters)
 
 
 # --------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import re
 from pathlib import Path
 
 from data import bpe
-from data.files import read_json, read_text
+from data.files import read_json, read_text, write_atomically
 from quant import InputError
 
 
@@ -243,3 +243,11 @@ def read_words(path, spec):
     expect(path, last, "pre_tokenizer.type", "ByteLevel")
     expect(path, last, "pre_tokenizer.add_prefix_space", False)
     return words + [bpe.GPT2_WORDS] * last.get("use_regex", True)
+
+
+def copy_tokenizer(source, target):
+    """Copy a folder's tokenizer, and what else is neither weights nor config.json."""
+    for path in Path(source).iterdir():
+        kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
+        if kept and "index" not in path.name:
+            write_atomically(Path(target) / path.name, lambda file: file.write(path.read_bytes()))

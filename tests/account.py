@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.charts import bar_chart  # noqa: E402
 from data.files import write_json  # noqa: E402
-from data.report import loss_and_kept  # noqa: E402
+from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
 from quant import InputError, drop_scratch  # noqa: E402
 from side import METHODS, SIDE_METHODS  # noqa: E402
-from train import TrainConfig, optimizer_bytes, resolve, save_memory, side_config  # noqa: E402
+from train import TrainConfig, resolve, save_memory, side_config  # noqa: E402
 
 
 @dataclass

@@ -1,0 +1,36 @@
+"""The shapes of known models, so that their memory can be counted without a file of theirs.
+
+Each is the keyword arguments of a `ModelConfig`.
+"""
+
+
+def llama(n_layer, n_head, n_embd, n_ffn, vocab_size=32000, max_positions=4096, **other):
+    return dict(
+        vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_ffn=n_ffn,
+        max_positions=max_positions, bos_id=1, eos_id=2, **other
+    )  # fmt: skip
+
+
+def opt(n_layer, n_head, n_embd, **other):
+    return dict(
+        vocab_size=50272, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_ffn=4 * n_embd,
+        family="opt", attention_bias=True, mlp_bias=True, tied=True, bos_id=2, eos_id=2, **other
+    )  # fmt: skip
+
+
+SHAPES = {
+    "smollm2-135m": llama(30, 9, 576, 1536, 49152, 8192, n_kv_head=3, tied=True, rope_theta=1e5),
+    "tinyllama-1.1b": llama(22, 32, 2048, 5632, max_positions=2048, n_kv_head=4),
+    "llama-2-7b": llama(32, 32, 4096, 11008),
+    "llama-2-13b": llama(40, 40, 5120, 13824),
+    "llama-2-70b": llama(80, 64, 8192, 28672, n_kv_head=8),
+    "llama-3-8b": llama(32, 32, 4096, 14336, 128256, 8192, n_kv_head=8, rope_theta=5e5),
+    "opt-125m": opt(12, 12, 768),
+    "opt-350m": opt(24, 16, 1024, embed_dim=512, pre_norm=False, final_norm=False),
+    "opt-1.3b": opt(24, 32, 2048),
+    "opt-2.7b": opt(32, 32, 2560),
+    "opt-6.7b": opt(32, 32, 4096),
+    "opt-13b": opt(40, 40, 5120),
+    "opt-30b": opt(48, 56, 7168),
+    "opt-66b": opt(64, 72, 9216),
+}
