@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORE_INDEX, check_length, hub, presets, sampling
+from data.sampling import KVCache
 from data.settings import run
 from data.tokenizer import copy_tokenizer
 from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
@@ -203,29 +204,6 @@ class DecoderLayer(nn.Module):
             return x + self.mlp(self.post_attention_layernorm(x))
         x = self.input_layernorm(x + self.self_attn(x, mask, rope, cache))
         return self.post_attention_layernorm(x + self.mlp(x))
-
-
-class KVCache:
-    """One layer's keys and values of the tokens so far, in buffers made once for `max_len`."""
-
-    def __init__(self, max_len):
-        self.max_len, self.length = max_len, 0
-
-    def append(self, k, v):
-        """Add keys and values (B, heads, T, D), and return all so far."""
-        if self.length == 0:
-            self.k = k.new_empty(*k.shape[:2], self.max_len, k.shape[3])
-            self.v = torch.empty_like(self.k)
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
-
-    def repeated(self, B, T):
-        """Copy a cache of one row for B rows, with room for T more tokens."""
-        copy = KVCache(self.length + T)
-        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in (self.k, self.v)))
-        return copy
 
 
 # --------------------------------------------------------------------------------------

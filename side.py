@@ -25,6 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.released import RELEASED
 from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
@@ -79,15 +80,6 @@ class SideConfig:
         self.downsample, self.mix = self.downsample or "adapter", self.mix or "alpha"
         check(self)
 
-
-# What the authors' released code builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and
-# a mix per channel, norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73,
-# so that training does not start at the LLM.
-# differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
-RELEASED = dict(
-    downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
-    final_norm=True,
-)  # fmt: skip
 
 # What we found to learn fastest: see "Why QST learns slowly" in tests/README.md.
 FAST = dict(gate="sum", standardize=True)
@@ -306,25 +298,19 @@ class InsertedModules(nn.Module):
 
     def __init__(self, base, config):
         super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList()
+        self.config, self.layers = config, nn.ModuleList()
         for layer in base.layers:
-            pairs = nn.ModuleDict()
-            for path, module in self.places(layer).items():
-                if config.method == "adapter":
-                    new = WithAdapter(module, base.config.n_embd, config.rank)
-                else:
-                    new = LoRALinear(module, config.rank)
-                nn.init.zeros_(new.pair.up.weight)
-                layer.set_submodule(path, new)
-                pairs[path.split(".")[-1]] = new.pair
-            self.layers.append(pairs)
-
-    def places(self, layer):
-        """{path: module} of what gets a pair."""
-        if self.config.method == "adapter":
-            return {"self_attn": layer.self_attn, "mlp": layer.mlp}
-        return {n: m for n, m in layer.named_modules() if isinstance(m, (Linear, Linear4bit))}
+            if config.method == "adapter":
+                C, parts = base.config.n_embd, {"self_attn": layer.self_attn, "mlp": layer.mlp}
+                new = {path: WithAdapter(part, C, config.rank) for path, part in parts.items()}
+            else:
+                kinds, modules = (Linear, Linear4bit), layer.named_modules()
+                new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
+            for path, module in new.items():
+                nn.init.zeros_(module.pair.up.weight)
+                layer.set_submodule(path, module)
+            pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
+            self.layers.append(nn.ModuleDict(pairs))
 
 
 class Unfrozen(nn.Module):

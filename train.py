@@ -24,7 +24,7 @@ from data.report import (
     TrainingLog, activation_bytes, conclude, introduce, optimizer_bytes, peak_memory, progress,
 )  # fmt: skip
 from data.settings import (
-    Parser, add_flags, check, pick_device, pick_dtype, refuse_if, run, setting,
+    Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
 from data.tokenizer import load_tokenizer
 from model import (
@@ -116,7 +116,7 @@ def resolve(cfg):
     if cfg.side:
         cfg = settings_of_side(cfg)
     else:
-        check_flags_of_method(cfg)
+        check_used(cfg, METHODS)
     task = cfg.task or ("instruct" if cfg.base else "tiny")
     on_glue, cores = task in glue.FORMS, os.cpu_count() or 1
     no_classifier = cfg.eval_only and not cfg.side
@@ -149,15 +149,6 @@ def resolve(cfg):
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
     return replace(cfg, **vars(side_config(cfg)))
-
-
-def check_flags_of_method(cfg):
-    """Refuse flags that the chosen method ignores."""
-    for f in fields(cfg):
-        methods = f.metadata["of"] or METHODS
-        if cfg.method not in methods and getattr(cfg, f.name) != f.default:
-            methods = " and ".join(methods)
-            raise InputError(f"--{f.name} is of --method {methods}, and not of {cfg.method}.")
 
 
 def settings_of_side(cfg):

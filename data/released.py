@@ -1,4 +1,5 @@
-"""Side checkpoints of the authors' released code: files of state dicts, with no config."""
+"""The authors' released code: the settings of its side network, and its side checkpoints, which are
+files of state dicts with no config."""
 
 from pathlib import Path
 
@@ -6,6 +7,15 @@ import torch
 
 from data.hub import OPT_NAMES
 from quant import InputError
+
+# What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel, norms,
+# a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73, so that training does not
+# start at the LLM.
+# differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
+RELEASED = dict(
+    downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
+    final_norm=True,
+)  # fmt: skip
 
 RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
     "layers": ("qst_layers_parameters.pt", OPT_NAMES),

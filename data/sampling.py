@@ -1,4 +1,4 @@
-"""From logits to text: choose the next token, again and again, with a cache.
+"""From logits to text: choose the next token, again and again, with a cache of keys and values.
 
 The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a side
 network beside it.
@@ -19,6 +19,29 @@ FLAGS = {  # of every command of qst.py that generates
     "top_p": dict(type=float, default=1.0, help="only the likeliest tokens of this probability"),
     "seed": dict(type=int, default=1337, help="of the sampling"),
 }
+
+
+class KVCache:
+    """One layer's keys and values of the tokens so far, in buffers made once for `max_len`."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length = max_len, 0
+
+    def append(self, k, v):
+        """Add keys and values (B, heads, T, D), and return all so far."""
+        if self.length == 0:
+            self.k = k.new_empty(*k.shape[:2], self.max_len, k.shape[3])
+            self.v = torch.empty_like(self.k)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def repeated(self, B, T):
+        """Copy a cache of one row for B rows, with room for T more tokens."""
+        copy = KVCache(self.length + T)
+        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in (self.k, self.v)))
+        return copy
 
 
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):

@@ -35,6 +35,15 @@ def check(settings):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
+def check_used(settings, methods):
+    """Refuse flags that the chosen method ignores. methods: the names of all"""
+    for f in fields(settings):
+        readers = f.metadata["of"] or methods
+        if settings.method not in readers and getattr(settings, f.name) != f.default:
+            readers = " and ".join(readers)
+            raise InputError(f"--{f.name} is of --method {readers}, and not of {settings.method}.")
+
+
 def refuse_if(*rows):
     """Raise the sentence of the first (is it so?, sentence) that is so."""
     for so, sentence in rows:
