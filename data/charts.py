@@ -56,7 +56,8 @@ def bar_chart(path, title, bars):
 
 def round_scale(top):
     """A round step of some five to `top`, and the end of the last: 37 -> 10, 40."""
-    step = next(s * 10.0**e for e in range(-9, 18) for s in (1, 2, 5) if s * 10.0**e * 5 >= top)
+    power = 10.0 ** math.floor(math.log10(max(top, 1e-9) / 5))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power * 5 >= top)
     return step, max(step, step * -(-top // step))
 
 

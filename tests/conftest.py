@@ -1,5 +1,6 @@
 """What the tests share: the path, small models, and where the oracles are."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -12,7 +13,11 @@ sys.path.insert(0, str(ROOT))
 from model import ModelConfig, Transformer  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = ROOT.parent / "shared"  # more of the same, on the machine where this was written
+# More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
+TEST_DATA = Path(os.environ.get("QST_TEST_DATA", "/nowhere"))
+needs_test_data = pytest.mark.skipif(
+    not TEST_DATA.is_dir(), reason="needs QST_TEST_DATA=FOLDER"
+)
 
 
 def small_config(family="llama", **changes):
@@ -44,8 +49,8 @@ def idx():
 def tiny_model(tmp_path_factory):
     """A folder as from the Hub: an untrained LLaMA and the embedded default's tokenizer."""
     from data import tiny
+    from data.hub import save_pretrained
     from data.tokenizer import load_tokenizer
-    from model import save_pretrained
 
     folder = tmp_path_factory.mktemp("model")
     tiny.train_tokenizer(folder / "tokenizer.model")

@@ -9,19 +9,24 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Transformer, model_bytes
-from qst import QST, pick_dtype
+from qst import QST
 from quant import InputError
-from side import SideConfig
-from account import Live, attention_of, memory_report, rows, untrained
-from train import TrainConfig, activation_bytes, complete, main, make_optimizer, parse_args
+from side import METHODS, SIDE_METHODS, SideConfig
+from account import (
+    METHOD_ROWS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows, settings_of_step,
+    untrained,
+)  # fmt: skip
+from data.report import activation_bytes
+from data.settings import pick_dtype
+from train import make_optimizer
 
-SMALL = dict(device="cpu", reduction=2, batch_size=3, sequence_len=12)
+SMALL = dict(device="cpu", batch_size=3, sequence_len=12)
+QST_STEP = SMALL | dict(method="qst", reduction=2)
 COMBINATIONS = {
     "adapter": dict(),
     "linear": dict(downsample="linear"),
     "maxpool": dict(downsample="maxpool"),
     "released": dict(variant="released"),
-    "borrowed attention": dict(attention="borrowed"),
     "fast": dict(variant="fast"),
     "16 bits": dict(quant="none", dtype="bf16", checkpoint=False),
     "half": dict(dtype="fp16"),
@@ -33,8 +38,8 @@ COMBINATIONS = {
     "lst": dict(method="lst"),
     "full": dict(method="full"),
     "as written": dict(checkpoint=False, h_f_bits=16, chunk_loss=False),
-    "4 bits": dict(h_f_bits=4, optimizer_bits=8, side_dtype="bf16", dtype="bf16"),
-    "borrowed in 16 bits": dict(h_f_bits=16, attention="borrowed"),
+    "4 bits": dict(h_f_bits=4, optimizer_bits=8, dtype="bf16"),
+    "16 bits of h_f": dict(h_f_bits=16),
     "lst as written": dict(method="lst", checkpoint=False, h_f_bits=16),
     "linear in 4 bits": dict(downsample="linear", h_f_bits=4, optimizer_bits=8),
 }
@@ -48,9 +53,11 @@ SHAPES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 def test_the_account_is_that_of_a_real_step(changes, shape):
     """What a real model on the CPU keeps for backward, its gradients, optimizer states, parameters
     and floating-point operations are the account's, exactly."""
-    cfg, config = TrainConfig(**SMALL | changes, plan=True), small_config(**shape)
+    method = changes.get("method", "qst")
+    side = dict(reduction=2) if method in SIDE_METHODS else {}
+    cfg, config = AccountConfig(**SMALL | side | dict(method=method) | changes), small_config(**shape)
     report = memory_report(cfg, config)
-    cfg = complete(cfg)
+    cfg = settings_of_step(cfg)
     dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
     model = untrained(cfg, config, dtype, "cpu")
     idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
@@ -74,7 +81,7 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
 
 def test_the_total_is_the_sum():
     """The parts add up to the total, and the transient part is positive."""
-    report = memory_report(TrainConfig(**SMALL), small_config())
+    report = memory_report(AccountConfig(**QST_STEP), small_config())
     parts = ("weights", "gradients", "optimizer", "activations", "transient")
     assert report["total_bytes"] == sum(report[f"{part}_bytes"] for part in parts)
     assert report["transient_bytes"] > 3 * 12 * 61 * 4  # the logits' gradient
@@ -100,7 +107,7 @@ def test_attention_keeps_what_a_fused_kernel_keeps(device, bits):
 def test_the_plain_formula_can_be_counted():
     """On the device "meta", attention keeps a (T, T) matrix a head, and more than on a GPU."""
     fused, plain = (
-        memory_report(TrainConfig(**SMALL | dict(device=d, sequence_len=64, checkpoint=False)), small_config())
+        memory_report(AccountConfig(**QST_STEP | dict(device=d, sequence_len=64, checkpoint=False)), small_config())
         for d in ("cuda", "meta")
     )
     matrices = 3 * small_config().n_layer * small_config().n_head * 64 * 64 * 2
@@ -147,27 +154,27 @@ def test_floating_point_operations():
     assert 2 * weights < live.flops / idx.numel() < 4 * weights
 
 
-def test_plan(tmp_path, capsys):
-    """--plan prints a line for each method, with its numbers in plan.json, and needs no weights."""
-    flags = f"--plan --preset opt-125m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
+def test_all_methods(tmp_path, capsys):
+    """A line for each method, with its numbers in plan.json; no weights are needed."""
+    flags = f"--preset opt-125m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
     rows = main(parse_args(flags.split()))
     assert json.loads((tmp_path / "plan.json").read_text()) == rows
     told = capsys.readouterr().out
-    assert {"qst", "qlora", "lora"} <= {row["method"] for row in rows}
+    assert {row["method"] for row in rows} == set(METHOD_ROWS) == set(METHODS)
     for row in rows:
         assert row["method"] in told and f"{row['total_bytes'] / 1e6:.2f}" in told
     totals = {row["method"]: row["total_bytes"] for row in rows if not row["checkpoint"]}
     assert totals["qst"] < totals["qlora"] < totals["lora"]
 
 
-def test_plan_of_a_folder(tmp_path):
+def test_the_shape_of_a_folder(tmp_path):
     """With --base, the shape is that of the folder's config.json; weights need not be there."""
     fields = dict(
         model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    flags = f"--plan --base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
+    flags = f"--base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
     assert main(parse_args(flags.split()))
     with pytest.raises(InputError, match="--preset and --base both tell"):
         main(parse_args([*flags.split(), "--preset", "opt-125m"]))
@@ -176,10 +183,11 @@ def test_plan_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     "flags, told",
     [
-        ("--plan --preset llama-9", "choose smollm2-135m, "),
-        ("--plan", "--preset"),
-        ("--preset llama-2-7b", "--plan"),
-        ("--plan --preset opt-1.3b --sequence_len 4096", "2048 positions"),
+        ("--preset llama-9", "choose smollm2-135m, "),
+        ("", "Give --base, or --preset"),
+        ("--preset opt-125m --side x", "leave out --side"),
+        ("--preset opt-125m --method lora --savings", "--savings is of --method qst and lst"),
+        ("--preset opt-1.3b --sequence_len 4096", "2048 positions"),
     ],
 )
 def test_mistakes(flags, told, tmp_path, capsys):
@@ -192,13 +200,13 @@ def test_mistakes(flags, told, tmp_path, capsys):
 def test_seventy_billion_in_seconds():
     """The account of LLaMA-2-70B's step takes seconds, and no memory to speak of: its weights are
     those that the paper tells (36 GB), and a little."""
-    report = memory_report(TrainConfig(preset="llama-2-70b", batch_size=16, sequence_len=384))
+    report = memory_report(AccountConfig(method="qst", preset="llama-2-70b", batch_size=16, sequence_len=384))
     assert 36e9 < report["weights_bytes"] < 38e9
 
 
 def test_each_line_is_of_its_method():
     """LST's line has linear downsamplers and no alpha, as a run of it."""
-    lines = dict(rows(parse_args(["--plan", "--preset", "opt-125m"])))
-    alone = memory_report(TrainConfig(preset="opt-125m", method="lst"))
+    lines = dict(rows(parse_args(["--preset", "opt-125m"])))
+    alone = memory_report(AccountConfig(preset="opt-125m", method="lst"))
     assert memory_report(lines["lst, checkpoint"]) == alone
     assert alone != memory_report(lines["qst, checkpoint"])

@@ -15,7 +15,7 @@ from conftest import FIXTURES, ROOT
 from test_data import say
 
 import qst
-from data import chat, instruct
+from data import chat, instruct, talk
 from data.tokenizer import load_tokenizer
 from model import from_pretrained
 from qst import QST
@@ -268,53 +268,53 @@ def parrot(tiny_model):
 
 
 def talk_with(say, positions=1000, max_new_tokens=100, **more):
-    return chat.Talk(say, say.tokenizer, chat.ChatTemplate(), positions, max_new_tokens, **more)
+    return talk.Talk(say, say.tokenizer, chat.ChatTemplate(), positions, max_new_tokens, **more)
 
 
 def test_a_talk_remembers(parrot):
     """Each prompt holds the system message and all earlier turns; reset leaves the former."""
-    talk = talk_with(parrot, system="Be.")
+    conversation = talk_with(parrot, system="Be.")
     for question in ("one", "two"):
-        assert talk.ask(question) == 0 and "".join(talk.answer()) == question
-    assert talk.messages == say("system: Be.", "user: one", "assistant: one", "user: two", "assistant: two")
+        assert conversation.ask(question) == 0 and "".join(conversation.answer()) == question
+    assert conversation.messages == say("system: Be.", "user: one", "assistant: one", "user: two", "assistant: two")
     assert parrot.prompts[1].startswith("Be.") and parrot.prompts[1].index("one") < parrot.prompts[1].index("two")
-    talk.reset()
-    assert talk.messages == say("system: Be.")
+    conversation.reset()
+    assert conversation.messages == say("system: Be.")
 
 
 def test_a_talk_drops_its_oldest_turns(parrot):
     """Whole turns go, the oldest first, as few as possible; the system message and room for an
     answer stay; a question that is too long alone changes nothing."""
-    talk = talk_with(parrot, positions=80, max_new_tokens=20, system="Be.")
+    conversation = talk_with(parrot, positions=80, max_new_tokens=20, system="Be.")
     dropped = []
     for i in range(6):
-        dropped.append(talk.ask(f"Tom {i}"))
-        assert "".join(talk.answer()) == f"Tom {i}" and parrot.most[-1] == 20
+        dropped.append(conversation.ask(f"Tom {i}"))
+        assert "".join(conversation.answer()) == f"Tom {i}" and parrot.most[-1] == 20
         assert parrot.prompts[-1].startswith("Be.")
     assert dropped[0] == 0 and set(dropped[-3:]) == {2}
-    left = talk.messages
+    left = conversation.messages
     with pytest.raises(chat.Refused, match="tokens, and the model 80 positions"):
-        talk.ask("word " * 200)
-    assert talk.messages == left
-    ids, _ = chat.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), 10_000)
+        conversation.ask("word " * 200)
+    assert conversation.messages == left
+    ids, _ = talk.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), 10_000)
     for room in (len(ids), len(ids) - 1):
-        fit, kept = chat.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), room)
+        fit, kept = talk.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), room)
         assert (fit == ids) == (room == len(ids)) and len(fit) <= room and kept[0]["role"] == "system"
 
 
 def test_a_stopped_answer_is_remembered(tiny_model):
     """What was said before Ctrl-C is part of the conversation."""
     parrot = Parrot(load_tokenizer(tiny_model), fails_after=4)
-    talk = talk_with(parrot)
-    talk.ask("Tom went to the lake.")
+    conversation = talk_with(parrot)
+    conversation.ask("Tom went to the lake.")
     pieces = []
     with pytest.raises(KeyboardInterrupt):
-        pieces += talk.answer()
-    assert talk.messages[-1]["role"] == "assistant" and talk.messages[-1]["content"]
-    assert "Tom went to the lake.".startswith(talk.messages[-1]["content"])
-    talk.ask("Tom went to the lake.")
-    pieces = talk.answer()
-    assert next(pieces) == talk.messages[-1]["content"]  # stopped while the piece is being shown
+        pieces += conversation.answer()
+    assert conversation.messages[-1]["role"] == "assistant" and conversation.messages[-1]["content"]
+    assert "Tom went to the lake.".startswith(conversation.messages[-1]["content"])
+    conversation.ask("Tom went to the lake.")
+    pieces = conversation.answer()
+    assert next(pieces) == conversation.messages[-1]["content"]  # stopped while the piece is being shown
 
 
 # --------------------------------------------------------------------------------------
@@ -427,7 +427,7 @@ def test_questions_that_do_not_fit(tiny_model, tmp_path, capsys):
 def test_fastchats_temperatures(tiny_model, tmp_path, monkeypatch):
     """With the flag, each category has FastChat's temperature; without, all have --temperature."""
     seen = []
-    monkeypatch.setattr(qst, "say", lambda *args: seen.append(args[-1].temperature) or iter([]))
+    monkeypatch.setattr(talk, "stream_ids", lambda *args: seen.append(args[-1].temperature) or iter([]))
     answer(tiny_model, tmp_path, "--fastchat_temperatures")
     assert seen == [0.7, 0.7, 0.0, 0.0, 0.7, 0.7]
     seen.clear()
@@ -459,7 +459,7 @@ def test_prompts_are_in_the_models_own_frame(tiny_model, tmp_path, monkeypatch, 
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     tokenizer, prompts = load_tokenizer(folder), []
-    monkeypatch.setattr(qst, "say", lambda model, ids, *rest: prompts.append(tokenizer.decode(ids)) or iter([]))
+    monkeypatch.setattr(talk, "stream_ids", lambda model, ids, *rest: prompts.append(tokenizer.decode(ids)) or iter([]))
     ask = lambda *flags: qst.main(["--base", str(folder), "--prompt", "Hi", *flags])
     ask()
     ask("--side", str(tmp_path / "side"))
@@ -496,7 +496,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny_model, monkeypatc
 
     parrot = Parrot(load_tokenizer(tiny_model), fails_after=4)
     monkeypatch.setattr("builtins.input", type_next)
-    monkeypatch.setattr(qst, "say", lambda model, ids, most, *rest: parrot(ids, most))
+    monkeypatch.setattr(talk, "stream_ids", lambda model, ids, most, *rest: parrot(ids, most))
     qst.main(["chat", "--base", str(tiny_model)])
     out = capsys.readouterr().out
     assert "Tom" in out and out.count("[stopped]") == 1 and "Leo?" in out.split("[stopped]")[1]

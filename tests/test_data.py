@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
+from conftest import ROOT, TEST_DATA, needs_test_data
 
 from data import batches, instruct, split, tiny
 from data.chat import ChatTemplate
@@ -292,6 +292,6 @@ def test_the_task_follows_from_the_story():
         assert record["output"].split(", ")[0] in {mood[french] for mood in tiny.MOODS}
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="more data, not part of the project")
+@needs_test_data
 def test_real_instructions():
-    assert len(instruct.read_instructions(SHARED / "data/instructions/dolly_3k.json")) > 2900
+    assert len(instruct.read_instructions(TEST_DATA / "data/instructions/dolly_3k.json")) > 2900

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SHARED
+from conftest import TEST_DATA, needs_test_data
 
 import train
 from data import choice_logits, glue, label, word_ids
@@ -188,7 +188,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
     assert (f"{metric}_before" in result) == (head == "lm")
     again = run(tiny_model, folder, tmp_path / "eval", task=task, side=str(out), eval_only=True)
-    assert train.complete(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
+    assert train.resolve(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
     assert again[metric] == pytest.approx(result[f"{metric}_after"]) and again["examples"] == 6
     assert json.loads((tmp_path / "eval/result.json").read_text())[metric] == again[metric]
     side = QST.from_side(from_pretrained(tiny_model, "nf4", torch.float32), out).side
@@ -228,11 +228,11 @@ def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
     assert again(task="mrpc", eval_only=True)["examples"] == 6
 
 
-@pytest.mark.skipif(not (SHARED / "data/glue").is_dir(), reason="needs GLUE's own files")
+@needs_test_data
 @pytest.mark.parametrize("task, train_rows, dev_rows", [("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)])
 def test_the_benchmarks_own_files(task, train_rows, dev_rows):
     """GLUE's sizes, and no line is left out."""
     form = FORMS[task]
     for name, rows in (("train.tsv", train_rows), (form.dev, dev_rows)):
-        found, dropped = glue.read(SHARED / "data/glue" / form.folder / name, form)
+        found, dropped = glue.read(TEST_DATA / "data/glue" / form.folder / name, form)
         assert dropped == 0 and len(found) == rows

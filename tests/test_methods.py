@@ -14,14 +14,14 @@ import qst
 import quant
 import train
 from data import tiny
-from model import (
-    PRESETS, Transformer, count_weights, from_pretrained, save_pretrained,
-)  # fmt: skip
 from data import pad_left
+from data.hub import save_pretrained
+from data.report import activation_bytes
 from data.safetensors import read_safetensors
+from model import PRESETS, Transformer, count_weights, from_pretrained
 from qst import QST, tune
 from quant import InputError, Linear4bit, pack, quantize_int, unpack_codes
-from side import METHODS, SideConfig, hidden_score, prune
+from side import METHODS, SideConfig
 from train import TrainConfig
 
 KINDS = {method: kinds[0] for method, kinds in METHODS.items()} | {"peqa": "int4-16"}
@@ -104,7 +104,7 @@ def test_a_method_learns(method, idx):
     """The loss of one batch falls in 20 steps of the loop."""
     model = make(method)
     rate = 3e-3 if method in ("peqa", "full") else 1e-2
-    cfg = train.complete(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
+    cfg = train.resolve(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
     optimizer, scaler = train.make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     before = model.loss(idx, idx).item()
     for i in range(20):
@@ -162,7 +162,7 @@ def test_a_training_step_on_meta_tensors(method, preset):
         base = Transformer(replace(PRESETS[preset], n_layer=2))
     base.freeze(KINDS[method], torch.bfloat16, "meta").checkpoint = method in INSIDE
     model = tune(base, SideConfig(method=method))
-    optimizer = train.make_optimizer(model, train.complete(TrainConfig()))
+    optimizer = train.make_optimizer(model, train.resolve(TrainConfig()))
     idx = torch.zeros(2, 64, dtype=torch.long, device="meta")
     logits, loss = model(idx, idx)
     loss.backward()
@@ -177,11 +177,11 @@ def test_a_training_step_on_meta_tensors(method, preset):
 def test_checkpointing(method, family, idx):
     """Gradients are the same with less kept for them: every layer's input, and one layer's rest."""
     model = moved(make(method, family))
-    plain, kept = gradients(model, idx), train.activation_bytes(model, idx, idx)
+    plain, kept = gradients(model, idx), activation_bytes(model, idx, idx)
     model.base.checkpoint = True
     again = gradients(model, idx)
     assert set(plain) == set(again) and all(torch.equal(plain[name], again[name]) for name in plain)
-    assert train.activation_bytes(model, idx, idx) < kept / 2
+    assert activation_bytes(model, idx, idx) < kept / 2
 
 
 @pytest.mark.parametrize("method, kind", [
@@ -192,36 +192,32 @@ def test_contradictions(method, kind):
     """A method refuses a base that is stored otherwise than it needs, before anything is loaded."""
     told = f"--method {method} needs a base with --quant .*, and not {kind}"
     with pytest.raises(InputError, match=told):
-        train.complete(TrainConfig(method=method, quant=kind))
+        train.resolve(TrainConfig(method=method, quant=kind))
     with pytest.raises(InputError, match=told):
         tune(small_base(kind), SideConfig(method=method))
 
 
 @pytest.mark.parametrize("flags, told", [
-    (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"), (dict(side_dtype="bf16"), "--optimizer_bits 8"),
-    (dict(side_dtype="bf16", optimizer_bits=8, method="lora"), "--side_dtype is of --method qst and lst"),
+    (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"),
+    (dict(optimizer_bits=4), "--optimizer_bits 4 is unknown: choose 32, 8"),
     (dict(method="qlora", h_f_bits=8), "--h_f_bits is of --method qst and lst, and not of qlora"),
     (dict(method="full", reduction=4), "--reduction is of --method qst"), (dict(method="peqa", variant="fast"), "--variant is of"),
-    (dict(ladder=True), "--ladder goes with --plan"), (dict(plan=True, side="out"), "leave out --side"),
-    (dict(side_dtype="bf16", optimizer_bits=8, dtype="fp16"), "cannot learn in --dtype fp16"),
-    (dict(method="lora", init="pruned"), "--init is of --method qst and lst"),
-    (dict(init="best"), "--init best"),
     (dict(method="peqa", quant="int5"), "--quant int4 or int3, and not int5"),
     (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
 ])  # fmt: skip
 def test_flags_that_contradict_the_method(flags, told):
     with pytest.raises(InputError, match=told):
-        train.complete(TrainConfig(**flags))
+        train.resolve(TrainConfig(**flags))
 
 
 def test_defaults_of_a_method():
     """The base's storage, and LST's reduction, where the user says nothing."""
-    done = {m: train.complete(TrainConfig(base="x", data="y", method=m)) for m in KINDS}
+    done = {m: train.resolve(TrainConfig(base="x", data="y", method=m)) for m in KINDS}
     assert {m: c.quant for m, c in done.items()} == dict(
         qst="nf4", qlora="nf4", lst="none", lora="none", adapter="none", full="none", peqa="int4"
     )
     assert {m: c.reduction for m, c in done.items() if c.reduction != 16} == {"lst": 8}
-    assert train.complete(TrainConfig(method="lst", reduction=4)).reduction == 4
+    assert train.resolve(TrainConfig(method="lst", reduction=4)).reduction == 4
 
 
 @each_method
@@ -243,7 +239,7 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     )
     assert again["config"]["method"] == method and 0 < again["loss"] < 20
     with pytest.raises(InputError, match="--rank: --side .* has its own; leave it out"):
-        train.complete(TrainConfig(side=str(out), rank=3, **common))
+        train.resolve(TrainConfig(side=str(out), rank=3, **common))
     qst.main(["--base", str(tiny_model), "--side", str(out), "--prompt", "Hi", "--max_new_tokens", "2"])
     merge = ["merge", "--base", str(tiny_model), "--side", str(out), "--out", str(tmp_path / "merged")]
     if method in ("qst", "lst", "adapter"):
@@ -299,7 +295,7 @@ def test_lora_is_pefts(family, tmp_path, idx):
     parameters = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
     ours = {}
     for name, parameter in model.base.named_parameters():
-        name = name.replace(".branch.down", ".lora_A.default").replace(".branch.up", ".lora_B.default")
+        name = name.replace(".pair.down", ".lora_A.default").replace(".pair.up", ".lora_B.default")
         for our_part, their_part in OPT_NAMES.items() if family == "opt" else ():
             name = name.replace(our_part, their_part)
         ours["base_model.model.model." + "decoder." * (family == "opt") + name] = parameter
@@ -321,7 +317,7 @@ def test_the_adapter_is_houlsbys(idx):
     layer, plain = model.base.layers[1], small_base("none").layers[1]
     x = torch.randn(2, 7, 32)
     for name in ("self_attn", "mlp"):
-        context = (None, None, None, None) if name == "self_attn" else ()
+        context = (None, None, None) if name == "self_attn" else ()
         y, part = getattr(plain, name)(x, *context), model.side.layers[1][name]
         expected = y + F.silu(y @ part.down.weight.T) @ part.up.weight.T
         assert torch.allclose(getattr(layer, name)(x, *context), expected, atol=1e-5)
@@ -337,71 +333,6 @@ def test_full_finetuning_keeps_a_tied_head_tied(tmp_path, idx):
     assert numel == count_weights(model.config)
     again = QST.from_side(small_base("none", family="opt"), tmp_path).base
     assert again.lm_head.weight is again.embed_tokens.weight
-
-
-# --------------------------------------------------------------------------------------
-# A side network that starts as the pruned base
-
-
-@pytest.mark.parametrize("kind", ["none", "nf4"])
-@each_family
-def test_pruning_by_nothing_is_the_base(family, kind):
-    """At reduction 1, the side network's layers are the base's."""
-    model = make("lst", family, kind, reduction=1)
-    prune(model.base, model.side)
-    x = torch.randn(2, 7, 32)
-    for layer, own in zip(model.base.layers, model.side.layers):
-        assert torch.allclose(own(x), layer(x), atol=1e-4)
-
-
-@each_family
-def test_pruning_keeps_what_counts(family):
-    """Of a base whose weights are 0 but in half of the channels, it keeps that half: attention and
-    MLP compute the same, in it, as those of the base. Some channels of the half are only read, or
-    only written to, and of rotary pairs only one counts."""
-    base = small_base("none", **FAMILIES[family])
-    opt = family == "opt"
-    pick = lambda n, keep: torch.randperm(n)[:keep].sort().values
-    torch.manual_seed(3)
-    hidden = pick(32, 16)
-
-    def inside(rotary):
-        """Half of each head's channels, or of half of its rotary pairs the second, as a mask."""
-        picked = [pick(4, 2) + 4 if rotary else pick(8, 4) for _ in range(n_kv)]
-        return torch.stack([torch.zeros(8).index_fill_(0, index, 1.0) for index in picked])
-
-    def cut(linear, rows, columns):
-        linear.weight.mul_(rows.unsqueeze(1) * columns)
-        if linear.bias is not None:
-            linear.bias.mul_(rows)
-
-    n_kv = base.config.n_kv_head
-    read = torch.zeros(32).index_fill_(0, hidden[2:], 1.0)
-    written = torch.zeros(32).index_fill_(0, hidden[:-2], 1.0)
-    for layer in base.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        looks, values = inside(rotary=not opt), inside(rotary=False)
-        every = lambda mask: mask.repeat_interleave(4 // n_kv, dim=0).flatten()
-        cut(attention.q_proj, every(looks), read), cut(attention.k_proj, looks.flatten(), read)
-        cut(attention.v_proj, values.flatten(), read), cut(attention.o_proj, written, every(values))
-        ffn = torch.zeros(48).index_fill_(0, pick(48, 24), 1.0)
-        for name in ("gate_proj", "up_proj"):
-            if getattr(mlp, name) is not None:
-                cut(getattr(mlp, name), ffn, read)
-        cut(mlp.down_proj, written, ffn)
-    assert hidden_score(base.layers[0]).nonzero().squeeze(1).tolist() == hidden.tolist()
-    side = tune(base, SideConfig(method="lst", reduction=2)).side
-    prune(base, side)
-    x = torch.zeros(2, 7, 32)
-    x[..., hidden] = torch.randn(2, 7, 16)
-    for layer, own in zip(base.layers, side.layers):
-        own.self_attn.q_proj.weight.data *= 0.5**0.5  # for sqrt(D) of the scores
-        if opt:
-            own.self_attn.q_proj.bias.data *= 0.5**0.5
-        expected = layer.self_attn(x, None, None, None, None)[..., hidden]
-        assert torch.allclose(own.self_attn(x[..., hidden], None, None, None, None), expected, atol=1e-4)
-        assert torch.allclose(own.mlp(x[..., hidden]), layer.mlp(x)[..., hidden], atol=1e-4)
-        assert torch.equal(own.input_layernorm.weight, layer.input_layernorm.weight[hidden])
 
 
 # --------------------------------------------------------------------------------------

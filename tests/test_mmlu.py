@@ -14,13 +14,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, SHARED, small_base, small_config
+from conftest import FIXTURES, ROOT, TEST_DATA, small_base, small_config
 
 import train
 from data import choice_logits, mmlu, text
+from data.hub import save_pretrained
 from data.tokenizer import load_tokenizer
 from data import IGNORE_INDEX
-from model import Transformer, from_pretrained, save_pretrained
+from model import Transformer, from_pretrained
 from qst import QST
 from quant import InputError
 from side import SideConfig
@@ -287,12 +288,12 @@ def test_the_command_line(folder):
 
 
 @pytest.mark.skipif(
-    not (SHARED.is_dir() and os.environ.get("SMOLLM2")), reason="needs SMOLLM2=FOLDER and the questions"
+    not (TEST_DATA.is_dir() and os.environ.get("SMOLLM2")), reason="needs SMOLLM2=FOLDER and the questions"
 )
 def test_logits_are_those_of_transformers():
     """Ten real questions of five subjects, 5 shots: transformers' logits of the letters, fp32."""
     transformers = pytest.importorskip("transformers")
-    where, questions = os.environ["SMOLLM2"], SHARED / "data/mmlu"
+    where, questions = os.environ["SMOLLM2"], TEST_DATA / "data/mmlu"
     tokenizer, ours = load_tokenizer(where), from_pretrained(where, "none", torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32).eval()
     library = transformers.AutoTokenizer.from_pretrained(where)

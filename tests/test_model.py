@@ -9,21 +9,22 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, small_base, small_config
+from conftest import FIXTURES, TEST_DATA, needs_test_data, small_base, small_config
 from torch import nn
 
 from model import (
-    PRESETS, KVCache, Transformer, count_weights, from_pretrained, quantize_folder, read_config, sample,
-    save_pretrained,
+    PRESETS, Transformer, count_weights, from_pretrained, quantize_folder, read_config,
 )  # fmt: skip
 from data import pad_left
+from data.hub import save_pretrained
 from data.safetensors import read_safetensors, write_safetensors
+from data.sampling import KVCache, sample
 from qst import fingerprint
 from quant import InputError, Linear4bit
 
 FOLDERS = [FIXTURES / name for name in (
     "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "opt_pre", "opt_350m"
-)] + sorted((SHARED / "oracle/hf").glob("*"))  # fmt: skip
+)] + sorted((TEST_DATA / "oracle/hf").glob("*"))  # fmt: skip
 
 
 def oracle(folder):
@@ -305,17 +306,17 @@ def test_cache_is_allocated_once():
     """The cache's buffers are made at its first use, and never again."""
     cache = KVCache(8)
     cache.append(*torch.zeros(2, 1, 2, 3, 4))
-    place = cache.buffers[0].data_ptr()
+    place = cache.k.data_ptr()
     k, _ = cache.append(*torch.ones(2, 1, 2, 2, 4))
-    assert cache.buffers[0].data_ptr() == place and k.shape == (1, 2, 5, 4) and k[..., 3:, :].eq(1).all()
+    assert cache.k.data_ptr() == place and k.shape == (1, 2, 5, 4) and k[..., 3:, :].eq(1).all()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="a real model, not part of the project")
+@needs_test_data
 def test_the_known_story():
     """stories260K in full precision tells the story that it is known for."""
     from data.tokenizer import load_tokenizer
 
-    folder = SHARED / "models/stories260K"
+    folder = TEST_DATA / "models/stories260K"
     model, tokenizer = from_pretrained(folder, "none", torch.float32), load_tokenizer(folder)
     idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode("Once upon a time")]])
     text = tokenizer.decode(model.generate(idx, 40)[0].tolist())

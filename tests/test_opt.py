@@ -5,18 +5,19 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES, SHARED, small_config
+from conftest import FIXTURES, TEST_DATA, small_config
 from test_glue import LINES
 from test_mmlu import ROW
 
 import model
 import qst
 import train
+from data.hub import save_pretrained
 from data.tokenizer import load_tokenizer
-from model import Transformer, from_pretrained, save_pretrained
+from model import Transformer, from_pretrained
 from train import TrainConfig
 
-REAL = SHARED / "tokenizers/opt"  # OPT's own vocabulary, where it is
+REAL = TEST_DATA / "tokenizers/opt"  # OPT's own vocabulary, where it is
 
 
 @pytest.fixture(scope="module")

@@ -83,7 +83,7 @@ def test_the_ladder_is_the_papers_equations(kind, idx):
     for i in range(3):
         beta = 1 / (1 + math.exp(-side.gamma[i].item()))
         mixed = (1 - beta) * down(i + 1, states[i + 1]) + beta * h_g
-        h_g = side.layers[i](mixed, mask, rotary_table(side.narrow, positions, torch.float32))
+        h_g = side.layers[i](mixed, mask, rotary_table(side.model_config, positions, torch.float32))
     h = side.alpha * base.norm(states[-1]) + (1 - side.alpha) * (h_g @ side.upsample.weight.T)
     expected = h @ base.lm_head.weight.T
     assert torch.allclose(model(idx)[0], expected, atol=1e-4 * expected.abs().max().item())
@@ -154,7 +154,7 @@ def test_a_training_step_on_meta_tensors():
     with torch.device("meta"):
         base = Transformer(PRESETS["llama-2-7b"])
     model = QST(base.freeze("nf4", torch.bfloat16, "meta"))
-    optimizer = train.make_optimizer(model, train.complete(train.TrainConfig()))
+    optimizer = train.make_optimizer(model, train.resolve(train.TrainConfig()))
     idx = torch.zeros(4, 384, dtype=torch.long, device="meta")
     logits, loss = model(idx, idx)
     loss.backward()
@@ -177,7 +177,7 @@ def test_master_weights_stay_in_fp32(dtype, idx):
 
 
 VARIANTS = side.VARIANTS | {
-    "residual": dict(mix="residual"), "sum": dict(gate="sum"), "borrowed": dict(attention="borrowed"),
+    "residual": dict(mix="residual"), "sum": dict(gate="sum"),
     "standardize": dict(standardize=True), "qlora": dict(method="qlora"),
 }  # fmt: skip
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
@@ -194,25 +194,6 @@ def test_every_variant_starts_at_the_base(family, variant, idx):
     assert torch.equal(model(idx)[0], expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_borrowed_attention(family, idx):
-    """The side looks where the base's layer looks: softmax(Q_f K_f^T / sqrt(D)) V_g, by hand."""
-    base = small_base(**FAMILIES[family])
-    side = shaken(QST(base, SideConfig(reduction=4, attention="borrowed"))).side
-    look, x = [], torch.randn(3, 10, 32)
-    positions, mask = positions_and_mask(idx)
-    base.layers[1](x, mask, rotary_table(base.config, positions, x.dtype), None, look)
-    q, k = (t.repeat_interleave(4 // t.shape[1], dim=1) for t in look)  # (B, 4, T, 8)
-    h_g = torch.randn(3, 10, 8)
-    attention = side.layers[1].self_attn
-    assert {n.split(".")[0] for n, _ in attention.named_parameters()} == {"v_proj", "o_proj"}
-    v = attention.v_proj(h_g).unflatten(-1, (-1, 2)).transpose(1, 2)
-    v = v.repeat_interleave(4 // v.shape[1], dim=1)
-    scores = (q @ k.transpose(-1, -2) / 8**0.5).masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
-    expected = attention.o_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    assert torch.allclose(attention(h_g, mask, None, None, look), expected, atol=1e-5)
-
-
 def test_mixes_and_gates(base):
     """The residual mix and the summing gate are sums, without a parameter of their own."""
     side = shaken(QST(base, SideConfig(reduction=4, mix="residual", gate="sum"))).side
@@ -220,7 +201,7 @@ def test_mixes_and_gates(base):
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
     assert torch.allclose(side.mix(h_f, h_g), h_f + h_g @ side.upsample.weight.T, atol=1e-6)
     expected = side.layers[2](side.downsample[3](h_f) + h_g)
-    assert torch.equal(side.rung(2, h_f, h_g), expected)
+    assert torch.equal(side.step(2, h_f, h_g), expected)
 
 
 def test_standardization(base, idx, tmp_path):
@@ -256,7 +237,7 @@ def test_lora(idx, tmp_path):
     assert all(p.grad.abs().max() > 0 for p in model.parameters())
     q_proj = base.layers[0].self_attn.q_proj
     x = torch.randn(2, 32)
-    weight = q_proj.linear.quantized.dequantize() + 4 * q_proj.branch.up.weight @ q_proj.branch.down.weight
+    weight = q_proj.linear.quantized.dequantize() + 4 * q_proj.pair.up.weight @ q_proj.pair.down.weight
     assert torch.allclose(q_proj(x), x @ weight.T, atol=1e-5)
     model.save_side(tmp_path)
     again = QST.from_side(small_base(), tmp_path)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, SHARED
+from conftest import FIXTURES, TEST_DATA, needs_test_data
 from torch.nn import functional as F
 
 from quant import (
@@ -70,8 +70,8 @@ def test_absmax_codes_are_the_nearest():
     assert (error(theirs) - best).max() <= GRID
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="more oracles, not part of the project")
-@pytest.mark.parametrize("path", sorted((SHARED / "oracle/nf4").glob("*.npz")), ids=lambda p: p.stem)
+@needs_test_data
+@pytest.mark.parametrize("path", sorted((TEST_DATA / "oracle/nf4").glob("*.npz")), ids=lambda p: p.stem)
 def test_larger_oracles(path):
     """The same properties on the larger files, and the dynamic map on ties and normal values."""
     z = {k: torch.from_numpy(v) for k, v in np.load(path).items() if v.dtype.kind != "U"}

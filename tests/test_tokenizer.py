@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import FIXTURES, SHARED
+from conftest import FIXTURES, TEST_DATA
 
 from data import bpe
 from data.tokenizer import load_tokenizer
@@ -160,9 +160,9 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, named, change):
 
 @pytest.fixture(scope="module")
 def llama2():
-    if not SHARED.is_dir():
+    if not TEST_DATA.is_dir():
         pytest.skip("a real tokenizer, not part of the project")
-    return load_tokenizer(SHARED / "tokenizers/llama2")
+    return load_tokenizer(TEST_DATA / "tokenizers/llama2")
 
 
 def test_sentencepiece_ids_and_text_are_the_librarys(llama2):

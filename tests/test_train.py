@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ import qst
 import train
 from data import tiny
 from data.chat import ChatTemplate
+from data.hub import save_pretrained
+from data.report import activation_bytes
 from data.settings import run
 from model import from_pretrained
 from qst import QST
@@ -78,7 +81,7 @@ def test_a_result_tells_the_settings_of_its_side_network(cfg, tmp_path):
         told = train.main(TrainConfig(**cfg | more | dict(eval_only=eval_only)))["config"]
         assert {name: told[name] for name in about} == about | dict(task="instruct")
         assert told["rank"] == 2 and told["reduction"] == 4 and told["gate"] == "sum" and not told["final_norm"]
-        assert train.complete(TrainConfig(**told)) == TrainConfig(**told)
+        assert train.resolve(TrainConfig(**told)) == TrainConfig(**told)
     for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel")):
         with pytest.raises(InputError, match=f"--{next(iter(other))}: --side .* has its own"):
             train.main(TrainConfig(**cfg | more | other))
@@ -87,7 +90,7 @@ def test_a_result_tells_the_settings_of_its_side_network(cfg, tmp_path):
 def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     """The kept side network, loaded again, has the held-out loss that is reported."""
     result = train.main(TrainConfig(**cfg))
-    settings = train.complete(TrainConfig(**cfg))
+    settings = train.resolve(TrainConfig(**cfg))
     tokenizer = train.load_tokenizer(cfg["base"])
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     task = train.load_task(settings, tokenizer, ChatTemplate(), base.config)
@@ -109,7 +112,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     for pieces in (1, 2):
         torch.manual_seed(0)
         model = QST(small_base(), SideConfig(reduction=4))
-        cfg = train.complete(TrainConfig(gradient_accumulation_steps=pieces))
+        cfg = train.resolve(TrainConfig(gradient_accumulation_steps=pieces))
         optimizer = train.make_optimizer(model, cfg)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = iter([(part, part) for part in idx.chunk(pieces)] * 3)
@@ -139,7 +142,7 @@ def test_learning_rate():
 def test_optimizer_groups():
     """Matrices decay, vectors and gates do not, and alpha has its own learning rate."""
     model = QST(small_base(), SideConfig(reduction=4, downsample_norm=True, gate="channel"))
-    cfg = train.complete(TrainConfig(weight_decay=0.1, alpha_lr_factor=25.0))
+    cfg = train.resolve(TrainConfig(weight_decay=0.1, alpha_lr_factor=25.0))
     optimizer = train.make_optimizer(model, cfg)
     groups = {(g["factor"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
     assert set(groups) == {(1, 0.1), (1, 0), (25, 0)}
@@ -163,7 +166,7 @@ def test_activation_bytes_counts_each_storage_once():
 
     x = torch.randn(4, 8)
     # kept: x for the weight's gradient, h twice for the square, and 2 h for the sine
-    assert train.activation_bytes(Square(), x, None) == 3 * 4 * 8 * 4
+    assert activation_bytes(Square(), x, None) == 3 * 4 * 8 * 4
 
 
 def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
@@ -210,8 +213,8 @@ def test_every_field_is_a_flag():
     assert cfg.base == "a=b" and cfg.rank == 16
     shown = command("train.py", "--help")
     assert shown.returncode == 0
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"--{name}" in shown.stdout
+    for f in fields(TrainConfig):
+        assert (f"--{f.name} " in shown.stdout) == f.metadata["flag"]
 
 
 def test_the_help_of_data_leads_somewhere():
@@ -223,7 +226,7 @@ def test_the_help_of_data_leads_somewhere():
 
 
 def test_defaults_are_the_papers():
-    cfg = train.complete(TrainConfig(base="x", data="y"))
+    cfg = train.resolve(TrainConfig(base="x", data="y"))
     assert (cfg.reduction, cfg.rank, cfg.downsample, cfg.quant) == (16, 16, "adapter", "nf4")
     assert (cfg.learning_rate, cfg.lr_schedule, cfg.sequence_len) == (2e-4, "constant", 384)
 
@@ -235,8 +238,7 @@ def test_defaults_are_the_papers():
     (["train.py", "--base", "/nowhere", "--data", "x"], "/nowhere is not a folder"),
     (["train.py", "--base", "/nowhere"], "--base needs --data"),
     (["train.py", "--data", "x"], "--data needs --base"),
-    (["train.py", "--preset"], "--preset is for --plan"),
-    (["train.py", "--plan", "--preset"], "--preset ? is unknown: choose smollm2-135m, "),
+    (["train.py", "--preset", "opt-125m"], "--preset"), (["train.py", "--plan"], "--plan"),
     (["train.py", "--batch_size", "0"], "--batch_size 0"),
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
     (["train.py", "--threads", "1000"], "--threads 1000"),
@@ -298,17 +300,20 @@ def test_generating_from_a_run(cfg, tiny_model):
 
 def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     """The base is a folder like any other; a run that fails leaves none."""
-    monkeypatch.setattr(train, "CACHE", tmp_path)
-    monkeypatch.setattr(train, "TINY_RUN", train.TINY_RUN | dict(max_iters=2))
-    with monkeypatch.context() as broken:
-        broken.setattr(train, "save_pretrained", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train.tiny_base()
+    monkeypatch.setattr(tiny, "CACHE", tmp_path)
+    monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
+    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save)
+
+    def interrupted(model, folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(interrupted)
     assert not list(tmp_path.iterdir())
-    folder = train.tiny_base()
+    folder = make()
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
     made = (folder / "model.safetensors").stat().st_mtime_ns
-    assert train.tiny_base() == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
+    assert make() == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
     assert from_pretrained(folder).config.vocab_size == train.load_tokenizer(folder).vocab_size
 
 
@@ -321,8 +326,8 @@ def test_the_embedded_default_learns(tmp_path):
 
 def test_a_variant_is_one_flag():
     """--variant sets what the architecture's own flags leave at the paper's values."""
-    cfg = train.complete(train.parse_args(["--variant", "fast", "--mix", "released"]))
+    cfg = train.resolve(train.parse_args(["--variant", "fast", "--mix", "released"]))
     assert (cfg.mix, cfg.gate, cfg.standardize) == ("released", "sum", True)
-    assert train.complete(train.parse_args(["--variant", "released"])).final_norm
+    assert train.resolve(train.parse_args(["--variant", "released"])).final_norm
     with pytest.raises(InputError, match="--variant best is unknown: choose paper, released, fast"):
-        train.complete(train.parse_args(["--variant", "best"]))
+        train.resolve(train.parse_args(["--variant", "best"]))
