@@ -45,12 +45,12 @@ from data.chat import load_template  # noqa: E402
 from data.tokenizer import load_tokenizer  # noqa: E402
 from model import (  # noqa: E402
     PRESETS, ModelConfig, Transformer, from_pretrained, model_bytes, quantize_folder,
-    save_pretrained,
 )  # fmt: skip
+from data.hub import save_pretrained  # noqa: E402
 from quant import quantize_4bit  # noqa: E402
-from side import INSIDE  # noqa: E402
-from account import AS_WRITTEN, COLUMNS, LADDER, ROWS, memory_report, rows, untrained  # noqa: E402
-from train import TrainConfig, complete, make_optimizer, parse_args  # noqa: E402
+from side import IN_BASE_METHODS as INSIDE  # noqa: E402
+from account import AS_WRITTEN, COLUMNS, METHOD_ROWS as ROWS, SAVINGS as LADDER, AccountConfig, memory_report, rows, untrained  # noqa: E402
+from train import TrainConfig, make_optimizer, parse_args, resolve as complete  # noqa: E402
 
 
 def peak():

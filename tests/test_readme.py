@@ -8,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import textwrap
 
 import pytest
 import torch
@@ -95,21 +96,31 @@ def test_commands_run(place):
 
 
 def test_the_python_example_runs(place):
-    """The example generates from the folder and the side network of the commands before."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    code = code.replace("cuda", "cpu").replace("torch.bfloat16", "torch.float32")
-    flags = ["--max_iters", "2", "--reduction", "4", "--sequence_len", "100"]
-    run([str(ROOT / "train.py"), "--base", "FOLDER", "--data", "FILE.jsonl", *flags], place)
-    path = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-    run(["-c", path + code], place)
+    """Its three lines turn a model into a side-tuned one, which learns, is saved and generates."""
+    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = code.replace("torch.bfloat16", "torch.float32").replace("QST(base)", "QST(base, SMALL)")
+    before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from side import SideConfig\n"
+    printed = run(["-c", before + "SMALL = SideConfig(reduction=4)\n" + code], place)
+    assert printed.startswith("tensor([[")
+    assert (place / "my-side/side.safetensors").exists()
+
+
+def test_the_forward_pass_is_the_codes():
+    """The function that the README shows stands in qst.py, letter for letter."""
+    _, shown = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert shown.startswith("def hidden(self, idx") and "side.step(" in shown
+    assert textwrap.indent(shown, "    ") in (ROOT / "qst.py").read_text()
 
 
 def test_line_counts():
-    """The table's line counts are right within a tenth."""
-    for name, told in re.findall(r"\| \[([\w/.]+)\]\([\w/.]+\) \| (\d+) \|", README):
+    """The table's line counts are right within a tenth, and the page has at most 250 lines."""
+    rows = re.findall(r"\| \[([\w/.]+)\]\([\w/.]+\) \| ([\d,]+) \|", README)
+    assert len(rows) == 6
+    for name, said in rows:
         files = [ROOT / name] if name.endswith(".py") else list((ROOT / name).glob("*.py"))
         lines = sum(len(path.read_text().split("\n")) for path in files)
-        assert abs(lines - int(told)) <= lines / 10, (name, lines)
+        assert abs(lines - int(said.replace(",", ""))) <= lines / 10, (name, lines)
+    assert len(README.split("\n")) <= 251
 
 
 def test_flags_exist():
@@ -118,7 +129,7 @@ def test_flags_exist():
         run([str(ROOT / words[0]), *words[1:]], ROOT)
         for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
                       ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"],
-                      ["tests/bench.py", "--help"])
+                      ["tests/account.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag
