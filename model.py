@@ -27,7 +27,7 @@ from data import IGNORE_INDEX, check_length, hub, presets, sampling
 from data.sampling import KVCache
 from data.settings import run
 from data.tokenizer import copy_tokenizer
-from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
+from quant import InputError, Linear4bit, Quantized, parse_int, quantize
 
 
 @dataclass
@@ -75,10 +75,6 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
-
-    def full_weight(self):
-        """The weight in fp32, as `Linear4bit.full_weight`."""
-        return self.weight.detach().float()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -389,11 +385,12 @@ class Transformer(LanguageModel):
             for name, _ in list(module.named_parameters(recurse=False)):
                 tensors[name] = read(f"{path}.{name}").to(device)
                 delattr(module, name)
-            linear = isinstance(module, Linear) and module is not self.lm_head
-            if linear and quant != "none" or isinstance(tensors.get("weight"), Quantized4bit):
+            weight, linear = tensors.get("weight"), isinstance(module, Linear)
+            if quant != "none" and linear and module is not self.lm_head:
+                weight = quantize(weight, quant, f"{path}.weight")
+            if isinstance(weight, Quantized):
                 bias = tensors["bias"].to(dtype) if "bias" in tensors else None
-                packed = frozen_linear(tensors["weight"], quant, bias, f"{path}.weight")
-                self.set_submodule(path, packed)
+                self.set_submodule(path, Linear4bit(weight, bias))
                 continue
             for name, tensor in tensors.items():
                 module.register_buffer(name, tensor.to(dtype))

@@ -28,9 +28,10 @@ from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
     token_loss,
 )  # fmt: skip
-from quant import InputError, Linear4bit
+from quant import InputError, Linear4bit, Quantized
 from side import (
-    IN_BASE_METHODS, RELEASED, SIDE_METHODS, SideConfig, SideNetwork, check_quant,
+    IN_BASE_METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork, check_quant,
+    full_weight,
 )  # fmt: skip
 
 FORMAT = 1  # of a side checkpoint
@@ -99,8 +100,8 @@ class Tuned(LanguageModel):
         def read(name):
             path, _, attribute = name.rpartition(".")
             module = self.base.get_submodule(path)
-            if attribute == "weight" and hasattr(module, "full_weight"):
-                return module.full_weight()
+            if attribute == "weight" and isinstance(module, (Linear, Linear4bit, LoRALinear)):
+                return full_weight(module)
             return getattr(module, attribute).detach()
 
         with torch.device("meta"):
@@ -230,17 +231,16 @@ def fingerprint(base):
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     digest = hashlib.sha256(json.dumps(shape).encode())
     for module in base.modules():
-        packed = isinstance(module, Linear4bit)
-        for name, tensor in module.named_buffers(recurse=False):
+        for tensor in module.buffers(recurse=False):
             sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
-            sample = sample if packed and name != "bias" else sample.signbit()
+            sample = sample if isinstance(module, Quantized) else sample.signbit()
             digest.update(sample.numpy().tobytes())
     return {"quant": quant_kind(base), "weights": digest.hexdigest()[:16]}
 
 
 def quant_kind(base):
     """How a base's linear layers are stored: "nf4", ..., or "none"."""
-    return next((m.kind for m in base.modules() if isinstance(m, Linear4bit)), "none")
+    return next((m.kind for m in base.modules() if isinstance(m, Quantized)), "none")
 
 
 # --------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from data.released import RELEASED
 from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import InputError, Linear4bit, pack_activation, unpack_activation
+from quant import InputError, Linear4bit, Quantized, pack_activation, unpack_activation
 
 # How the base may be stored for each method; the first is the default. "int4" allows "int4-64" too.
 METHODS = {
@@ -266,14 +266,19 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         return self.linear(x) + self.scaling * self.pair(x)
 
-    def full_weight(self):
-        """The weight of both as one matrix, in fp32."""
-        up, down = self.pair.up.weight.detach().float(), self.pair.down.weight.detach().float()
-        return self.linear.full_weight() + self.scaling * up @ down
-
     @property
     def bias(self):
         return self.linear.bias
+
+
+@torch.no_grad()
+def full_weight(module):
+    """The weight of a linear layer of any kind as one matrix in fp32."""
+    if isinstance(module, LoRALinear):
+        up, down = module.pair.up.weight.float(), module.pair.down.weight.float()
+        return full_weight(module.linear) + module.scaling * up @ down
+    weight = module.weight
+    return weight.dequantize() if isinstance(weight, Quantized) else weight.float()
 
 
 class WithAdapter(nn.Module):
@@ -319,20 +324,18 @@ class Unfrozen(nn.Module):
 
     def __init__(self, base, config):
         super().__init__()
-        self.config = config
-        parameter_of_buffer = {}  # {id of the buffer: (name, Parameter)}; a tied head stays tied
+        self.config, self.weights = config, nn.ParameterDict()
+        parameters = {}  # {id of a buffer: the Parameter in its place}; a tied head stays tied
         for path, module in base.named_modules():
             unused = path == "lm_head" and config.n_labels and not base.config.tied
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if name == "scales" or config.method == "full" and not unused:
-                    new = f"{path}.{name}", nn.Parameter(buffer)
-                    _, parameter = parameter_of_buffer.setdefault(id(buffer), new)
+                    if id(buffer) not in parameters:
+                        parameters[id(buffer)] = nn.Parameter(buffer)
+                        key = f"{path}.{name}".replace(".", "/")  # a ParameterDict takes no dots
+                        self.weights[key] = parameters[id(buffer)]
                     delattr(module, name)
-                    module.register_parameter(name, parameter)
-        # A ParameterDict takes no dots.
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): p for name, p in parameter_of_buffer.values()}
-        )
+                    module.register_parameter(name, parameters[id(buffer)])
 
 
 IN_BASE_METHODS = dict.fromkeys(["qlora", "lora", "adapter"], InsertedModules)

@@ -32,7 +32,7 @@ from model import (
 )  # fmt: skip
 from qst import QST, read_side, tune
 from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, InputError, code_books, dequantize_blockwise,
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, InputError, codebooks_on, dequantize_blockwise,
     quantize_blockwise,
 )  # fmt: skip
 from side import (
@@ -222,7 +222,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
         grad = parameter.grad.float().flatten()
         t = state["step"] = state.get("step", 0) + 1
-        _, codebook = code_books("nf4", grad.device)
+        _, codebook, _ = codebooks_on("nf4", grad.device)
         moments = []
         for name in ("mean", "root"):
             if t == 1:

@@ -210,14 +210,16 @@ def save_pretrained(model, folder):
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     written = to_theirs(c) | dict(torch_dtype=dtype)
     for path, module in model.named_modules():
+        if isinstance(module, Quantized4bit):
+            continue  # written with its layer
         prefix = "" if path == "lm_head" else "model."
         own = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
         if isinstance(module, Linear4bit):
             own = {} if module.bias is None else {"bias": module.bias}
             name = prefix + their_name(c.family, f"{path}.weight")
-            tensors |= bnb_fields(name, module.quantized, dtype)
-            written["quantization_config"] = bnb_config(module.kind, dtype)
+            tensors |= bnb_fields(name, module.weight, dtype)
+            written["quantization_config"] = bnb_config(module.weight.kind, dtype)
         if path == "lm_head" and c.tied:
             continue
         for attribute, tensor in own.items():

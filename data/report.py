@@ -89,7 +89,7 @@ def introduce(folder, model, cfg, batch, result):
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
-        nbytes = sum(layer.quantized.nbytes for layer in layers)
+        nbytes = sum(layer.weight.nbytes for layer in layers)
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
