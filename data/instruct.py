@@ -18,12 +18,13 @@ tokens of all answers, and of nothing else.
 import json
 import math
 import sys
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import IGNORE_INDEX, Task, pad_left, split
+from data import IGNORE_INDEX, Task, distributed, pad_left, split
 from data.download import command_line
 from quant import InputError
 
@@ -242,14 +243,14 @@ def prompt_text(conversation):
 def answers(model, tokenizer, template, conversations, batch_size=64):
     """Greedy answers, of at most 64 tokens, to the last question of each conversation."""
     found = []
-    for start in range(0, len(conversations), batch_size):
+    for start in distributed.split(range(0, len(conversations), batch_size)):
         part = conversations[start : start + batch_size]
         prompts = [encode_prompt(one, tokenizer, template) for one in part]
         idx, keep = pad_left(prompts, device=model.device)
         room = min(64, model.config.max_positions - idx.shape[1])
         out = model.generate(idx, room, eos_id=template.end_ids(tokenizer), keep=keep)
-        found += [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
-    return found
+        found.append([tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out])
+    return list(chain.from_iterable(distributed.join(found)))
 
 
 def samples(model, tokenizer, template, conversations):

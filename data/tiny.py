@@ -21,8 +21,8 @@ CACHE = Path(os.path.relpath(Path(__file__).parent / "cache"))  # git-ignored
 # The base model, and how train.py trains it.
 BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
 BASE_RUN = dict(
-    max_iters=400, batch_size=32, learning_rate=3e-3, lr_schedule="linear", warmup_iters=30,
-    beta2=0.99, weight_decay=0.1, seed=0,
+    max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
+    optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
 )  # fmt: skip
 
 NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]

@@ -31,7 +31,7 @@ from model import PRESETS, Transformer, count_weights, model_bytes, read_config 
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
 from side import METHODS, SIDE_METHODS  # noqa: E402
-from train import TrainConfig, resolve, save_memory, side_config  # noqa: E402
+from train import TrainConfig, make_optimizer, resolve, save_memory, side_config  # noqa: E402
 
 
 @dataclass
@@ -145,7 +145,7 @@ def memory_report(cfg, config=None):
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         loss.backward()
     unpack_buffers.clear()
-    weights, optimizer = model_bytes(model), optimizer_bytes(parameters, cfg.optimizer_bits)
+    weights, optimizer = model_bytes(model), optimizer_bytes(make_optimizer(model, cfg))
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
