@@ -78,8 +78,8 @@ def test_mrpc_is_split_by_its_ids(tmp_path):
 
 
 @pytest.mark.parametrize("text, told", [
-    ("sentence\tlabel\nfine\t2\n", 'line 2: the label "2" is not 0, 1'),
-    ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"), (None, "cannot be read"),
+    ("sentence\tlabel\nfine\t2\n", "line 2: the label '2' is not 0, 1"),
+    ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"), (None, "is missing"),
 ])  # fmt: skip
 def test_bad_files_are_named(tmp_path, text, told):
     if text is not None:
