@@ -92,6 +92,12 @@ def _map_tensor(path, dtype, shape, offset):
     return raw.view(dtype).view(shape)
 
 
+def tensor_bytes(tensor):
+    """A tensor's bytes as they stand in a file; of one on the CPU, nothing is copied."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+
+
 def write_safetensors(path, tensors, metadata=None):
     """Write {name: tensor} of any mix of the dtypes above, atomically."""
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -108,8 +114,7 @@ def write_safetensors(path, tensors, metadata=None):
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            file.write(tensor_bytes(tensor))
 
     write_atomically(path, write)
 
