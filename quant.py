@@ -241,10 +241,11 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
 # The two operators, in plain torch: the reference, and what a CPU runs
 
 
-def plain_scales(absmax, nested_absmax, offset, dynamic):
+def plain_scales(absmax, nested_absmax, offset):
     """Each block's absmax in fp32, (blocks,)."""
     if nested_absmax is None:
         return absmax
+    _, dynamic, _ = codebooks_on("nf4", absmax.device)
     return dequantize_blockwise(absmax, dynamic, nested_absmax, ABSMAX_BLOCK_SIZE).add_(offset)
 
 
@@ -254,9 +255,8 @@ def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
     A byte at a time, as the two levels that it stands for; a chunk at a time, so that what is in
     between stays in a CPU's cache.
     """
-    _, dynamic, pairs = codebooks_on(kind, codes.device)
-    scales = plain_scales(absmax, nested_absmax, offset, dynamic)
-    step = chunk_size(codes.device)
+    scales = plain_scales(absmax, nested_absmax, offset)
+    (*_, pairs), step = codebooks_on(kind, codes.device), chunk_size(codes.device)
     for start in range(0, out.numel(), step):
         part = out[start : start + step]
         byte = codes[start // 2 : (start + step) // 2].int()

@@ -7,6 +7,8 @@ from dataclasses import field, fields
 
 import torch
 
+from data.fields import NEEDED, TEXT, TRUE_OR_FALSE, first_few, number, one_of, whole
+from data.fields import field as field_of_file
 from quant import InputError
 
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
@@ -33,6 +35,28 @@ def check(settings):
         for bound, limit in bounds.items() if value is not None else ():
             if not BOUNDS[bound](value, limit):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
+
+
+def from_table(kind, where, table, optional=()):
+    """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
+    bounds; only those that are optional may be left out."""
+    own = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(table) - set(own)):
+        names = first_few(unknown)
+        raise InputError(f"{where}: config has {names}, which this code does not know: update it.")
+    read = lambda f: field_of_file(
+        where, table, f"config.{f.name}", kind_of(f), f.default if f.name in optional else NEEDED
+    )
+    return kind(**{name: read(f) for name, f in own.items()})
+
+
+def kind_of(f):
+    """What a setting may be, in a file."""
+    choices, least = f.metadata["choices"], f.metadata["bounds"].get("at_least", 0)
+    if choices:
+        return one_of(*choices)
+    kinds = {int: whole(least, 1 << 20), float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: TEXT}
+    return kinds[f.type]
 
 
 def check_used(settings, methods):

@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 
 from data import sampling
-from data.instruct import Refused
+from data.fields import Refused
 from quant import InputError
 
 

@@ -1,5 +1,6 @@
 """What the tests share: the path, small models, and where the oracles are."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -33,6 +34,19 @@ def small_base(quant="nf4", seed=0, **changes):
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model.freeze(quant, torch.float32)
+
+
+def as_of_an_older_commit(folder, **changes):
+    """Rewrite a side checkpoint as older commits wrote it: its settings in side.json alone."""
+    from data.safetensors import read_safetensors, write_safetensors
+
+    path = folder / "side.safetensors"
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, tensors)
+    about = json.loads((folder / "side.json").read_text())
+    about.pop("sha256", None)
+    about["base"].pop("values", None)
+    (folder / "side.json").write_text(json.dumps(about | {"format": 1} | changes))
 
 
 @pytest.fixture

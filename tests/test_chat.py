@@ -374,7 +374,7 @@ def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
 @pytest.mark.parametrize("content, told", [
     ("hello", "line 1 is not an answer"), ('{"question_id": 1}\n', "line 1 is not an answer"),
     ('{"question_id": 1, "turns": ["a"]}', "line 1 is not an answer"), ("{oops\n", "line 1 is not an answer"),
-    ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "line 1 is an answer of yours, not of mine"),
+    ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "line 1 is an answer of .yours., not of mine"),
 ])  # fmt: skip
 def test_another_file_is_not_touched(tiny_model, tmp_path, content, told):
     """--out that holds anything else is refused, and left as it is."""
@@ -400,7 +400,7 @@ def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
         before = path.read_bytes()
         save(seed=2)
         for side in (["--side", folder], []):
-            with pytest.raises(InputError, match=f"line 1 is an answer of {name}-.*, not of {name}"):
+            with pytest.raises(InputError, match=f"line 1 is an answer of .{name}-.*, not of {name}"):
                 ask(*side, *flags)
         assert path.read_bytes() == before
         path.unlink()

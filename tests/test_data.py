@@ -164,7 +164,7 @@ def test_both_kinds_of_file(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records))
     one, two = (instruct.read_instructions(tmp_path / name) for name in ("a.json", "b.jsonl"))
     assert one == two and len(one) == 3 and one[1] == say("user: q1", "assistant: a1 \u2028")
-    with pytest.raises(InputError, match="c.json does not exist"):
+    with pytest.raises(InputError, match="c.json is missing"):
         instruct.read_instructions(tmp_path / "c.json")
 
 
@@ -273,7 +273,7 @@ def test_looking_into_a_file(tmp_path, capsys):
     told = subprocess.run([*script, "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
     assert all(name in told for name in ("Alpaca", "Dolly", "OASST1", "ShareGPT"))
     told = subprocess.run([*script, "--data", "no.json"], cwd=tmp_path, capture_output=True, text=True)
-    assert told.returncode == 1 and told.stderr.startswith("error: no.json does not exist")
+    assert told.returncode == 1 and told.stderr.startswith("error: no.json is missing")
 
 
 def test_the_task_follows_from_the_story():

@@ -372,8 +372,8 @@ def test_transformers_reads_our_folder(tmp_path, idx):
 
 
 @pytest.mark.parametrize("change, told", [
-    ({"blocksize": 128}, "other block sizes"), ({"shape": [64, 65]}, "do not fit its shape"),
-    ({"shape": None}, "cannot be read"), ("quant_map", "another code book"),
+    ({"blocksize": 128}, "blocksize is 128; it must be 64"), ({"shape": [64, 65]}, "do not fit its shape"),
+    ({"shape": None}, "lacks the field .shape"), ("quant_map", "another code book"),
     ("absmax", "lacks one of its"),
 ])  # fmt: skip
 def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, told, tmp_path):
@@ -393,7 +393,7 @@ def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, told, tmp_path):
     with pytest.raises(InputError, match=f"layers.0.mlp.up_proj.weight.*{told}"):
         from_pretrained(folder)
     other = copy("llama_rope3", tmp_path / "2", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(InputError, match="quantization_config is .gptq"):
+    with pytest.raises(InputError, match="quantization_config.quant_method is .gptq"):
         from_pretrained(other)
 
 
