@@ -25,10 +25,9 @@ from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
     token_loss,
 )  # fmt: skip
-from quant import InputError, Linear4bit
+from quant import InputError, Linear4bit, Quantized
 from side import (
-    IN_BASE_METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork, check_quant,
-    full_weight,
+    IN_BASE_METHODS, METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork,
 )  # fmt: skip
 
 class Tuned(LanguageModel):
@@ -175,6 +174,23 @@ class QST(Tuned):
             mean, variance = channel_statistics(self.base, prompts)
             self.side.mean.copy_(mean)
             self.side.scale.copy_((variance + 1e-6).rsqrt())
+
+
+def check_quant(method, quant):
+    """Refuse a base that is not stored as the method needs it."""
+    if quant.partition("-")[0] not in METHODS[method]:
+        kinds = " or ".join(METHODS[method])
+        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
+
+
+@torch.no_grad()
+def full_weight(module):
+    """The weight of a linear layer of any kind as one matrix in fp32."""
+    if isinstance(module, LoRALinear):
+        up, down = module.pair.up.weight.float(), module.pair.down.weight.float()
+        return full_weight(module.linear) + module.scaling * up @ down
+    weight = module.weight
+    return weight.dequantize() if isinstance(weight, Quantized) else weight.float()
 
 
 def tune(base, config):

@@ -25,8 +25,7 @@ from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
 from data.optim import AdamW8bit, Muon, load_optimizer
 from data.report import (
-    TrainingLog, activation_bytes, conclude, introduce, optimizer_bytes, peak_memory, progress,
-    provenance,
+    TrainingLog, conclude, introduce, peak_memory, progress, provenance, sizes,
 )  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
@@ -38,10 +37,10 @@ from data.tokenizer import load_tokenizer
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
-from qst import QST, read_side, tune
+from qst import QST, check_quant, read_side, tune
 from quant import InputError
 from side import (
-    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, check_quant, of_side,
+    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, of_side,
 )  # fmt: skip
 
 TASKS = {
@@ -397,12 +396,7 @@ def train(model, task, folder, cfg, result):
     """Score, train and score again; fill in `result`."""
     optimizer = make_optimizer(model, cfg)
     longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
-    idx, targets = collate(longest)
-    result |= dict(
-        optimizer_bytes=optimizer_bytes(optimizer),
-        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
-    )
-    introduce(folder, model, cfg, idx, result)
+    introduce(folder, model, optimizer, cfg, collate(longest), result)
     before = task.score(model) if not task.n_labels else {}  # an untrained classifier is at chance
     fit(model, optimizer, task, cfg, result)
     if result["interrupted"]:
@@ -437,12 +431,7 @@ def main(cfg):
         base = from_pretrained(folder, cfg.quant, dtype, device)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg, base, task)
-        trainable, weights = sum(p.numel() for p in model.parameters()), count_weights(config)
-        result = dict(
-            trainable_parameters=trainable,
-            total_parameters=max(weights, trainable) if cfg.method == "full" else weights + trainable,
-            weights_bytes=model_bytes(model),
-        )
+        result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
         if cfg.eval_only:
             result |= task.score(model)
             if task.held_out:

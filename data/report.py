@@ -107,8 +107,23 @@ def provenance():
     return dict(versions=versions, commit=commit, command=shlex.join(sys.argv))
 
 
-def introduce(folder, model, cfg, batch, result):
-    """Print what a reader wants to know before the run."""
+def sizes(model, n_weights):
+    """How many parameters learn, and how many there are with the `n_weights` of the base."""
+    trainable = sum(p.numel() for p in model.parameters())
+    base = 0 if trainable >= n_weights else n_weights  # in full finetuning it is the base that learns
+    return dict(trainable_parameters=trainable, total_parameters=base + trainable)
+
+
+def introduce(folder, model, optimizer, cfg, batch, result):
+    """Print what a reader wants to know before the run, and put the memory of a step into `result`.
+
+    batch: idx and targets of the longest one
+    """
+    idx, targets = batch
+    result |= dict(
+        optimizer_bytes=optimizer_bytes(optimizer),
+        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
+    )
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
@@ -118,7 +133,7 @@ def introduce(folder, model, cfg, batch, result):
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     side = "a side network {reduction} times narrower, {downsample} downsamplers"
     what = TRAINED.get(cfg.method, side).format(**vars(model.side.config))
-    steps, (B, T) = cfg.gradient_accumulation_steps, batch.shape
+    steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
     memory = ", ".join(
         f"{name} {show_bytes(result[f'{name}_bytes'])}"
         for name in ("weights", "optimizer", "activations")
