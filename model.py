@@ -17,6 +17,7 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -429,7 +430,9 @@ def read_config(folder):
 
 
 def quantize_folder(source, target, quant="nf4"):
-    """Write a folder's model in 4 bits, with its tokenizer."""
+    """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
+    if any(Path(target).glob("*")):  # for example the source itself
+        raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
@@ -448,7 +451,7 @@ def count_weights(config):
 
 
 def main(argv):
-    if argv[:1] == ["quantize"] and len(argv) == 3:
+    if argv[:1] == ["quantize"] and len(argv) == 3 and not argv[2].startswith("-"):
         return quantize_folder(*argv[1:])
     if argv:
         raise InputError("It is `python model.py`, or `python model.py quantize IN OUT`.")

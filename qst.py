@@ -49,6 +49,8 @@ class Tuned(LanguageModel):
 
     def make_side(self, config):
         """What the method trains, before training; in-base methods modify the base."""
+        if config.rank > (C := self.config.n_embd):
+            raise InputError(f"--rank {config.rank} is more than the base's {C} channels.")
         with torch.device(self.base.device):
             if config.method in SIDE_METHODS:
                 side = SideNetwork(self.config, config)

@@ -11,6 +11,7 @@ held-out examples), last/ (the same of the last iteration), log.csv, loss.svg an
 
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -99,7 +100,9 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(1337, "of the weights, the split and the order of examples", at_least=0)
+    seed: int = setting(
+        1337, "of the weights, the split and the order of examples", at_least=0, below=2**63
+    )
 
     def __post_init__(self):
         """What depends on other settings stays None until `resolve`."""
@@ -136,6 +139,12 @@ def resolve(cfg):
         (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
+        (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
+        (cfg.instructions and task != "mmlu", f"--instructions is of --task mmlu, and not of {task}"),
+        (cfg.method == "lst" and cfg.mix not in (None, "side"),
+         "--method lst predicts from the side network alone: leave out --mix"),
+        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
+         "--compile needs a C++ compiler, and there is none here"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
     )  # fmt: skip

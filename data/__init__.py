@@ -201,11 +201,11 @@ def channel_statistics(model, prompts):
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
     layers, C = model.layers, model.config.n_embd
-    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64)
 
     def add(i, h):
-        h = h[keep.bool()].double()
-        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
+        h = h[keep.bool()].to(torch.float32 if h.device.type == "mps" else torch.float64)
+        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
     hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
     for i, layer in enumerate(layers, 1):

@@ -126,7 +126,7 @@ def read_records(path, flag="--data"):
 def write_atomically(path, write):
     """Call `write(file)` on a temporary file and rename it: a path never holds half a file."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process has another one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -144,7 +144,17 @@ def write_atomically(path, write):
 
 
 def write_json(path, content):
-    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+    """Write strict JSON, which has neither NaN nor Infinity: they become null."""
+    text = json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def without_nan(content):
+    if isinstance(content, dict):
+        return {name: without_nan(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [without_nan(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def make_writable_folder(folder, flag):

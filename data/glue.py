@@ -233,11 +233,16 @@ def load(cfg, tokenizer, template):
 
 def show(folder):
     """Count the examples of every task of GLUE that a folder has, and print one of each."""
+    found = False
     for task, form in FORMS.items():
         own = Path(folder).resolve().name == form.folder  # or it is the folder of all
         if (own or (Path(folder) / form.folder).is_dir()) and (files(folder, form) / form.dev).exists():
             train, dev = (read(files(folder, form) / name, form)[0] for name in ("train.tsv", form.dev))
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
+            found = True
+    if not found:
+        names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
+        raise InputError(f"{folder} has no dev.tsv of a task: give one of {names}, or their folder.")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from data.fields import TEXT, field, first_few, shown, table_of
 from data.files import read_json, write_json
 from data.pickled import read_tensors
 from data.safetensors import read_safetensors, write_safetensors
-from quant import InputError, Linear4bit
+from quant import InputError, Linear4bit, Quantized4bit
 
 IN_16_BITS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")  # always
 OPT_NAMES = {  # ours (LLaMA's): OPT's

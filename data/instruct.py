@@ -157,9 +157,19 @@ def encode(conversation, tokenizer, template, sequence_len):
     return ids[:-1], [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
 
 
-def encode_prompt(conversation, tokenizer, template):
-    """The ids of all that comes before the last answer."""
-    return template.encode(conversation[:-1], tokenizer)[0]
+def prompt_that_fits(messages, tokenizer, template, room):
+    """Drop the oldest turns until the prompt has at most `room` ids: (ids, messages that are kept).
+
+    The system message and the last question stay, even if they alone are longer.
+    """
+    system = messages[: messages[0]["role"] == "system"]
+    rest = messages[len(system) :]
+    while True:
+        ids, _ = template.encode(system + rest, tokenizer)
+        starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
+        if len(ids) <= room or len(starts) < 2:
+            return ids, system + rest
+        rest = rest[starts[1] :]
 
 
 def prompt_text(conversation):
@@ -173,14 +183,16 @@ def prompt_text(conversation):
 
 
 def answers(model, tokenizer, template, conversations, batch_size=64):
-    """Greedy answers, of at most 64 tokens, to the last question of each conversation."""
-    found = []
+    """Greedy answers, of at most 64 tokens, to the last question of each conversation; what is too long
+    for the model is shortened from the front."""
+    found, positions = [], model.config.max_positions
+    most = positions - min(64, positions // 4)  # ids of a prompt
     for start in distributed.split(range(0, len(conversations), batch_size)):
         part = conversations[start : start + batch_size]
-        prompts = [encode_prompt(one, tokenizer, template) for one in part]
+        prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)
-        room = min(64, model.config.max_positions - idx.shape[1])
-        out = model.generate(idx, room, eos_id=template.end_ids(tokenizer), keep=keep)
+        new = min(64, positions - idx.shape[1])
+        out = model.generate(idx, new, eos_id=template.end_ids(tokenizer), keep=keep)
         found.append([tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out])
     return list(chain.from_iterable(distributed.join(found)))
 

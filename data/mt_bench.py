@@ -151,8 +151,8 @@ def answer_file(args, start_talk):
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
     note = lambda text: tqdm.write(text, sys.stderr)
+    talk = start_talk()  # before a file is made
     with open(args.out, "a", encoding="utf-8") as out:
-        talk = start_talk()
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
                 args.temperature = temperature(question)

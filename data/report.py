@@ -4,7 +4,6 @@ import csv
 import math
 import os
 import platform
-import resource
 import shlex
 import statistics
 import subprocess
@@ -15,6 +14,11 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from data import tiny
 from data.charts import line_chart
@@ -48,9 +52,12 @@ def show_bytes(n):
 
 
 def peak_memory(device):
-    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU."""
+    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU; 0 where
+    neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
