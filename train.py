@@ -24,16 +24,14 @@ from data import (
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
-from data.optim import AdamW8bit, Muon, load_optimizer
+from data.optim import AdamW8bit, Muon
 from data.report import (
     TrainingLog, conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes,
 )  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
-from data.state import (
-    check_same, load_state, only_run_in, remove_earlier_run, save_state, stop_signals,
-)  # fmt: skip
+from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
@@ -333,38 +331,18 @@ def fit(model, optimizer, task, cfg, result):
     loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
     held_out = task.held_out[: cfg.eval_examples]
     log = TrainingLog(out_dir if first else None, cfg, device)
+    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
+    state = RunState(out_dir, about, model.side, optimizer, scaler, log)
 
     def evaluate():
         """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
         if log.evaluated(mean_loss(model, held_out, cfg.batch_size)) and first:
             model.save_side(out_dir)
-        stop_if(not math.isfinite(log.held_out_loss))
+        log.end_if(not math.isfinite(log.held_out_loss))
 
-    def stop_if(lost):
-        """End the run if its loss is no number any more, for good."""
-        kept = f"{out_dir} holds the side network of iteration {log.best_iteration}"
-        if lost:
-            raise InputError(
-                f"The loss is not a number at iteration {log.iteration}: lower --learning_rate, or try "
-                f"--dtype bf16 or fp32. {kept if log.best_iteration else 'No side network is kept'}."
-            )
-
-    def save():
-        learners = dict(side=model.side, optimizer=optimizer, scaler=scaler)
-        state = {name: learner.state_dict() for name, learner in learners.items()}
-        if first:
-            save_state(out_dir, state | dict(about=about, log=log.state()))
-
-    if state := load_state(out_dir) if cfg.resume else None:
-        check_same(about, state["about"], out_dir)
-        model.side.load_state_dict(state["side"])
-        load_optimizer(optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        log.go_on(state["log"])
-    else:
+    if not (cfg.resume and state.load()):
         evaluate()
         if first:
             remove_earlier_run(out_dir)
@@ -382,10 +360,10 @@ def fit(model, optimizer, task, cfg, result):
                 evaluate()
             if read:
                 log.write(learning_rate)
-                stop_if(log.failures >= 10)
+                log.end_if(log.failures >= 10)
             ends = read and any(distributed.join([bool(stopped)]))
             if due or ends:
-                save()
+                state.save()
             if ends:
                 break
     interrupted = log.iteration < cfg.max_iters

@@ -23,7 +23,7 @@ except ImportError:  # Windows
 from data import tiny
 from data.charts import line_chart
 from data.optim import AdamW8bit
-from quant import ABSMAX_BLOCK_SIZE, Linear4bit
+from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
 
 SIDE_METHODS = ("qst", "lst")
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
@@ -247,6 +247,15 @@ class TrainingLog:
         elif held_out_loss < self.best_loss:
             self.best_loss, self.best_iteration = held_out_loss, self.iteration
         return self.best_iteration == self.iteration > 0
+
+    def end_if(self, lost):
+        """End the run if its loss is no number any more."""
+        kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
+        if lost:
+            raise InputError(
+                f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or try "
+                f"--dtype bf16 or fp32. {kept if self.best_iteration else 'No side network is kept'}."
+            )
 
     def write(self, learning_rate):
         """Show the iteration, and write a line if one is due."""
