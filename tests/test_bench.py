@@ -101,7 +101,8 @@ def test_pictures(runs):
     the score in the order of the peak memory."""
     out = runs / "out"
     bench.main(["pictures", str(runs / "qst"), str(runs / "qlora"), "--out", str(out)])
-    memory, loss, score = ((out / f"{name}.svg").read_text() for name in ("memory", "loss", "score"))
+    names = ("memory", "loss", "score")
+    memory, loss, score = ((out / f"{name}.svg").read_text() for name in names)
     assert all(f">{part}</text>" in memory for part in ("qst", "qlora", *learning.PARTS))
     assert memory.count(">6</text>") == 2  # MB in all
     best = next(iter(learning.read_runs(runs / "qst").values()))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from test_glue import LINES
-from test_qst import released_state
+from test_released import released_state
 
 from data import tiny
 from model import from_pretrained
@@ -127,9 +127,9 @@ def test_flags_exist():
     """Every flag that the README names is one of train.py or qst.py or a benchmark."""
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
-        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
-                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"],
-                      ["tests/account.py", "--help"])
+        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "answer", "--help"],
+                      ["qst.py", "import-released", "--help"], ["data/instruct.py", "--help"],
+                      ["data/mmlu.py", "--help"], ["tests/account.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag
