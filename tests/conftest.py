@@ -7,8 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Of models this small two threads compute no faster, and where there is other work they wait for
+# each other; set before torch is loaded, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
