@@ -17,17 +17,19 @@ import math
 import sys
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE_INDEX, check_length, hub, presets, sampling
+from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling
+from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
 from data.tokenizer import copy_tokenizer
-from quant import InputError, Linear4bit, Quantized4bit, frozen_linear, parse_int
+from quant import InputError, Linear4bit, Quantized, parse_int, quantize
 
 
 @dataclass
@@ -75,10 +77,6 @@ class Linear(nn.Linear):
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
-
-    def full_weight(self):
-        """The weight in fp32, as `Linear4bit.full_weight`."""
-        return self.weight.detach().float()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -369,12 +367,13 @@ class Transformer(LanguageModel):
     def forward(self, idx, keep=None, cache=None):
         return self.head(self.hidden(idx, keep, cache))
 
-    def freeze(self, quant="nf4", dtype=torch.bfloat16, device="cpu", read=None):
+    def freeze(self, quant="nf4", dtype=torch.bfloat16, device="cpu", read=None, where=""):
         """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
 
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
         read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
         is; default: this model's weights. Only one module's tensors are in memory at a time.
+        where: what to put before a tensor's name in a message
         """
         if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
             raise InputError(
@@ -387,13 +386,15 @@ class Transformer(LanguageModel):
         for path, module in list(self.named_modules()):
             tensors = {}
             for name, _ in list(module.named_parameters(recurse=False)):
-                tensors[name] = read(f"{path}.{name}").to(device)
+                tensor = read(f"{path}.{name}").to(device)
+                tensors[name] = check_values(tensor, dtype, f"{where}{path}.{name}")
                 delattr(module, name)
-            linear = isinstance(module, Linear) and module is not self.lm_head
-            if linear and quant != "none" or isinstance(tensors.get("weight"), Quantized4bit):
+            weight, linear = tensors.get("weight"), isinstance(module, Linear)
+            if quant != "none" and linear and module is not self.lm_head:
+                weight = quantize(weight, quant, f"{where}{path}.weight")
+            if isinstance(weight, Quantized):
                 bias = tensors["bias"].to(dtype) if "bias" in tensors else None
-                packed = frozen_linear(tensors["weight"], quant, bias, f"{path}.weight")
-                self.set_submodule(path, packed)
+                self.set_submodule(path, Linear4bit(weight, bias))
                 continue
             for name, tensor in tensors.items():
                 module.register_buffer(name, tensor.to(dtype))
@@ -415,20 +416,24 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     taken as it is, straight from the memory map.
     """
     config = read_config(folder)
+    tensors = hub.open_files(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    weights, packed = hub.open_weights(folder, config.family, shapes, config.tied, quant)
-    return model.freeze("none" if packed else quant, dtype, device, lambda name: weights[name]())
+    weights, packed = hub.choose_weights(folder, config, tensors, shapes, quant)
+    kind, read = "none" if packed else quant, lambda name: weights[name]()
+    return model.freeze(kind, dtype, device, read, f"{folder}: ")
 
 
 def read_config(folder):
-    return ModelConfig(**hub.read_config(folder))
+    return ModelConfig(**config_json.read(folder))
 
 
 def quantize_folder(source, target, quant="nf4"):
-    """Write a folder's model in 4 bits, with its tokenizer."""
-    model = from_pretrained(source, quant, hub.read_dtype(source))
+    """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
+    if any(Path(target).glob("*")):  # for example the source itself
+        raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
+    model = from_pretrained(source, quant, config_json.read_dtype(source))
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
 
@@ -446,7 +451,7 @@ def count_weights(config):
 
 
 def main(argv):
-    if argv[:1] == ["quantize"] and len(argv) == 3:
+    if argv[:1] == ["quantize"] and len(argv) == 3 and not argv[2].startswith("-"):
         return quantize_folder(*argv[1:])
     if argv:
         raise InputError("It is `python model.py`, or `python model.py quantize IN OUT`.")

@@ -9,33 +9,26 @@
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
 
-import hashlib
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data import channel_statistics, chat, mt_bench, released, sampling, talk
-from data.files import read_json, write_json
+from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
+from data.fingerprint import differences, fingerprint, quant_kind
 from data.hub import save_pretrained
-from data.safetensors import copy_into, read_safetensors, write_safetensors
+from data.safetensors import copy_into
 from data.settings import Parser, pick_device, pick_dtype, run
 from data.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
     token_loss,
 )  # fmt: skip
-from quant import InputError, Linear4bit
+from quant import InputError, Linear4bit, Quantized
 from side import (
-    IN_BASE_METHODS, RELEASED, SIDE_METHODS, SideConfig, SideNetwork, check_quant,
+    IN_BASE_METHODS, METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork,
 )  # fmt: skip
-
-FORMAT = 1  # of a side checkpoint
-REMOVED = {"attention": "own"}  # settings that older side checkpoints have, and what they must be
-
 
 class Tuned(LanguageModel):
     """A frozen base, and in `side` what a method trains inside it; `QST` trains a network beside it.
@@ -51,11 +44,13 @@ class Tuned(LanguageModel):
         check_quant(config.method, quant_kind(base))
         self.base, self.config = base, base.config
         # Computed first: the method may modify the base.
-        self.fingerprint = fingerprint(base) if base.device.type != "meta" else None
+        self.fingerprint = None if base.device.type == "meta" else fingerprint(base)
         self.side = self.make_side(config)
 
     def make_side(self, config):
         """What the method trains, before training; in-base methods modify the base."""
+        if config.rank > (C := self.config.n_embd):
+            raise InputError(f"--rank {config.rank} is more than the base's {C} channels.")
         with torch.device(self.base.device):
             if config.method in SIDE_METHODS:
                 side = SideNetwork(self.config, config)
@@ -99,8 +94,8 @@ class Tuned(LanguageModel):
         def read(name):
             path, _, attribute = name.rpartition(".")
             module = self.base.get_submodule(path)
-            if attribute == "weight" and hasattr(module, "full_weight"):
-                return module.full_weight()
+            if attribute == "weight" and isinstance(module, (Linear, Linear4bit, LoRALinear)):
+                return full_weight(module)
             return getattr(module, attribute).detach()
 
         with torch.device("meta"):
@@ -108,29 +103,24 @@ class Tuned(LanguageModel):
         return merged.freeze("none", dtype, self.device, read)
 
     def save_side(self, folder):
-        """Write side.safetensors and side.json, each whole or not at all."""
-        folder = Path(folder)
-        write_safetensors(folder / "side.safetensors", self.side.state_dict())
-        about = {"format": FORMAT, "config": asdict(self.side.config), "base": self.fingerprint}
-        write_json(folder / "side.json", about)
+        """Write side.safetensors, which has its settings in it, and side.json, a copy of these."""
+        tensors = self.side.state_dict()
+        checkpoint.write(folder, tensors, self.side.config, self.fingerprint)
 
     def load_side(self, folder):
         """Replace the side network, settings and all, by a saved one, and return self.
 
         It must have been trained on this base; every tensor must be there, and no other.
         """
-        (config, base), ours = read_side(folder), self.fingerprint
-        if different := [key for key in ours if base.get(key) != ours[key]]:
-            both = [f"{key} {base.get(key)} there and {ours[key]} here" for key in different]
-            raise InputError(f"{folder} was trained on another base: {', '.join(both)}.")
+        config, base = read_side(folder)
+        if different := differences(base, self.fingerprint):
+            raise InputError(f"{folder} was trained on another base: {', '.join(different)}.")
         if config != self.side.config:
             if not {config.method, self.side.config.method} <= set(SIDE_METHODS):
                 message = f"{folder} has other settings than these modules: load the base anew."
                 raise InputError(message)
             self.side = self.make_side(config)
-        path = Path(folder) / "side.safetensors"
-        tensors = {name: read() for name, read in read_safetensors(path).items()}
-        copy_into(self.side, tensors, path)
+        copy_into(self.side, checkpoint.load(folder), Path(folder) / "side.safetensors")
         return self
 
     @staticmethod
@@ -188,6 +178,23 @@ class QST(Tuned):
             self.side.scale.copy_((variance + 1e-6).rsqrt())
 
 
+def check_quant(method, quant):
+    """Refuse a base that is not stored as the method needs it."""
+    if quant.partition("-")[0] not in METHODS[method]:
+        kinds = " or ".join(METHODS[method])
+        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
+
+
+@torch.no_grad()
+def full_weight(module):
+    """The weight of a linear layer of any kind as one matrix in fp32."""
+    if isinstance(module, LoRALinear):
+        up, down = module.pair.up.weight.float(), module.pair.down.weight.float()
+        return full_weight(module.linear) + module.scaling * up @ down
+    weight = module.weight
+    return weight.dequantize() if isinstance(weight, Quantized) else weight.float()
+
+
 def tune(base, config):
     """A base with what a method trains: a side network (qst, lst), or modules inside the base."""
     return (QST if config.method in SIDE_METHODS else Tuned)(base, config)
@@ -202,45 +209,8 @@ def import_released(base, folder):
 
 
 def read_side(folder):
-    """Read side.json: the `SideConfig`, and the fingerprint of the base."""
-    path = Path(folder) / "side.json"
-    if not path.exists():
-        raise InputError(f"{path} is missing: give the --out_dir of a run of train.py.")
-    about = read_json(path)
-    try:
-        if about["format"] != FORMAT:
-            raise InputError(f"{path} has format {about['format']}; this code reads {FORMAT}.")
-        config = dict(about["config"])
-        for name, value in REMOVED.items():
-            if config.pop(name, value) != value:
-                raise InputError(f"{path}: only {name} {value!r} is supported.")
-        return SideConfig(**config), dict(about["base"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is damaged, or of another version ({error}).") from None
-
-
-def fingerprint(base):
-    """What tells one frozen base from another: its shape, its quantization, a hash of its weights.
-
-    The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
-    and scales of packed weights, and the signs of the rest, which are the same in every dtype.
-    """
-    shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
-    digest = hashlib.sha256(json.dumps(shape).encode())
-    for module in base.modules():
-        packed = isinstance(module, Linear4bit)
-        for name, tensor in module.named_buffers(recurse=False):
-            sample = tensor.flatten()[:: max(1, tensor.numel() // 1024)].cpu()
-            sample = sample if packed and name != "bias" else sample.signbit()
-            digest.update(sample.numpy().tobytes())
-    return {"quant": quant_kind(base), "weights": digest.hexdigest()[:16]}
-
-
-def quant_kind(base):
-    """How a base's linear layers are stored: "nf4", ..., or "none"."""
-    return next((m.kind for m in base.modules() if isinstance(m, Linear4bit)), "none")
+    """The settings of a side checkpoint: the `SideConfig`, and the fingerprint of the base."""
+    return checkpoint.read(folder, SideConfig)
 
 
 # --------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
-And whole numbers of 3 or 4 bits with scales that can learn, `QuantizedInt`: further down.
+Last, integers of 3 or 4 bits whose scales can learn, `QuantizedInt`.
 
 How it works
     A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
@@ -7,7 +7,7 @@ How it works
     weight / absmax: 4 bits. So `weight ~ codebook[code] * absmax`.
 
     NF4, the code book of QLoRA (arXiv 2305.14314 §3), puts its 16 levels where the weights are: at
-    quantiles of the normal distribution, with an exact zero, scaled to [-1, 1].
+    quantiles of the normal distribution.
 
     One fp32 absmax per 64 weights costs 32 / 64 = 0.5 bits per weight. Double quantization shrinks
     it with *the same function*: the absmax values, their mean subtracted, are themselves quantized
@@ -20,12 +20,10 @@ How memory is laid out, for a weight of n values (row-major, rows are outputs)
     offset         fp32  ()                    the mean that was subtracted
     The bytes are those of the library bitsandbytes, which is what checkpoints on the Hub contain.
 
-What we do differently
+What we do differently from it
     - Weights are buffers of an ordinary module and the product is `F.linear`: no tensor subclass.
-    - A whole byte is looked up at once, in a table of the 256 *pairs* of levels (one machine word
-      an entry), so that dequantizing is one lookup and one multiply.
-    - The frozen model runs layer by layer and keeps no graph, so one scratch buffer, as large as
-      the largest weight, holds whichever weight is in use.
+    - The frozen model runs layer by layer and keeps no graph, so one buffer, as large as the largest
+      weight, holds whichever weight is in use.
     - Absmax codes are the true nearest entries. bitsandbytes searches a grid of 65,536 points on
       the CPU and is off by one step in up to 0.3 % of them; the code it *reads* is the same.
 What we give up: other block sizes, 8-bit weights, storage types other than bytes.
@@ -34,9 +32,7 @@ Run `python quant.py` to see the code books, the errors and the bits per weight.
 """
 
 import re
-from dataclasses import dataclass, replace
 from functools import cache
-from statistics import NormalDist
 
 import torch
 from torch import nn
@@ -53,6 +49,8 @@ class InputError(ValueError):
 # --------------------------------------------------------------------------------------
 # Code books
 
+# Quantiles of the normal distribution at equal steps of probability: 8 from offset = 0.9677083 down
+# to 1/2, 7 from 1 - offset up to it, and an exact 0, over the largest (QLoRA §3; derived in tests/).
 NF4_CODEBOOK = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -67,20 +65,6 @@ FP4_CODEBOOK = torch.tensor([
 ]) / 12  # fmt: skip
 
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
-
-
-def normal_codebook(offset=0.9677083):
-    """Derive NF4 from the normal distribution (QLoRA §3).
-
-    Eight positive and seven negative levels are quantiles at equal steps of probability between
-    1/2 and `offset`, which is just short of 1, where the quantile is infinite; the eighth negative
-    step is given to an exact zero. Agrees with the published table to 1e-6.
-    """
-    steps = lambda n: torch.linspace(offset, 0.5, n, dtype=torch.float64)[:-1].tolist()
-    positive = [NormalDist().inv_cdf(p) for p in steps(9)]
-    negative = [-NormalDist().inv_cdf(p) for p in steps(8)]
-    levels = torch.tensor(sorted(negative + [0.0] + positive), dtype=torch.float64)
-    return (levels / levels.max()).float()
 
 
 def dynamic_codebook():
@@ -101,26 +85,13 @@ def dynamic_codebook():
 DYNAMIC_CODEBOOK = dynamic_codebook()
 
 
-# --------------------------------------------------------------------------------------
-# Buffers that live on: fresh memory costs more than the arithmetic that fills it
-
-_scratch = {}
-
-
-def scratch(use, numel, dtype, device):
-    """Return the first `numel` values of the one buffer that there is for this use, dtype and device.
-
-    What it holds is good until the next call with the same use.
-    """
-    buffer = _scratch.get((use, dtype, device))
-    if buffer is None or buffer.numel() < numel:
-        buffer = _scratch[use, dtype, device] = torch.empty(numel, dtype=dtype, device=device)
-    return buffer[:numel]
-
-
-def drop_scratch():
-    """Free these buffers; the next use makes a new one."""
-    _scratch.clear()
+@cache
+def codebooks_on(kind, device):
+    """The code books of weights and of absmax values on a device, and the two levels that each byte
+    stands for, as one 64-bit word: int64 (256,)."""
+    byte = torch.arange(256)
+    pairs = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256)
+    return CODEBOOKS[kind].to(device), DYNAMIC_CODEBOOK.to(device), pairs.to(device)
 
 
 # --------------------------------------------------------------------------------------
@@ -153,13 +124,12 @@ def quantize_blockwise(values, codebook, block_size):
     absmax = torch.empty(-(-n // block_size), device=values.device)
     if values.is_meta:  # the loop below would only take its time
         return codes, absmax
-    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # more arrays are in between here
+    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # there are 8 arrays in between
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
-        # Times the reciprocal, as in bitsandbytes: dividing, as it does in a last, short block on
-        # the CPU, breaks exact ties another way.
+        # Times the reciprocal, as in bitsandbytes: dividing breaks exact ties another way.
         index = nearest((blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1), codebook)
         if per_byte == 2:  # of an odd n, the last nibble is padding and stands for 0
             index = index[::2] << 4 | index[1::2]
@@ -178,82 +148,74 @@ def dequantize_blockwise(codes, codebook, absmax, block_size):
 
 
 # --------------------------------------------------------------------------------------
-# A 4-bit tensor
+# A quantized tensor
+
+unpack_buffers = {}  # {(dtype, device): one buffer, as large as the largest weight so far}
 
 
-class Quantized:
-    """What the two kinds of quantized tensors share; TENSORS names the fields that take memory."""
+def unpack_buffer(numel, dtype, device):
+    """The one buffer that all weights are unpacked into: good until the next call. Fresh memory costs
+    more than the arithmetic that fills it."""
+    buffer = unpack_buffers.get((dtype, device))
+    if buffer is None or buffer.numel() < numel:
+        buffer = unpack_buffers[dtype, device] = torch.empty(numel, dtype=dtype, device=device)
+    return buffer[:numel]
 
-    def tensors(self):
-        return {name: getattr(self, name) for name in self.TENSORS}
+
+class Quantized(nn.Module):
+    """What the two kinds of quantized tensors share. All that they store are buffers.
+
+    shape: of the tensor, a torch.Size; kind: "nf4", "int4-64", ...
+    """
+
+    def __init__(self, shape, kind, **tensors):
+        super().__init__()
+        self.shape, self.kind = shape, kind
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     @property
     def nbytes(self):
         """All bytes it takes to store the tensor."""
-        return sum(t.nbytes for t in self.tensors().values() if t is not None)
-
-    def to(self, device):
-        return replace(self, **{n: t if t is None else t.to(device) for n, t in self.tensors().items()})
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def unpack(self, dtype):
-        """The weight in the one scratch buffer that all have: good until the next call of any."""
-        buffer = scratch("weight", self.padded, dtype, self.codes.device)
-        return self.dequantize(dtype, buffer)
+        """The tensor in the buffer that all have."""
+        return self.dequantize(dtype, unpack_buffer(self.shape.numel(), dtype, self.codes.device))
 
-    def product(self, x, bias):
+    def product(self, x, bias=None):
+        """x (..., in_features) -> x @ W.T + bias"""
         return F.linear(x, self.unpack(x.dtype), bias)
 
 
-@dataclass
 class Quantized4bit(Quantized):
-    """A tensor of 4-bit codes; the fields are described at the top of this file."""
+    """A tensor of 4-bit codes; the buffers are described at the top of this file."""
 
-    codes: torch.Tensor
-    absmax: torch.Tensor
-    nested_absmax: torch.Tensor | None
-    offset: torch.Tensor | None
-    shape: tuple
-    kind: str = "nf4"
-
-    TENSORS = ("codes", "absmax", "nested_absmax", "offset")
+    def __init__(self, codes, absmax, nested_absmax, offset, shape, kind="nf4"):
+        tensors = dict(codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset)
+        super().__init__(shape, kind, **tensors)
 
     @property
-    def parts(self):
+    def op_args(self):
         """What the operators below take."""
         return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
-
-    @property
-    def padded(self):
-        """Values of whole blocks."""
-        return len(self.absmax) * BLOCK_SIZE
-
-    def scales(self):
-        """Each block's absmax in fp32, (blocks,)."""
-        if self.nested_absmax is None:
-            return self.absmax
-        _, dynamic = code_books(self.kind, self.absmax.device)
-        centred = dequantize_blockwise(self.absmax, dynamic, self.nested_absmax, ABSMAX_BLOCK_SIZE)
-        return centred.add_(self.offset)
 
     def dequantize(self, dtype=torch.float32, out=None):
         """Return the weights, rounded once, from the fp32 product to `dtype`.
 
-        out: optional buffer of that dtype to write to; what is returned is a view of it
+        out: optional buffer of that dtype, of which what is returned is a view
         """
-        if out is None or out.numel() < self.padded:
-            buffer = torch.empty(self.padded, dtype=dtype, device=self.codes.device)
-        else:
-            buffer, out = out.view(-1)[: self.padded], None
-        torch.ops.qst.dequantize(*self.parts, buffer)
-        weight = buffer[: self.shape.numel()].view(self.shape)
-        return weight if out is None else out.copy_(weight)
+        n = self.shape.numel()
+        buffer = torch.empty(n, dtype=dtype, device=self.codes.device) if out is None else out
+        torch.ops.qst.dequantize(*self.op_args, buffer.view(-1)[:n])
+        return buffer.view(-1)[:n].view(self.shape)
 
-    def product(self, x, bias):
-        """`F.linear`; of few rows of x, W is never written to memory."""
+    def product(self, x, bias=None):
+        """The same; of few rows of x, W is never written to memory."""
         rows = x.numel() // self.shape[1]
         if rows > MAX_ROWS:
             return super().product(x, bias)
-        y = torch.ops.qst.matvec(x.reshape(rows, -1), *self.parts, self.shape[0])
+        y = torch.ops.qst.matvec(x.reshape(rows, -1), *self.op_args, self.shape[0])
         y = y.view(*x.shape[:-1], self.shape[0])
         return y if bias is None else y + bias
 
@@ -266,15 +228,224 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     if kind not in CODEBOOKS:
         raise InputError(f"4-bit type {kind!r} is unknown: choose one of {', '.join(CODEBOOKS)}.")
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
-    if not weight.is_meta and not absmax.isfinite().all():
-        raise InputError(f"{name} has NaN or infinite values and cannot be quantized.")
-    nested_absmax = offset = None
-    if double_quant:
-        offset = absmax.mean()
-        absmax, nested_absmax = quantize_blockwise(
-            absmax - offset, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE
-        )
-    return Quantized4bit(codes, absmax, nested_absmax, offset, weight.shape, kind)
+    offset = absmax.mean()  # infinite also where the sum of finite values is
+    if not weight.is_meta and not offset.isfinite():
+        raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
+    if not double_quant:
+        return Quantized4bit(codes, absmax, None, None, weight.shape, kind)
+    nested = quantize_blockwise(absmax - offset, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)
+    return Quantized4bit(codes, *nested, offset, weight.shape, kind)
+
+
+# --------------------------------------------------------------------------------------
+# The two operators, in plain torch: the reference, and what a CPU runs
+
+
+def plain_scales(absmax, nested_absmax, offset):
+    """Each block's absmax in fp32, (blocks,)."""
+    if nested_absmax is None:
+        return absmax
+    _, dynamic, _ = codebooks_on("nf4", absmax.device)
+    return dequantize_blockwise(absmax, dynamic, nested_absmax, ABSMAX_BLOCK_SIZE).add_(offset)
+
+
+def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
+    """Unpack a weight into `out`, (number of values,), which sets the dtype to round to.
+
+    A byte at a time, as the two levels that it stands for; a chunk at a time, so that what is in
+    between stays in a CPU's cache.
+    """
+    scales = plain_scales(absmax, nested_absmax, offset)
+    (*_, pairs), step = codebooks_on(kind, codes.device), chunk_size(codes.device)
+    for start in range(0, out.numel(), step):
+        part = out[start : start + step]
+        byte = codes[start // 2 : (start + step) // 2].int()
+        levels = pairs.index_select(0, byte).view(torch.float32)
+        scale = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
+        if len(part) % BLOCK_SIZE == 0:
+            torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=part.view(-1, BLOCK_SIZE))
+        else:  # the last block is short
+            levels = F.pad(levels, (0, -len(levels) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+            part.copy_((levels * scale).view(-1)[: len(part)])
+
+
+def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
+    """x (rows, in_features) -> x @ W.T (rows, out_features)."""
+    weight = unpack_buffer(out_features * x.shape[1], x.dtype, x.device)
+    plain_dequantize(codes, absmax, nested_absmax, offset, kind, weight)
+    return x @ weight.view(out_features, -1).T
+
+
+# `Library` and not `custom_op`: a call takes 2 us and not 17.
+library = torch.library.Library("qst", "DEF")
+WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str kind"
+library.define(f"dequantize({WEIGHT}, Tensor(a!) out) -> ()")
+library.define(f"matvec(Tensor x, {WEIGHT}, int out_features) -> Tensor")
+library.impl("dequantize", plain_dequantize, "CompositeExplicitAutograd")
+library.impl("matvec", plain_matvec, "CompositeExplicitAutograd")
+torch.library.register_fake("qst::dequantize", lambda *args: None, lib=library)
+torch.library.register_fake(
+    "qst::matvec", lambda x, *args: x.new_empty(len(x), args[-1]), lib=library
+)
+
+# --------------------------------------------------------------------------------------
+# The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
+#
+# A product of many rows needs tensor cores, which `F.linear` has, and is long enough to hide the
+# unpacking. Generating a token has one row and reads each weight once: what counts is its bytes.
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_ROWS = 8  # of x, for matvec
+# No fusion: else a scale's product and sum become one instruction with one rounding, and the result
+# is not bit for bit the plain version's.
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def tile_blocks(dtype):
+    """Blocks in a tile: 16 bytes to store for each of 128 threads, the widest access there is. With
+    more, the tile goes through shared memory, and eight rows of x need too many registers."""
+    return 32 // dtype.itemsize
+
+
+if triton:
+    BLOCK, HALF = tl.constexpr(BLOCK_SIZE), tl.constexpr(BLOCK_SIZE // 2)
+    NESTED = tl.constexpr(ABSMAX_BLOCK_SIZE)
+
+    @triton.jit
+    def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes):
+        """The fp32 weights of the blocks with numbers `block`, int64 (n,): (n, 64)."""
+        at = block[:, None] * HALF + tl.arange(0, HALF)
+        byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (n, 32)
+        # Each thread looks up both levels of a byte, and so has neighbours to store.
+        level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
+        scale = tl.load(absmax + block, mask=block < blocks, other=0)  # (n,)
+        if nested_absmax is not None:
+            nested = tl.load(nested_absmax + block // NESTED, mask=block < blocks, other=0)
+            scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
+        return level.reshape(block.shape[0], BLOCK) * scale[:, None]
+
+    @triton.jit
+    def dequantize_kernel(
+        codes, absmax, nested_absmax, offset, codebook, dynamic, out, n, blocks, nbytes,
+        BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """Decode a tile of blocks and store it: one pass over the memory."""
+        # 64 bits from the first product on: a weight may have more than 2^31 values.
+        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+        weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes)
+        at = block[:, None] * BLOCK + tl.arange(0, BLOCK)
+        tl.store(out + at, weight.to(out.dtype.element_ty), mask=at < n)
+
+    @triton.jit
+    def matvec_kernel(
+        x, codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows, in_features,
+        out_features, blocks, nbytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    ):  # fmt: skip
+        """One feature of y for all rows of x: decode a tile and multiply it with x. A row of the
+        matrix may begin and end inside of a block, whose other values meet zeros."""
+        feature = tl.program_id(0).to(tl.int64)
+        start, stop = feature * in_features, (feature + 1) * in_features  # in the flat weight
+        row = tl.arange(0, ROWS).to(tl.int64)
+        total = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
+        for first in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, BLOCKS):
+            block = first + tl.arange(0, BLOCKS)
+            weight = decode(
+                codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
+            )
+            weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
+            column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
+            inside = (column >= 0) & (column < in_features)
+            # Zeros on both sides: what is in the block and not in the row may be infinite.
+            weight = tl.where(inside, weight, 0.0).to(tl.float32)
+            at = row[:, None] * in_features + column
+            value = tl.load(x + at, mask=inside & (row[:, None] < rows), other=0)
+            total = tl.fma(value.to(tl.float32), weight, total)
+        y_row = tl.sum(total, axis=1).to(y.dtype.element_ty)
+        tl.store(y + row * out_features + feature, y_row, mask=row < rows)
+
+
+def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
+    tile, (codebook, dynamic, _) = tile_blocks(out.dtype), codebooks_on(kind, codes.device)
+    with torch.cuda.device_of(codes):  # Triton launches on the current device, not on the tensors'
+        dequantize_kernel[(triton.cdiv(len(absmax), tile),)](
+            codes, absmax, nested_absmax, offset, codebook, dynamic, out, out.numel(), len(absmax),
+            len(codes), BLOCKS=tile, **LAUNCH,
+        )  # fmt: skip
+    # The buffer has new contents: autograd must not take it for what it was.
+    torch.autograd.graph.increment_version(out)
+
+
+def launch_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
+    tile, (codebook, dynamic, _) = tile_blocks(x.dtype), codebooks_on(kind, codes.device)
+    rows, in_features = x.shape
+    y = x.new_empty(rows, out_features)
+    with torch.cuda.device_of(codes):
+        matvec_kernel[(out_features,)](
+            x.contiguous(), codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows,
+            in_features, out_features, len(absmax), len(codes),
+            ROWS=triton.next_power_of_2(rows), BLOCKS=tile, **LAUNCH,
+        )  # fmt: skip
+    return y
+
+
+if triton:
+    library.impl("dequantize", launch_dequantize, "CUDA")
+    library.impl("matvec", launch_matvec, "CUDA")
+
+
+# --------------------------------------------------------------------------------------
+# A frozen linear layer
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where the
+    scales of integers learn."""
+
+    @staticmethod
+    def forward(ctx, x, scales, weight, bias):
+        ctx.weight = weight
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        return weight.product(x, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,), weight = ctx.saved_tensors, ctx.weight
+        grad_x = grad @ weight.unpack(grad.dtype) if ctx.needs_input_grad[0] else None
+        return grad_x, None if x is None else weight.grad_of_scales(x, grad), None, None
+
+
+class Linear4bit(nn.Module):
+    """A frozen linear layer of 4-bit weights, or of integers (`QuantizedInt`).
+
+    x: (..., in_features), any float dtype, in which the product is computed and returned
+    """
+
+    def __init__(self, weight: Quantized, bias=None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.weight = weight
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    @classmethod
+    def from_linear(cls, linear, kind="nf4", double_quant=True, name="the weight"):
+        """Quantize an `nn.Linear`, of which only the bias, if any, is kept as it is."""
+        return cls(quantize_4bit(linear.weight.detach(), kind, double_quant, name), linear.bias)
+
+    def forward(self, x):
+        scales = getattr(self.weight, "scales", None)  # of integers, which may be a Parameter
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        learns = x.requires_grad or scales is not None and scales.requires_grad
+        if torch.is_grad_enabled() and learns:
+            return _FrozenProduct.apply(x, scales, self.weight, bias)
+        return self.weight.product(x, bias)
+
+    def extra_repr(self):
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.kind}"
 
 
 # --------------------------------------------------------------------------------------
@@ -305,246 +476,10 @@ def unpack_activation(packed, shape, bits, dtype):
 
 
 # --------------------------------------------------------------------------------------
-# The two operators, in plain torch: the reference, and what a CPU runs
-
-
-@cache
-def code_books(kind, device):
-    return CODEBOOKS[kind].to(device), DYNAMIC_CODEBOOK.to(device)
-
-
-@cache
-def pair_table(kind, device):
-    """The two levels that each byte stands for, as one 64-bit word: int64 (256,)."""
-    byte = torch.arange(256)
-    levels = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)]
-    return levels.view(torch.int64).view(256).to(device)
-
-
-def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    """Unpack a weight into `out`, (number of blocks * 64,), which sets the dtype to round to.
-
-    A byte at a time, as the two levels it stands for; a chunk at a time, so that what is in between
-    stays in a CPU's cache.
-    """
-    scales = Quantized4bit(codes, absmax, nested_absmax, offset, None, kind).scales()
-    pairs, step = pair_table(kind, codes.device), chunk_size(codes.device)
-    for start in range(0, out.numel(), step):
-        part = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
-        byte = codes[start // 2 : (start + step) // 2].int()
-        levels = torch.zeros(len(part) * BLOCK_SIZE // 2, dtype=torch.int64, device=codes.device)
-        torch.index_select(pairs, 0, byte, out=levels[: len(byte)])
-        levels = levels.view(torch.float32).view(-1, BLOCK_SIZE)
-        torch.mul(levels, part, out=out[start : start + step].view(-1, BLOCK_SIZE))
-
-
-def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
-    """x (rows, in_features) -> x @ W.T (rows, out_features)."""
-    buffer = scratch("weight", len(absmax) * BLOCK_SIZE, x.dtype, x.device)
-    plain_dequantize(codes, absmax, nested_absmax, offset, kind, buffer)
-    return x @ buffer[: out_features * x.shape[1]].view(out_features, -1).T
-
-
-# `Library` and not `custom_op`: a call takes 2 us and not 17.
-library = torch.library.Library("qst", "DEF")
-PARTS = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str kind"
-library.define(f"dequantize({PARTS}, Tensor(a!) out) -> ()")
-library.define(f"matvec(Tensor x, {PARTS}, int out_features) -> Tensor")
-library.impl("dequantize", plain_dequantize, "CompositeExplicitAutograd")
-library.impl("matvec", plain_matvec, "CompositeExplicitAutograd")
-torch.library.register_fake("qst::dequantize", lambda *args: None, lib=library)
-torch.library.register_fake(
-    "qst::matvec", lambda x, *args: x.new_empty(len(x), args[-1]), lib=library
-)
-
-# --------------------------------------------------------------------------------------
-# The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
-#
-# dequantize   decodes a tile of blocks and stores it: one pass over the memory.
-# matvec       decodes a tile and multiplies it with x. A row of the matrix may begin and end inside
-#              of a block: the block is decoded whole, and what is not of the row meets zeros.
-#
-# A product of many rows needs tensor cores, which `F.linear` has, and is long enough to hide the
-# unpacking. Generating a token has one row and reads each weight once: what counts is its bytes.
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-MAX_ROWS = 8  # of x, for matvec
-# No fusion: else a scale's product and sum become one instruction with one rounding, and the result
-# is not bit for bit the plain version's.
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-def tile_blocks(dtype):
-    """Blocks in a tile: 16 bytes to store for each of 128 threads, the widest access there is.
-
-    With more, the tile goes through shared memory, and eight rows of x need more registers than
-    there are.
-    """
-    return 32 // dtype.itemsize
-
-
-if triton:
-    BLOCK, HALF = tl.constexpr(BLOCK_SIZE), tl.constexpr(BLOCK_SIZE // 2)
-    NESTED = tl.constexpr(ABSMAX_BLOCK_SIZE)
-
-    @triton.jit
-    def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes):
-        """The fp32 weights of the blocks with numbers `block`, int64 (n,): (n, 64)."""
-        at = block[:, None] * HALF + tl.arange(0, HALF)
-        byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (n, 32)
-        # Each thread looks up both levels of a byte, and so has neighbours to store.
-        level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
-        scale = tl.load(absmax + block, mask=block < blocks, other=0)  # (n,)
-        if nested_absmax is not None:
-            nested = tl.load(nested_absmax + block // NESTED, mask=block < blocks, other=0)
-            scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
-        return level.reshape(block.shape[0], BLOCK) * scale[:, None]
-
-    @triton.jit
-    def dequantize_kernel(
-        codes, absmax, nested_absmax, offset, codebook, dynamic, out, blocks, nbytes,
-        BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        # 64 bits from the first product on: a weight may have more than 2^31 values.
-        block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-        weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes)
-        at = block[:, None] * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out + at, weight.to(out.dtype.element_ty), mask=block[:, None] < blocks)
-
-    @triton.jit
-    def matvec_kernel(
-        x, codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows, in_features,
-        out_features, blocks, nbytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    ):  # fmt: skip
-        feature = tl.program_id(0).to(tl.int64)  # of y: one program each, for all rows of x
-        start, stop = feature * in_features, (feature + 1) * in_features  # in the flat weight
-        row = tl.arange(0, ROWS).to(tl.int64)
-        total = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
-        for first in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, BLOCKS):
-            block = first + tl.arange(0, BLOCKS)
-            weight = decode(
-                codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
-            )
-            weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
-            column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
-            inside = (column >= 0) & (column < in_features)
-            # Zeros on both sides: what is in the block and not in the row may be infinite.
-            weight = tl.where(inside, weight, 0.0).to(tl.float32)
-            at = row[:, None] * in_features + column
-            value = tl.load(x + at, mask=inside & (row[:, None] < rows), other=0)
-            total = tl.fma(value.to(tl.float32), weight, total)
-        y_row = tl.sum(total, axis=1).to(y.dtype.element_ty)
-        tl.store(y + row * out_features + feature, y_row, mask=row < rows)
-
-
-def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    books, tile = code_books(kind, codes.device), tile_blocks(out.dtype)
-    with torch.cuda.device_of(codes):  # Triton launches on the current device, not on the tensors'
-        dequantize_kernel[(triton.cdiv(len(absmax), tile),)](
-            codes, absmax, nested_absmax, offset, *books, out, len(absmax), len(codes),
-            BLOCKS=tile, **LAUNCH,
-        )  # fmt: skip
-    # The buffer has new contents: autograd must not take it for what it was.
-    torch.autograd.graph.increment_version(out)
-
-
-def launch_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
-    books, (rows, in_features) = code_books(kind, codes.device), x.shape
-    y = x.new_empty(rows, out_features)
-    with torch.cuda.device_of(codes):
-        matvec_kernel[(out_features,)](
-            x.contiguous(), codes, absmax, nested_absmax, offset, *books, y, rows, in_features,
-            out_features, len(absmax), len(codes), ROWS=triton.next_power_of_2(rows),
-            BLOCKS=tile_blocks(x.dtype), **LAUNCH,
-        )  # fmt: skip
-    return y
-
-
-if triton:
-    library.impl("dequantize", launch_dequantize, "CUDA")
-    library.impl("matvec", launch_matvec, "CUDA")
-
-
-# --------------------------------------------------------------------------------------
-# A frozen linear layer
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where the
-    scales of whole numbers learn."""
-
-    @staticmethod
-    def forward(ctx, x, scales, layer):
-        ctx.layer = layer
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,), weight = ctx.saved_tensors, ctx.layer.quantized
-        grad_x = grad @ weight.unpack(grad.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None if x is None else weight.grad_of_scales(x, grad), None
-
-
-class Linear4bit(nn.Module):
-    """A frozen linear layer of 4-bit weights, or of whole numbers (`QuantizedInt`), whose scales may be
-    made a Parameter.
-
-    x: (..., in_features), any float dtype, in which the product is computed and returned
-    """
-
-    def __init__(self, weight: Quantized, bias=None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.frame = replace(weight, **dict.fromkeys(weight.TENSORS))  # shape and kind; tensors are buffers
-        for name, tensor in weight.tensors().items():
-            self.register_buffer(name, tensor)
-        self.register_buffer("bias", None if bias is None else bias.detach())
-
-    @classmethod
-    def from_linear(cls, linear, kind="nf4", double_quant=True, name="the weight"):
-        """Quantize an `nn.Linear`, of which only the bias, if any, is kept as it is."""
-        return cls(quantize_4bit(linear.weight.detach(), kind, double_quant, name), linear.bias)
-
-    @property
-    def quantized(self):
-        tensors = {name: getattr(self, name) for name in self.frame.TENSORS}
-        return replace(self.frame, **{n: t if t is None else t.detach() for n, t in tensors.items()})
-
-    @property
-    def kind(self):
-        return self.quantized.kind
-
-    def unpack(self, dtype):
-        return self.quantized.unpack(dtype)
-
-    def product(self, x):
-        return self.quantized.product(x, None if self.bias is None else self.bias.to(x.dtype))
-
-    def forward(self, x):
-        scales = getattr(self, "scales", None)
-        if torch.is_grad_enabled() and (x.requires_grad or scales is not None and scales.requires_grad):
-            return _FrozenProduct.apply(x, scales, self)
-        return self.product(x)
-
-    def full_weight(self):
-        """The weight in fp32."""
-        return self.quantized.dequantize()
-
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.kind}"
-
-
-# --------------------------------------------------------------------------------------
 # Integers with scales that can learn (PEQA, arXiv 2305.14152 §3)
 #
 # Of the weights of an output channel, or of a group of `group_size` neighbours in it, we keep a step
-# `scale`, the whole number `zero` that stands for 0, and of each weight a whole number of b bits:
+# `scale`, the integer `zero` that stands for 0, and of each weight an integer of b bits:
 #
 #     code = clamp(round(W / scale) + zero, 0, 2^b - 1)            W ~ scale * (code - zero)
 #
@@ -566,65 +501,39 @@ def pack(codes, bits):
 
 def unpack_codes(packed, bits):
     """Undo `pack`: int32 (n,), n a multiple of 8."""
-    at = lambda n, step: torch.arange(0, n * step, step, dtype=torch.int32, device=packed.device)
-    words = (packed.view(-1, bits).int() << at(bits, 8)).sum(dim=1, keepdim=True, dtype=torch.int32)
-    return (words >> at(8, bits) & 2**bits - 1).view(-1)
+    order = torch.arange(8, dtype=torch.int32, device=packed.device)
+    words = (packed.view(-1, bits).int() << 8 * order[:bits]).sum(1, keepdim=True, dtype=torch.int32)
+    return (words >> bits * order & 2**bits - 1).view(-1)
 
 
-@dataclass
 class QuantizedInt(Quantized):
-    """A matrix of packed whole numbers.
+    """A matrix of packed integers.
 
     codes: uint8 (ceil(n / 8) * bits,)
     scales: fp32 (rows, groups); zeros: uint8 (rows, groups)
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor
-    shape: tuple
-    bits: int
+    def __init__(self, codes, scales, zeros, shape, bits):
+        kind = f"int{bits}" + f"-{shape[1] // scales.shape[1]}" * (scales.shape[1] > 1)
+        super().__init__(shape, kind, codes=codes, scales=scales, zeros=zeros)
+        self.bits = bits
 
-    TENSORS = ("codes", "scales", "zeros")
+    def steps(self):
+        """code - zero, in the scales' dtype: (rows, groups, group_size)."""
+        codes = unpack_codes(self.codes, self.bits)[: self.shape.numel()]
+        steps = codes.view(*self.zeros.shape, -1) - self.zeros.unsqueeze(-1)
+        return steps.to(self.scales.dtype)
 
-    @property
-    def kind(self):
-        groups = self.scales.shape[1]
-        return f"int{self.bits}" + (f"-{self.shape[1] // groups}" if groups > 1 else "")
-
-    @property
-    def padded(self):
-        return self.shape.numel()
-
-    def chunks(self):
-        """Cut the rows into slices of so many that a slice begins with a whole byte."""
-        rows, columns = self.shape
-        step = max(8, chunk_size(self.codes.device) // columns // 8 * 8)
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-    def steps(self, rows):
-        """code - zero for a slice of rows, in the scales' dtype: (rows, groups, group_size)."""
-        first, last = rows.start * self.shape[1], rows.stop * self.shape[1]
-        packed = self.codes[first // 8 * self.bits : -(-last // 8) * self.bits]
-        codes = unpack_codes(packed, self.bits)[: last - first]
-        zeros = self.zeros[rows].unsqueeze(-1)
-        return (codes.view(*zeros.shape[:2], -1) - zeros).to(self.scales.dtype)
-
+    @torch.no_grad()
     def dequantize(self, dtype=torch.float32, out=None):
         """Return the weights, rounded once to `dtype`; out: optional buffer of so many values."""
-        out = torch.empty(self.padded, dtype=dtype, device=self.codes.device) if out is None else out
-        out = out.view(self.shape)
-        for rows in self.chunks():
-            out[rows] = (self.steps(rows) * self.scales[rows].unsqueeze(-1)).flatten(1)
-        return out
+        weight = self.steps().mul_(self.scales.unsqueeze(-1)).view(self.shape)
+        return weight.to(dtype) if out is None else out.view(-1)[: weight.numel()].view_as(weight).copy_(weight)
 
     def grad_of_scales(self, x, grad):
-        """dL/dscale = the sum of dL/dW * (code - zero) over the group; some rows of W at a time."""
-        x, grad, found = x.flatten(0, -2), grad.flatten(0, -2), torch.empty_like(self.scales)
-        for rows in self.chunks():
-            steps = self.steps(rows)
-            found[rows] = ((grad[:, rows].T @ x).view_as(steps) * steps).sum(dim=-1)
-        return found
+        """dL/dscale = the sum of dL/dW * (code - zero) over the group."""
+        steps, grad_weight = self.steps(), grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return steps.mul_(grad_weight.view_as(steps)).sum(dim=-1)
 
 
 def quantize_int(weight, bits=4, group_size=0, name="the weight"):
@@ -633,13 +542,15 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
 
     group_size: weights of a row that share a scale; 0: all of them
     """
-    columns = weight.shape[1]
+    columns, top = weight.shape[1], 2**bits - 1
     if columns % (group_size or columns):
-        raise InputError(f"--group_size {group_size} does not divide {name}'s {columns} columns: "
-                         f"powers of two do, up to {columns & -columns}; or 0, for a whole row.")  # fmt: skip
-    parts, top = [], 2**bits - 1
-    for chunk in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):
-        groups = chunk.float().unflatten(1, (-1, group_size or columns))
+        raise InputError(
+            f"--quant int{bits}-{group_size}: {group_size} does not divide the {columns} columns of "
+            f"{name}; powers of two do, up to {columns & -columns}."
+        )
+    parts = []
+    for rows in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):  # whole bytes
+        groups = rows.float().unflatten(1, (-1, group_size or columns))
         low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
         scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / top
         scale = torch.where(scale == 0, 1.0, scale)  # of nothing but zeros
@@ -648,36 +559,28 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
         parts.append((pack(codes.view(-1), bits), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)))
     codes, scales, zeros = map(torch.cat, zip(*parts))
     if not weight.is_meta and not scales.isfinite().all():
-        raise InputError(f"{name} has NaN or infinite values and cannot be quantized.")
+        raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
     return QuantizedInt(codes, scales, zeros, weight.shape, bits)
 
 
-def frozen_linear(weight, kind, bias=None, name="the weight"):
-    """A `Linear4bit` of a matrix, or of a `Quantized4bit`, which is taken as it is."""
+def quantize(weight, kind, name="the weight"):
+    """Quantize a matrix to "nf4" or "fp4", double-quantized, or to integers, "int4" or "int3-64"."""
     if numbers := parse_int(kind):
-        weight = quantize_int(weight, *numbers, name=name)
-    elif not isinstance(weight, Quantized):
-        weight = quantize_4bit(weight, kind, name=name)
-    return Linear4bit(weight, bias)
+        return quantize_int(weight, *numbers, name=name)
+    return quantize_4bit(weight, kind, name=name)
 
 
 def main():
     print("NF4 ", " ".join(f"{level:.4f}" for level in NF4_CODEBOOK))
     print("FP4 ", " ".join(f"{level:.4f}" for level in FP4_CODEBOOK.sort().values))
-    print(f"NF4 derived from normal quantiles: off by {(normal_codebook() - NF4_CODEBOOK).abs().max():.1e}\n")
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(4096, 4096, generator=generator)
+    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    rows = {kind: quantize_4bit(weight, kind, double_quant=False) for kind in CODEBOOKS}
+    rows |= {f"{kind}, double quantization": quantize_4bit(weight, kind) for kind in CODEBOOKS}
+    rows |= {kind: quantize_int(weight, *parse_int(kind)) for kind in ("int4", "int4-64", "int3-64")}
     print("4096 x 4096 weights, N(0, 1)       mean |error|   bits per weight")
-    for kind in CODEBOOKS:
-        for double_quant in (False, True):
-            q = quantize_4bit(weight, kind, double_quant)
-            error = (q.dequantize() - weight).abs().mean()
-            label = f"{kind}{', double quantization' if double_quant else ''}"
-            print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
-    for kind in ("int4", "int4-64", "int3", "int3-64"):
-        q = quantize_int(weight, *parse_int(kind))
+    for label, q in rows.items():
         error = (q.dequantize() - weight).abs().mean()
-        print(f"{kind:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
+        print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
 
 
 if __name__ == "__main__":

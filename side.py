@@ -30,7 +30,7 @@ from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
-# How the base may be stored for each method; the first is the default. "int4" allows "int4-64" too.
+# How the base may be stored for each method; the first is the default. "int4" means "int4-64" too.
 METHODS = {
     "qst": ("nf4", "fp4", "none"),
     "lst": ("none", "nf4", "fp4"),
@@ -42,15 +42,6 @@ METHODS = {
 }
 SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
 DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
-GATES = ("scalar", "channel", "sum")
-MIXES = ("alpha", "released", "residual", "side")
-
-
-def check_quant(method, quant):
-    """Refuse a base that is not stored as the method needs it."""
-    if quant.partition("-")[0] not in METHODS[method]:
-        kinds = " or ".join(METHODS[method])
-        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
 of_side = partial(setting, of=SIDE_METHODS)
@@ -67,8 +58,13 @@ class SideConfig:
     standardize: bool = of_side(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = of_side(False, "a LayerNorm after each downsampler")
     share_first: bool = of_side(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side("scalar", "a scalar from 0, a vector from 0.5, or a plain sum", GATES)
-    mix: str = of_side(None, "a scalar from 1; a vector; a sum; the side alone (for lst)", MIXES)
+    gate: str = of_side(
+        "scalar", "a scalar from 0, a vector from 0.5, or a plain sum", ("scalar", "channel", "sum")
+    )
+    mix: str = of_side(
+        None, "a scalar from 1, the default; a vector; a sum; the side network alone, for lst",
+        ("alpha", "released", "residual", "side"),
+    )  # fmt: skip
     upsample_bias: bool = of_side(False, "whether the upsampler has a bias")
     final_norm: bool = of_side(False, "a norm before the upsampler")
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
@@ -247,8 +243,10 @@ class SideNetwork(nn.Module):
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1.
-        return alpha.to(h_f.dtype) * h_f + (1 - alpha).to(h_f.dtype) * up
+        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha is
+        # a scalar, whose gradient, a sum over all channels, is too large for fp16.
+        weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
+        return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 
 
 # --------------------------------------------------------------------------------------
@@ -265,11 +263,6 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         return self.linear(x) + self.scaling * self.pair(x)
-
-    def full_weight(self):
-        """The weight of both as one matrix, in fp32."""
-        up, down = self.pair.up.weight.detach().float(), self.pair.down.weight.detach().float()
-        return self.linear.full_weight() + self.scaling * up @ down
 
     @property
     def bias(self):
@@ -319,20 +312,18 @@ class Unfrozen(nn.Module):
 
     def __init__(self, base, config):
         super().__init__()
-        self.config = config
-        parameter_of_buffer = {}  # {id of the buffer: (name, Parameter)}; a tied head stays tied
+        self.config, self.weights = config, nn.ParameterDict()
+        parameters = {}  # {id of a buffer: the Parameter in its place}; a tied head stays tied
         for path, module in base.named_modules():
             unused = path == "lm_head" and config.n_labels and not base.config.tied
             for name, buffer in list(module.named_buffers(recurse=False)):
                 if name == "scales" or config.method == "full" and not unused:
-                    new = f"{path}.{name}", nn.Parameter(buffer)
-                    _, parameter = parameter_of_buffer.setdefault(id(buffer), new)
+                    if id(buffer) not in parameters:
+                        parameters[id(buffer)] = nn.Parameter(buffer)
+                        key = f"{path}.{name}".replace(".", "/")  # a ParameterDict takes no dots
+                        self.weights[key] = parameters[id(buffer)]
                     delattr(module, name)
-                    module.register_parameter(name, parameter)
-        # A ParameterDict takes no dots.
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "/"): p for name, p in parameter_of_buffer.values()}
-        )
+                    module.register_parameter(name, parameters[id(buffer)])
 
 
 IN_BASE_METHODS = dict.fromkeys(["qlora", "lora", "adapter"], InsertedModules)

@@ -11,32 +11,37 @@ held-out examples), last/ (the same of the last iteration), log.csv, loss.svg an
 
 import math
 import os
+import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
-from data import batches, chat, check_length, collate, glue, instruct, mean_loss, mmlu, text, tiny
+from data import (
+    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches, mean_loss,
+    mmlu, prefetch, text, tiny, to_device,
+)  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
+from data.optim import AdamW8bit, Muon, load_optimizer
 from data.report import (
-    TrainingLog, activation_bytes, conclude, introduce, optimizer_bytes, peak_memory, progress,
+    TrainingLog, conclude, introduce, peak_memory, progress, provenance, sizes,
 )  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
+)  # fmt: skip
+from data.state import (
+    check_same, load_state, only_run_in, remove_earlier_run, save_state, stop_signals,
 )  # fmt: skip
 from data.tokenizer import load_tokenizer
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
-from qst import QST, read_side, tune
-from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, InputError, code_books, dequantize_blockwise,
-    quantize_blockwise,
-)  # fmt: skip
+from qst import QST, check_quant, read_side, tune
+from quant import InputError
 from side import (
-    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, check_quant, of_side,
+    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, of_side,
 )  # fmt: skip
 
 TASKS = {
@@ -64,10 +69,12 @@ class TrainConfig(SideConfig):
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
     head: str = setting(None, "what answers; default: classifier for GLUE", ("lm", "classifier"))
     out_dir: str = setting(None, "where the run leaves its files; default: out, or out-eval")
+    resume: bool = setting(False, "go on where the run in --out_dir ended; without one, begin it")
     checkpoint: bool = setting(None, "recompute the side network's steps in backward (qst, lst: "
         "default with --base), or the base's layers (other methods)")  # fmt: skip
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
+    optimizer: str = setting("adamw", "muon: Muon for matrices, AdamW for the rest", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3, int4-64 "
         "(groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
@@ -93,7 +100,9 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(1337, "of the weights, the split and the order of examples", at_least=0)
+    seed: int = setting(
+        1337, "of the weights, the split and the order of examples", at_least=0, below=2**63
+    )
 
     def __post_init__(self):
         """What depends on other settings stays None until `resolve`."""
@@ -127,7 +136,15 @@ def resolve(cfg):
          f"--task {task} is not for this: all but tiny need --base, and tiny has its own"),
         (cfg.dtype == "fp16" and cfg.method == "full",
          "weights in 16 bits cannot learn in --dtype fp16: give bf16 or fp32"),
+        (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
+         "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
+        (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
+        (cfg.instructions and task != "mmlu", f"--instructions is of --task mmlu, and not of {task}"),
+        (cfg.method == "lst" and cfg.mix not in (None, "side"),
+         "--method lst predicts from the side network alone: leave out --mix"),
+        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
+         "--compile needs a C++ compiler, and there is none here"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
     )  # fmt: skip
@@ -182,7 +199,7 @@ def learning_rate_at(iteration, cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW, in groups of one learning rate each; only matrices decay.
+    """AdamW or Muon, in groups of one learning rate each; only matrices decay.
 
     differs from the paper: alpha has a larger learning rate. The side network's gradient has the
     factor 1 - alpha, 0 at the start, so that it learns only as fast as alpha moves.
@@ -191,79 +208,46 @@ def make_optimizer(model, cfg):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = cfg.alpha_lr_factor if name.endswith("alpha") else 1.0
-            decays = parameter.dim() == 2 and name.endswith("weight")
-            groups.setdefault((factor, cfg.weight_decay * decays), []).append(parameter)
-    groups = [dict(params=p, factor=f, weight_decay=decay) for (f, decay), p in groups.items()]
+            matrix = parameter.dim() == 2 and name.endswith("weight")
+            looked_up = "embed" in name or "lm_head" in name  # not a matrix that multiplies states
+            muon = cfg.optimizer == "muon" and matrix and not looked_up
+            kind = dict(factor=factor, weight_decay=cfg.weight_decay * matrix, muon=muon)
+            groups.setdefault(tuple(kind.items()), []).append(parameter)
+    groups = [dict(kind, params=parameters) for kind, parameters in groups.items()]
     betas = (cfg.beta1, cfg.beta2)
     if cfg.optimizer_bits == 8:
         return AdamW8bit(groups, cfg.learning_rate, betas)
-    fused = parameter.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+    optimizer = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    fused = parameter.device.type != "meta"
+    return optimizer(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
 
 
-class AdamW8bit(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
-
-    In blocks of 256, with the code book of the absmax values in quant.py. Of the second moment it
-    keeps the root, which is as large as the first moment and needs half as many decades; and never
-    0, so that nothing is divided by 0.
-    """
-
-    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], **group)
-
-    def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
-        grad = parameter.grad.float().flatten()
-        t = state["step"] = state.get("step", 0) + 1
-        _, codebook = code_books("nf4", grad.device)
-        moments = []
-        for name in ("mean", "root"):
-            if t == 1:
-                moments.append(torch.zeros_like(grad))
-                continue
-            codes, absmax = state[name], state[f"{name}_absmax"]
-            moments.append(dequantize_blockwise(codes, codebook, absmax, ABSMAX_BLOCK_SIZE))
-        mean, root = moments
-        mean.lerp_(grad, 1 - betas[0])
-        root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
-        for name, moment in (("mean", mean), ("root", root)):
-            codes, absmax = quantize_blockwise(moment, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)
-            state[name], state[f"{name}_absmax"] = codes, absmax
-        smallest = DYNAMIC_CODEBOOK.tolist().index(0.0) + 1
-        state["root"].clamp_(min=smallest)
-        root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)
-        step = mean.div_(root).mul_(lr / (1 - betas[0] ** t)).view_as(parameter)
-        parameter.copy_(parameter.float() * (1 - lr * weight_decay) - step)
-
-
-def train_step(loss_of, optimizer, scaler, batches, device, iteration, cfg):
-    """One iteration: accumulate gradients, clip, step. Returns the mean loss and the tokens.
+def train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg):
+    """One iteration: accumulate gradients, clip, step. A step with a NaN or infinity is left out.
 
     loss_of: function of (idx, targets), such as `QST.loss`
+    batches: [(idx, targets, share), ...], as `data.iteration_batches` yields them
+    returns the mean loss of a token, and whether the step was taken: tensors, not waited for
     """
-    total, tokens = 0.0, 0
-    for _ in range(cfg.gradient_accumulation_steps):
-        idx, targets = next(batches)
-        loss = loss_of(idx.to(device), targets) / cfg.gradient_accumulation_steps
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    device = parameters[0].device
+    total = torch.zeros((), device=device)
+    for idx, targets, share in batches:
+        loss = loss_of(to_device(idx, device), targets) * share
         scaler.scale(loss).backward()
-        total, tokens = total + loss.detach(), tokens + idx.numel()
+        total += loss.detach()
+    distributed.sum_([total, *(p.grad for p in parameters if p.grad is not None)])
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate_at(iteration, cfg) * group["factor"]
-    if cfg.grad_clip:
-        scaler.unscale_(optimizer)
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+        group["lr"] = learning_rate * group["factor"]
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
+    taken = (total + norm).isfinite()
+    if not scaler.is_enabled():  # it is how a scaler tells an optimizer, on a GPU without a wait
+        optimizer.grad_scale, optimizer.found_inf = None, 1 - taken.float()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return total.item(), tokens
+    return total, taken
 
 
 # --------------------------------------------------------------------------------------
@@ -281,12 +265,12 @@ def train_tiny_base(tokenizer):
     for parameter in model.parameters():
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.04)
-    shuffled = batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, cfg.seed)
-    optimizer, device = make_optimizer(model, cfg), torch.device("cpu")
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    rows = iteration_batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, 1, cfg.seed)
+    optimizer, scaler = make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     bar = progress(range(cfg.max_iters), "base model, once")
     for i in bar:
-        loss, _ = train_step(model.loss, optimizer, scaler, shuffled, device, i, cfg)
+        rate = learning_rate_at(i, cfg)
+        loss, _ = train_step(model.loss, optimizer, scaler, next(rows), rate, cfg)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     return model
 
@@ -338,55 +322,81 @@ def save_memory(model, cfg):
 
 
 def fit(model, optimizer, task, cfg, result):
-    """Train; keep the best side network in out_dir, and load it at the end; fill in `result`."""
-    device, out_dir = model.device, Path(cfg.out_dir)
+    """Train; keep the best side network in out_dir, and load it at the end; fill in `result`.
+
+    What --resume goes on from is saved with every evaluation, and when the run is stopped.
+    """
+    device, out_dir, first = model.device, Path(cfg.out_dir), distributed.rank() == 0
     loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    shuffled = batches(task.train, cfg.batch_size, cfg.seed)
+    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
     held_out = task.held_out[: cfg.eval_examples]
-    loss_before = mean_loss(model, held_out, cfg.batch_size)
-    best, best_iteration, interrupted = math.inf, 0, False
+    log = TrainingLog(out_dir if first else None, cfg, device)
 
     def evaluate():
         """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
-        nonlocal best, best_iteration
-        loss = mean_loss(model, held_out, cfg.batch_size)
-        if loss < best:
-            best, best_iteration = loss, log.iteration
+        if log.evaluated(mean_loss(model, held_out, cfg.batch_size)) and first:
             model.save_side(out_dir)
-        log.evaluated(loss)
+        stop_if(not math.isfinite(log.held_out_loss))
 
-    with TrainingLog(out_dir, cfg, loss_before, device) as log:
-        try:
-            for iteration in log.iterations():
-                loss, tokens = train_step(
-                    loss_of, optimizer, scaler, shuffled, device, iteration - 1, cfg
-                )
-                log.stepped(loss, tokens)
-                if not math.isfinite(loss):
-                    kept = f"{out_dir} holds that of iteration {best_iteration}"
-                    raise InputError(
-                        f"The loss is {loss} at iteration {iteration}: lower --learning_rate, or "
-                        f"try --dtype bf16 or fp32. "
-                        f"{kept if best_iteration else 'No side network is kept'}."
-                    )
-                if iteration == cfg.max_iters or iteration % cfg.eval_interval == 0:
-                    evaluate()
-                log.write(learning_rate_at(iteration - 1, cfg))
-        except KeyboardInterrupt:
-            interrupted = True
+    def stop_if(lost):
+        """End the run if its loss is no number any more, for good."""
+        kept = f"{out_dir} holds the side network of iteration {log.best_iteration}"
+        if lost:
+            raise InputError(
+                f"The loss is not a number at iteration {log.iteration}: lower --learning_rate, or try "
+                f"--dtype bf16 or fp32. {kept if log.best_iteration else 'No side network is kept'}."
+            )
+
+    def save():
+        learners = dict(side=model.side, optimizer=optimizer, scaler=scaler)
+        state = {name: learner.state_dict() for name, learner in learners.items()}
+        if first:
+            save_state(out_dir, state | dict(about=about, log=log.state()))
+
+    if state := load_state(out_dir) if cfg.resume else None:
+        check_same(about, state["about"], out_dir)
+        model.side.load_state_dict(state["side"])
+        load_optimizer(optimizer, state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        log.go_on(state["log"])
+    else:
+        evaluate()
+        if first:
+            remove_earlier_run(out_dir)
+    rows = iteration_batches(
+        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, log.iteration
+    )
+    with log, stop_signals() as stopped:
+        for iteration, batches in zip(log.iterations(), prefetch(rows)):
+            learning_rate = learning_rate_at(iteration - 1, cfg)
+            loss, taken = train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg)
+            tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
+            due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
+            read = log.stepped(loss, taken, tokens, wait=due)
+            if due:
+                evaluate()
+            if read:
+                log.write(learning_rate)
+                stop_if(log.failures >= 10)
+            ends = read and any(distributed.join([bool(stopped)]))
+            if due or ends:
+                save()
+            if ends:
+                break
+    interrupted = log.iteration < cfg.max_iters
+    if first:
         model.save_side(out_dir / "last")
-        if interrupted:
-            log.close()
-            message = f"Interrupted. The side network as it is now: {out_dir / 'last'}"
-            print(message, flush=True)
-        if log.held_out_iteration < log.iteration or not log.iteration:
-            evaluate()
-    model.load_side(out_dir)
+    if interrupted:
+        print(f"Stopped after iteration {log.iteration}: go on with --resume.", flush=True)
+    distributed.join([None])  # the others wait for the files
+    if log.best_iteration:
+        model.load_side(out_dir)
     result |= log.speed() | dict(
-        loss_before=loss_before, loss_after=best, loss_last=log.held_out_loss,
-        best_iteration=best_iteration, iterations=log.iteration, interrupted=interrupted,
+        loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
+        loss_after=log.best_loss if log.best_iteration else log.loss_before,
+        iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
         peak_memory_bytes=peak_memory(device),
     )  # fmt: skip
 
@@ -395,12 +405,7 @@ def train(model, task, folder, cfg, result):
     """Score, train and score again; fill in `result`."""
     optimizer = make_optimizer(model, cfg)
     longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
-    idx, targets = collate(longest)
-    result |= dict(
-        optimizer_bytes=optimizer_bytes([*model.parameters()], cfg.optimizer_bits),
-        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
-    )
-    introduce(folder, model, cfg, idx, result)
+    introduce(folder, model, optimizer, cfg, collate(longest), result)
     before = task.score(model) if not task.n_labels else {}  # an untrained classifier is at chance
     fit(model, optimizer, task, cfg, result)
     if result["interrupted"]:
@@ -422,31 +427,31 @@ def main(cfg):
     make_writable_folder(cfg.out_dir, "--out_dir")
     device = pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
+    distributed.start(device)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
-    folder = Path(cfg.base) if cfg.base else tiny.base_folder(train_tiny_base, save_pretrained)
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    task = load_task(cfg, tokenizer, chat.load_template(folder), config)
-    base = from_pretrained(folder, cfg.quant, dtype, device)
-    torch.manual_seed(cfg.seed)
-    model = make_model(cfg, base, task)
-    trainable, weights = sum(p.numel() for p in model.parameters()), count_weights(config)
-    result = dict(
-        trainable_parameters=trainable,
-        total_parameters=weights + trainable if cfg.method != "full" else max(weights, trainable),
-        weights_bytes=model_bytes(model),
-    )
-    if cfg.eval_only:
-        result |= task.score(model)
-        if task.held_out:
-            result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
-    else:
-        train(model, task, folder, cfg, result)
-    result |= dict(
-        peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg)
-    )
-    write_json(Path(cfg.out_dir) / "result.json", result)
+    with only_run_in(cfg.out_dir):
+        folder = Path(cfg.base) if cfg.base else distributed.first_makes(
+            lambda: tiny.base_folder(train_tiny_base, save_pretrained)
+        )  # fmt: skip
+        config, tokenizer = read_config(folder), load_tokenizer(folder)
+        task = load_task(cfg, tokenizer, chat.load_template(folder), config)
+        base = from_pretrained(folder, cfg.quant, dtype, device)
+        torch.manual_seed(cfg.seed)
+        model = make_model(cfg, base, task)
+        result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
+        if cfg.eval_only:
+            result |= task.score(model)
+            if task.held_out:
+                result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
+        else:
+            train(model, task, folder, cfg, result)
+        result |= provenance() | dict(
+            peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg)
+        )
+        if distributed.rank() == 0:
+            write_json(Path(cfg.out_dir) / "result.json", result)
     conclude(folder, cfg, result)
     return result
 

@@ -5,6 +5,7 @@ IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands a
 """
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from os.path import commonprefix
 from typing import Callable
@@ -12,6 +13,7 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
+from data import distributed
 from quant import InputError
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
@@ -56,7 +58,7 @@ def pad_left(prompts, pad_id=0, device=None):
 
 
 def batches(examples, batch_size, seed):
-    """Yield batches for ever: each epoch in a new order, sequences of similar length together."""
+    """Yield lists of examples for ever: each epoch in a new order, with similar lengths together."""
     rng = random.Random(seed)
     pool = 32 * batch_size
     while True:
@@ -66,8 +68,54 @@ def batches(examples, batch_size, seed):
             part = sorted(order[start : start + pool], key=lambda example: len(example[0]))
             rows += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
         rng.shuffle(rows)
-        for row in rows:
-            yield collate(row)
+        yield from rows
+
+
+def iteration_batches(examples, batch_size, steps, seed, start=0):
+    """Yield, for each iteration after the first `start`, the batches that this process computes:
+    [(idx, targets, share), ...], `steps` of them.
+
+    share: how many of the iteration's targets a batch has, so that every token weighs the same,
+        however many batches and processes there are. batch_size: of one process
+    """
+    rows = batches(examples, batch_size * distributed.size(), seed)
+    for _ in range(start * steps):
+        next(rows)
+    while True:
+        parts, total = [], 0
+        for _ in range(steps):
+            idx, targets = collate(next(rows))
+            total += count_targets(targets)
+            # Of an epoch's last batch, which may be small, a process without a sequence takes the
+            # first one, with no weight.
+            has_one = distributed.rank() < len(idx)
+            mine = slice(distributed.rank() if has_one else 0, None, distributed.size())
+            parts.append((idx[mine], targets[mine], has_one * count_targets(targets[mine])))
+        yield [(idx, targets, n / total) for idx, targets, n in parts]
+
+
+def count_tokens(examples):
+    """How many examples, and how many tokens in them: what tells one training set from another."""
+    return [len(examples), sum(len(ids) for ids, _ in examples)]
+
+
+def count_targets(targets):
+    return (targets != IGNORE_INDEX).sum().item()
+
+
+def prefetch(items):
+    """Make the next item of an endless generator, in a thread, while the current one is in use."""
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(next, items)
+        while True:
+            item = future.result()
+            future = thread.submit(next, items)
+            yield item
+
+
+def to_device(tensor, device):
+    """Copy a tensor of a CPU; to a GPU without a wait, from pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def split(examples, fraction, seed, most=0):
@@ -94,14 +142,14 @@ def check_length(config, length, advice):
 def mean_loss(model, examples, batch_size, desc=None):
     """Mean loss per target over all examples; with a progress bar, if it has a name."""
     examples = sorted(examples, key=lambda example: len(example[0]))
-    starts = range(0, len(examples), batch_size)
-    total, count = 0.0, 0
+    starts = distributed.split(range(0, len(examples), batch_size))
+    sums = []  # of each batch: its targets and their losses
     for start in tqdm(starts, desc, unit="batch", leave=False, disable=desc is None):
         idx, targets = collate(examples[start : start + batch_size])
-        n = (targets != IGNORE_INDEX).sum().item()
-        total += model.loss(idx.to(model.device), targets).item() * n
-        count += n
-    return total / count
+        n = count_targets(targets)
+        sums.append((n, model.loss(idx.to(model.device), targets).item() * n))
+    counts, losses = zip(*distributed.join(sums))
+    return sum(losses) / sum(counts)
 
 
 @torch.no_grad()
@@ -118,16 +166,17 @@ def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
     cache = model.new_cache(len(prefix))
     if prefix:
         model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
-    logits = [None] * len(prompts)
-    for start in tqdm(range(0, len(order), batch_size), desc, unit="batch", leave=False):
+    parts = []
+    starts = distributed.split(range(0, len(order), batch_size))
+    for start in tqdm(starts, desc, unit="batch", leave=False):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
         h = model.hidden(idx.to(model.device), cache=past)
         last = h[range(len(rows)), [len(prompts[i]) - len(prefix) - 1 for i in rows]]  # (B, C)
-        for i, row in zip(rows, model.head(last).float().cpu()):
-            logits[i] = row if choices is None else row[choices]
-    return torch.stack(logits)
+        logits = model.head(last).float().cpu()
+        parts.append(logits if choices is None else logits[:, choices])
+    return torch.cat(distributed.join(parts))[torch.tensor(order).argsort()]
 
 
 def word_ids(tokenizer, words, before):
@@ -152,11 +201,11 @@ def channel_statistics(model, prompts):
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
     layers, C = model.layers, model.config.n_embd
-    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64, device=model.device)
+    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64)
 
     def add(i, h):
-        h = h[keep.bool()].double()
-        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)])
+        h = h[keep.bool()].to(torch.float32 if h.device.type == "mps" else torch.float64)
+        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
     hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
     for i, layer in enumerate(layers, 1):

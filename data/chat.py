@@ -20,8 +20,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.fields import TABLE, TEXT, Refused, either, field, list_of
 from data.files import read_json, read_text
-from data.instruct import Refused, frame
+from data.instruct import frame
 from data.tokenizer import SentencePiece
 from quant import InputError
 
@@ -189,6 +190,9 @@ SIGNS = {  # what a template must contain
 }
 
 
+LONGEST_TEMPLATE = 1 << 17  # letters; LLaMA-3.1's has 4,000
+
+
 def load_template(folder):
     """Recognize a folder's chat template; a folder without one has the plain frame."""
     path = Path(folder) / "chat_template.jinja"  # where newer folders keep it
@@ -196,17 +200,24 @@ def load_template(folder):
         text = read_text(path)
     else:
         path = Path(folder) / "tokenizer_config.json"
-        text = read_json(path, optional=True).get("chat_template")
+        kinds = either(TEXT, list_of(TABLE))
+        text = field(path, read_json(path, optional=True), "chat_template", kinds, "")
     if isinstance(text, list):  # several, by name
-        text = {one.get("name"): one.get("template") for one in text}.get("default")
+        several = text
+        text = ""
+        for one in several:
+            own = field(path, one, "chat_template.template", TEXT)
+            text = own if field(path, one, "chat_template.name", TEXT) == "default" else text
+    if len(text) > LONGEST_TEMPLATE:
+        raise InputError(f"{path}: the chat template is longer than {LONGEST_TEMPLATE:,} letters.")
     if not text:
         return ChatTemplate()
     names = [name for name, signs in SIGNS.items() if all(sign in text for sign in signs)]
     if len(names) != 1 or "<think>" in text:  # a thinking model frames its answers in other ways
         seen = dict.fromkeys(re.findall(r"<\|?\w+\|?>|\[/?[A-Z]+\]", text))
         raise InputError(
-            f"{path}: the chat template with {', '.join(seen) or repr(text[:60])} is unknown; we"
-            f" know {', '.join(SIGNS)}. Remove it to use the plain frame."
+            f"{path}: the chat template with {', '.join(seen)[:80] or repr(text[:60])} is unknown;"
+            f" we know {', '.join(SIGNS)}. Remove it to use the plain frame."
         )
     system = {"ChatML": chatml_system, "LLaMA-3": llama3_system}.get(names[0], lambda text: "")
     return ChatTemplate(names[0], system(text))

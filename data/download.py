@@ -20,6 +20,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.files import write_atomically
+from data.settings import Parser, run
 from quant import InputError
 
 HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
@@ -79,25 +80,26 @@ def command_line(show, *names):
         f"  {name:9} {base}/{Path(path).name}"
         for name in names for path, (base, _) in SOURCES[name].items()
     ]  # fmt: skip
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=show.__doc__, epilog="\n".join(["where it comes from", *addresses]),
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--data", help="a file or folder to look into")
     parser.add_argument("--download", metavar="FOLDER", help="get the data, and unpack it there")
     parser.add_argument("--only", choices=names, help="of several, get this one")
     args = parser.parse_args()
-    try:
-        if not (args.data or args.download):
-            parser.error("give --data or --download")
+    if not (args.data or args.download):
+        parser.error("give --data or --download")
+
+    def fetch_and_show():
         if args.download:
             for name in [args.only] if args.only else names:
                 fetch(name, args.download)
                 print(f"{name} is in {args.download}")
         if args.data:
             show(args.data)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
+
+    run(fetch_and_show)
 
 
 def fetch(name, folder):

@@ -10,6 +10,7 @@ The loss on a tenth of train.tsv chooses the side network that is kept; the scor
 dev.tsv, which nothing was chosen by.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 
 from data import Task, choice_logits, label, split, word_ids
 from data.download import command_line
+from data.fields import shown
 from data.files import read_text, write_atomically
 from quant import InputError
 
@@ -110,10 +112,8 @@ def read(path, form):
     label: the class's number, or STS-B's rating. Quotes are text, as in GLUE's own files. A line
     with fewer columns than the header, as a few of QQP's have, is left out.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): give --data the folder of GLUE's {form.folder}.") from None
+    advice = f"give --data the folder of GLUE's {form.folder}"
+    lines = read_text(path, advice).split("\n")
     lines = [(i, line.rstrip("\r").split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
     columns, width = form.columns, 4
     if isinstance(columns[0], str):
@@ -142,21 +142,28 @@ def files(data, form):
 
 def split_mrpc(folder):
     """Make MRPC's train.tsv and dev.tsv, as GLUE does, of the corpus and a list of pairs of ids."""
-    ids = {tuple(line.split("\t")) for line in read_text(folder / "mrpc_dev_ids.tsv").splitlines()}
-    header, *lines = read_text(folder / "msr_paraphrase_train.txt").lstrip("\ufeff").splitlines()
-    dev = [line for line in lines if tuple(line.split("\t")[1:3]) in ids]
-    train = [line for line in lines if tuple(line.split("\t")[1:3]) not in ids]
-    for name, rows in (("train.tsv", train), ("dev.tsv", dev)):
-        text = "\n".join([header, *rows]) + "\n"
+    ids, corpus = folder / "mrpc_dev_ids.tsv", folder / "msr_paraphrase_train.txt"
+    pairs = {tuple(line.split("\t")) for line in read_text(ids).split("\n")}
+    header, *lines = read_text(corpus).split("\n")
+    parts = {"train.tsv": [header], "dev.tsv": [header]}
+    for line in filter(None, lines):
+        parts["dev.tsv" if tuple(line.split("\t")[1:3]) in pairs else "train.tsv"].append(line)
+    columns = set(FORMS["mrpc"].columns) <= set(header.split("\t"))
+    if not columns or len(parts["dev.tsv"]) == 1:
+        raise InputError(f"{corpus} has no line of those that {ids} names: get both files anew.")
+    for name, rows in parts.items():
+        text = "\n".join(rows) + "\n"
         write_atomically(folder / name, lambda file: file.write(text.encode()))
 
 
 def parse_label(path, line, text, form):
-    try:
-        return form.labels.index(text) if form.labels else float(text)
-    except ValueError:
-        known = ", ".join(form.labels) or "a number"
-        raise InputError(f'{path}, line {line}: the label "{text}" is not {known}.') from None
+    """A label's class, or a rating."""
+    known = ", ".join(form.labels) or f"a number from 0 to {RATING:g}"
+    if text in form.labels:
+        return form.labels.index(text)
+    if not form.labels and re.fullmatch(r"\d(\.\d*)?", text, re.ASCII) and float(text) <= RATING:
+        return float(text)
+    raise InputError(f"{path}, line {line}: the label {shown(text)} is not {known}.")
 
 
 def prompt(sentences, form, tokenizer, sequence_len, head):
@@ -226,11 +233,16 @@ def load(cfg, tokenizer, template):
 
 def show(folder):
     """Count the examples of every task of GLUE that a folder has, and print one of each."""
+    found = False
     for task, form in FORMS.items():
         own = Path(folder).resolve().name == form.folder  # or it is the folder of all
         if (own or (Path(folder) / form.folder).is_dir()) and (files(folder, form) / form.dev).exists():
             train, dev = (read(files(folder, form) / name, form)[0] for name in ("train.tsv", form.dev))
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
+            found = True
+    if not found:
+        names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
+        raise InputError(f"{folder} has no dev.tsv of a task: give one of {names}, or their folder.")
 
 
 if __name__ == "__main__":

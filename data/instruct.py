@@ -15,16 +15,18 @@ conversation is framed for the model, its chat template says: see chat.py. The l
 tokens of all answers, and of nothing else.
 """
 
-import json
-import math
 import sys
+from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import IGNORE_INDEX, Task, pad_left, split
+from data import IGNORE_INDEX, Task, distributed, pad_left, split
 from data.download import command_line
+from data.fields import HALF, LIST, TABLE, TEXT, Refused
+from data.files import read_records
+from data.oasst import best_path, check_message, grow_trees
 from quant import InputError
 
 
@@ -43,10 +45,6 @@ ROLES = {
 }  # fmt: skip
 
 
-class Refused(ValueError):
-    """What is wrong with a record or a conversation, in words that follow "it"."""
-
-
 def conversation(record):
     """Make a conversation of a record; `Refused` says what is wrong with it.
 
@@ -59,6 +57,7 @@ def conversation(record):
     if "conversations" in record:
         return checked(record["conversations"], "conversations", "from", "value")
     if isinstance(record.get("prompt"), dict):
+        check_message(record)
         if record.get("tree_state") not in (None, "ready_for_export"):
             return []
         path = best_path(record["prompt"])
@@ -70,43 +69,18 @@ def question_and_answer(record):
     """The two messages of an Alpaca record, or of a Dolly record, which has names of its own."""
     if "instruction" not in record:
         raise Refused(
-            'has no "instruction" (as Alpaca and Dolly), "messages", "conversations" (ShareGPT) or tree'
-            ' in "prompt" (OASST1)'
+            'has no "instruction" (as Alpaca and Dolly), "messages", "conversations" (ShareGPT) or'
+            ' tree in "prompt" (OASST1)'
         )
     dolly = "response" in record and "output" not in record
     input, output = ("context", "response") if dolly else ("input", "output")
-    for field in ("instruction", output):
-        if not isinstance(record.get(field), str):
-            raise Refused(f'has no text in "{field}"')
-    question = {"role": "user", "content": record["instruction"]}
-    if record.get(input):
-        if not isinstance(record[input], str):
-            raise Refused(f'has something that is not text in "{input}"')
-        question["input"] = record[input]
+    for name in ("instruction", output):
+        if not isinstance(record.get(name), str):
+            raise Refused(f'has no text in "{name}"')
+    question = {"role": "user", "content": record["instruction"], "input": record.get(input)}
+    if question["input"] is not None and not isinstance(question["input"], str):
+        raise Refused(f'has something that is not text in "{input}"')
     return [question, {"role": "assistant", "content": record[output]}]
-
-
-def best_path(prompt):
-    """Follow the best replies through a tree of OASST1, from its prompt to an answer.
-
-    Of several answers, that of the lowest rank is taken. Of several questions, which nobody
-    ranked, the first that was answered. Deleted and rejected messages are not followed.
-    """
-    path, question = [], prompt
-    while question and replies(question):
-        answer = replies(question)[0]
-        path += [question, answer]
-        question = next(filter(replies, replies(answer)), None)
-    return path
-
-
-def replies(node):
-    """The replies to a message that stand, the best first; one without a rank comes last."""
-    nodes = node.get("replies") or []
-    if not isinstance(nodes, list) or not all(isinstance(one, dict) for one in nodes):
-        raise Refused('has something that is not a list of messages in "replies"')
-    stand = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
-    return sorted(stand, key=lambda n: n["rank"] if isinstance(n.get("rank"), int) else math.inf)
 
 
 def checked(messages, field, role, content):
@@ -115,20 +89,21 @@ def checked(messages, field, role, content):
     What precedes the first question, other than a system message, and what follows the last answer
     is cut off: ShareGPT's files have been split into pieces that begin and end anywhere.
     """
-    if not isinstance(messages, list):
+    if not LIST.fits(messages):
         raise Refused(f'has no list in "{field}"')
     made = []
     for message in messages:
-        message = message if isinstance(message, dict) else {}
-        if message.get(role) not in ROLES or not isinstance(message.get(content), str):
+        named = TABLE.fits(message) and TEXT.fits(message.get(role)) and message[role] in ROLES
+        if not named or not isinstance(message.get(content), str):
             raise Refused("has a message without a known role and text")
-        made.append({"role": ROLES[message[role]], "content": message[content]})
-        if isinstance(message.get("input"), str):
-            made[-1]["input"] = message["input"]
-    while made and made[0]["role"] == "assistant":
-        del made[0]
-    while made and made[-1]["role"] != "assistant":
-        del made[-1]
+        made.append({"role": ROLES[message[role]], "content": whole_text(message[content])})
+        if input := message.get("input"):
+            if not isinstance(input, str):
+                raise Refused('has a message with something that is not text in "input"')
+            made[-1]["input"] = whole_text(input)
+    answers = [i for i, message in enumerate(made) if message["role"] == "assistant"]
+    others = [i for i, message in enumerate(made) if message["role"] != "assistant"]
+    made = made[others[0] : answers[-1] + 1] if others and answers else []
     if not made:
         raise Refused("has no question with an answer")
     for before, message in zip([{"role": None}, *made], made):
@@ -139,51 +114,9 @@ def checked(messages, field, role, content):
     return made
 
 
-def read_records(path, flag="--data"):
-    """Read JSON or JSON lines: [(where it stands, for messages, and the record), ...]."""
-    path, expected = Path(path), f"give {flag} a list in JSON, or JSON lines"
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: {expected}.") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: {expected}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}): {expected}.") from None
-    where = "as a list"
-    try:
-        if text.lstrip().startswith("["):
-            records = [(f"entry {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        else:
-            records = []
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"line {i}"
-                if line.strip():
-                    records.append((where, json.loads(line)))
-    except ValueError as error:
-        raise InputError(f"{path}, {where} is not JSON ({error}): {expected}.") from None
-    if not records:
-        raise InputError(f"{path} holds no {'instructions' if flag == '--data' else 'questions'}.")
-    return records
-
-
-def grow_trees(records, path):
-    """Join the flat messages of OASST1 to trees: [(where its prompt stands, the tree), ...]."""
-    nodes = {}
-    for where, message in records:
-        if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
-            raise InputError(
-                f'{path}, {where} has no "message_id" and "parent_id", which others have: mend or'
-                " remove it."
-            )
-        nodes[message["message_id"]] = where, {**message, "replies": []}
-    trees = []
-    for where, node in nodes.values():
-        if node["parent_id"] is None:
-            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
-        elif node["parent_id"] in nodes:  # what answers a message that was left out is lost with it
-            nodes[node["parent_id"]][1]["replies"].append(node)
-    return trees
+def whole_text(text):
+    """A text without halves of surrogate pairs, which JSON may hold, and nothing else may."""
+    return HALF.sub("?", text)
 
 
 def read_instructions(path, check=None):
@@ -224,9 +157,19 @@ def encode(conversation, tokenizer, template, sequence_len):
     return ids[:-1], [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
 
 
-def encode_prompt(conversation, tokenizer, template):
-    """The ids of all that comes before the last answer."""
-    return template.encode(conversation[:-1], tokenizer)[0]
+def prompt_that_fits(messages, tokenizer, template, room):
+    """Drop the oldest turns until the prompt has at most `room` ids: (ids, messages that are kept).
+
+    The system message and the last question stay, even if they alone are longer.
+    """
+    system = messages[: messages[0]["role"] == "system"]
+    rest = messages[len(system) :]
+    while True:
+        ids, _ = template.encode(system + rest, tokenizer)
+        starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
+        if len(ids) <= room or len(starts) < 2:
+            return ids, system + rest
+        rest = rest[starts[1] :]
 
 
 def prompt_text(conversation):
@@ -240,16 +183,18 @@ def prompt_text(conversation):
 
 
 def answers(model, tokenizer, template, conversations, batch_size=64):
-    """Greedy answers, of at most 64 tokens, to the last question of each conversation."""
-    found = []
-    for start in range(0, len(conversations), batch_size):
+    """Greedy answers, of at most 64 tokens, to the last question of each conversation; what is too long
+    for the model is shortened from the front."""
+    found, positions = [], model.config.max_positions
+    most = positions - min(64, positions // 4)  # ids of a prompt
+    for start in distributed.split(range(0, len(conversations), batch_size)):
         part = conversations[start : start + batch_size]
-        prompts = [encode_prompt(one, tokenizer, template) for one in part]
+        prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)
-        room = min(64, model.config.max_positions - idx.shape[1])
-        out = model.generate(idx, room, eos_id=template.end_ids(tokenizer), keep=keep)
-        found += [tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out]
-    return found
+        new = min(64, positions - idx.shape[1])
+        out = model.generate(idx, new, eos_id=template.end_ids(tokenizer), keep=keep)
+        found.append([tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out])
+    return list(chain.from_iterable(distributed.join(found)))
 
 
 def samples(model, tokenizer, template, conversations):
@@ -271,7 +216,8 @@ def make_task(conversations, tokenizer, template, cfg, score):
         pairs = [(one, encode(one, tokenizer, template, cfg.sequence_len)) for one in half]
         kept.append([(one, pair) for one, pair in pairs if pair])
         if lost := len(half) - len(kept[-1]):
-            notes.append(f"{lost} {name} examples left out: the prompt alone fills {cfg.sequence_len} tokens")
+            why = f"the prompt alone fills {cfg.sequence_len} tokens"
+            notes.append(f"{lost} {name} examples left out: {why}")
     train, held_out = kept
     return Task(
         [pair for _, pair in train], [pair for _, pair in held_out],

@@ -19,6 +19,7 @@ any keeps bos and its end, with the choices, if not the beginning of its questio
 """
 
 import csv
+import io
 import random
 import sys
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ import torch
 
 from data import Task, choice_logits, instruct
 from data.download import command_line
+from data.fields import reason, shown
+from data.files import read_text
 from quant import InputError
 
 CATEGORIES = {
@@ -95,17 +98,14 @@ def read(folder, split):
 def read_csv(path):
     """Read one file's questions."""
     questions, line = [], 1
+    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for row in reader:
-                if row:
-                    questions.append(question(row, f"{path}, line {line}"))
-                line = reader.line_num + 1  # a quoted field may hold several lines
+        for row in reader:
+            if row:
+                questions.append(question(row, f"{path}, line {line}"))
+            line = reader.line_num + 1  # a quoted field may hold several lines
     except csv.Error as error:
-        raise InputError(f"{path}, line {line} is not CSV ({error}).") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text ({error}).") from None
+        raise InputError(f"{path}, line {line} is not CSV ({reason(error)}).") from None
     if not questions:
         raise InputError(f"{path} holds no questions.")
     return questions
@@ -117,7 +117,7 @@ def question(row, where):
         raise InputError(f"{where} has {len(row)} columns instead of 6.")
     text, *choices, answer = row
     if answer not in tuple(LETTERS):
-        raise InputError(f"{where} has the answer {answer!r}, which is none of A, B, C and D.")
+        raise InputError(f"{where} has the answer {shown(answer)}, which is none of A, B, C and D.")
     return Question(text, tuple(choices), LETTERS.index(answer))
 
 

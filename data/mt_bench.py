@@ -19,7 +19,8 @@ if __name__ == "__main__":  # run as a script, it stands in data/, and its impor
 from tqdm import tqdm
 
 from data.download import checksum, command_line
-from data.instruct import Refused, read_records
+from data.fields import TEXT, WORD, Refused, either, list_of, shown, whole
+from data.files import parse_json, read_bytes, read_records
 from quant import InputError
 
 TEMPERATURES = {  # FastChat's, by category
@@ -28,16 +29,23 @@ TEMPERATURES = {  # FastChat's, by category
 }  # fmt: skip
 
 
+QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
+
+
 def read_questions(path):
     """Read and check the questions."""
-    questions = []
+    questions = {}
     for where, record in read_records(path, "--questions"):
         turns = record.get("turns") if isinstance(record, dict) else None
-        right = isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns)
-        if not right or not isinstance(record.get("question_id"), (int, str)):
+        right = list_of(TEXT).fits(turns) and turns
+        if not right or not QUESTION_ID.fits(record.get("question_id")):
             raise InputError(f'{path}, {where} has no "question_id" and list of "turns".')
-        questions.append(record)
-    return questions
+        id, category = record["question_id"], record.get("category", "")
+        if id in questions or not TEXT.fits(category):
+            twice = f'the "question_id" {shown(id)} of another, or a "category" that is no text'
+            raise InputError(f"{path}, {where} has {twice}: mend it.")
+        questions[id] = record
+    return list(questions.values())
 
 
 def temperature(question):
@@ -81,7 +89,7 @@ def answered(path, model_id):
     path = Path(path)
     if not path.exists():
         return set()
-    *lines, last = path.read_bytes().split(b"\n")
+    *lines, last = read_bytes(path, "give another --out").split(b"\n")
     done = {_question_id(path, i, line, model_id) for i, line in enumerate(lines, 1)}
     if last:
         start = b'{"question_id": '
@@ -107,23 +115,25 @@ def _refusal(path, number, kind=InputError):
 
 def _question_id(path, number, line, model_id):
     try:
-        answer = json.loads(line)
+        answer = parse_json(line)
     except ValueError:  # also of bytes that are half a character
         raise _refusal(path, number, _Damaged) from None
     if not isinstance(answer, dict) or not {"question_id", "model_id", "choices"} <= answer.keys():
         raise _refusal(path, number)
     if answer["model_id"] != model_id:
+        other = shown(answer["model_id"])
         raise InputError(
-            f"{path}, line {number} is an answer of {answer['model_id']}, not of {model_id}: give"
-            " another --out."
+            f"{path}, line {number} is an answer of {other}, not of {model_id}: give another --out."
         )
+    if not QUESTION_ID.fits(answer["question_id"]):
+        raise _refusal(path, number)
     return answer["question_id"]
 
 
 FLAGS = {  # of `qst.py answer`
     "questions": dict(required=True, help="mt_bench_question.jsonl, or a file like it"),
-    "model_id": dict(help="the model's name there, behind which the first digits of the side checkpoint's"
-        " SHA-256 are put; default: the name of --out, as FastChat has it"),
+    "model_id": dict(help="the model's name there, behind which the first digits of the side"
+        " checkpoint's SHA-256 are put; default: the name of --out, as FastChat has it"),
     "limit": dict(type=int, help="only the first so many questions"),
     "fastchat_temperatures": dict(action="store_true",
         help="FastChat's temperature for each category, instead of --temperature"),
@@ -141,8 +151,8 @@ def answer_file(args, start_talk):
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
     note = lambda text: tqdm.write(text, sys.stderr)
+    talk = start_talk()  # before a file is made
     with open(args.out, "a", encoding="utf-8") as out:
-        talk = start_talk()
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
                 args.temperature = temperature(question)

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
+from data.fields import shown
 from data.hub import OPT_NAMES
+from data.pickled import read_tensor, read_tensors
 from quant import InputError
 
 # What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel, norms,
@@ -17,6 +19,7 @@ RELEASED = dict(
     final_norm=True,
 )  # fmt: skip
 
+ADVICE = "a released side checkpoint has six .pt files, of plain tensors"
 RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
     "layers": ("qst_layers_parameters.pt", OPT_NAMES),
     "downsample": (
@@ -36,25 +39,24 @@ def read(folder, config):
     where LLaMA's gives it 1 - sigmoid(z), is ours with alpha = -z.
     """
     folder, opt, found = Path(folder), config.family == "opt", {}
+    refuse = lambda why: InputError(f"{folder} {why}: give it the --base that it was trained on.")
     for ours, (file, names) in RELEASED_FILES.items():
-        for name, tensor in read_pt(folder / file).items():
+        for theirs, tensor in read_tensors(folder / file, ADVICE).items():
+            name = theirs
             for our_part, their_part in names.items() if ours != "layers" or opt else ():
                 name = name.replace(their_part, our_part)
+            if f"{ours}.{name}" in found or not tensor.is_floating_point():
+                raise refuse(f"has {shown(theirs)} in {file} twice, or not in floats")
             found[f"{ours}.{name}"] = tensor
+    mix = read_tensor(folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt", ADVICE)
     gates = [found.pop(f"gamma.{i}", None) for i in range(config.n_layer)]
-    if any(gate is None for gate in gates) or "downsample.0.down.weight" not in found:
-        raise InputError(f"{folder} is not of a model with {config.n_layer} layers like {config.family}.")
-    mix = read_pt(folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt")
+    down = found.get("downsample.0.down.weight")
+    if down is None or any(gate is None for gate in gates):
+        raise refuse(f"is not of a model with {config.n_layer} layers like {config.family}")
+    c, pair = gates[0].numel(), 1 if opt else 2  # rotary positions turn channels in pairs
+    if c == 0 or config.n_embd % c or c % (pair * config.n_head):
+        raise refuse(f"has gates of {c} channels, which do not divide {config.n_embd}")
+    if {gate.shape for gate in gates} != {(c,)} or down.dim() != 2 or not len(down):
+        raise refuse("has gates or downsamplers of unequal shapes")
     found |= {"gamma": torch.stack(gates), "alpha": -mix if opt else mix}
-    rank = len(found["downsample.0.down.weight"])
-    return found, dict(reduction=config.n_embd // len(gates[0]), rank=rank)
-
-
-def read_pt(path):
-    if not path.exists():
-        raise InputError(f"{path} is missing: a released side checkpoint has six .pt files.")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler meets in a foreign file
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} cannot be read as a file of plain tensors ({reason}).") from None
+    return found, dict(reduction=config.n_embd // c, rank=len(down))

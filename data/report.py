@@ -1,19 +1,28 @@
 """What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
 
 import csv
+import math
 import os
-import resource
+import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 from data import tiny
 from data.charts import line_chart
+from data.optim import AdamW8bit
 from quant import ABSMAX_BLOCK_SIZE, Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
@@ -24,9 +33,10 @@ TRAINED = {
 }  # fmt: skip
 
 
-def progress(iterations, desc):
+def progress(iterations, desc, initial=0, total=None):
     """A progress bar; where it is no terminal, a line now and then."""
-    return tqdm(iterations, desc, unit="it", mininterval=0.1 if sys.stderr.isatty() else 15)
+    often = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(iterations, desc, total, unit="it", mininterval=often, initial=initial)
 
 
 def show_bytes(n):
@@ -42,9 +52,12 @@ def show_bytes(n):
 
 
 def peak_memory(device):
-    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU."""
+    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU; 0 where
+    neither is known."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -73,29 +86,61 @@ def loss_and_kept(model, idx, targets):
     return loss, sum(storage.nbytes() for storage in kept.values())
 
 
-def optimizer_bytes(parameters, bits):
-    """Bytes of AdamW's two moments; in 8 bits each block has its scale in fp32."""
-    if bits == 32:
-        return 2 * sum(p.nbytes for p in parameters)
-    return 2 * sum(p.numel() + 4 * -(-p.numel() // ABSMAX_BLOCK_SIZE) for p in parameters)
+def optimizer_bytes(optimizer):
+    """Bytes that an optimizer keeps: AdamW's two moments, of which in 8 bits each block has its scale
+    in fp32; or the one of Muon."""
+    total = 0
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            in_8_bits = p.numel() + 4 * -(-p.numel() // ABSMAX_BLOCK_SIZE)
+            moment = in_8_bits if isinstance(optimizer, AdamW8bit) else p.nbytes
+            total += moment if group["muon"] else 2 * moment
+    return total
 
 
 # --------------------------------------------------------------------------------------
 # A run
 
 
-def introduce(folder, model, cfg, batch, result):
-    """Print what a reader wants to know before the run."""
+def provenance():
+    """What ran: versions, the commit of the code, and the command line."""
+    root = Path(__file__).parent.parent
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    return dict(versions=versions, commit=commit, command=shlex.join(sys.argv))
+
+
+def sizes(model, n_weights):
+    """How many parameters learn, and how many there are with the `n_weights` of the base."""
+    trainable = sum(p.numel() for p in model.parameters())
+    base = 0 if trainable >= n_weights else n_weights  # in full finetuning it is the base that learns
+    return dict(trainable_parameters=trainable, total_parameters=base + trainable)
+
+
+def introduce(folder, model, optimizer, cfg, batch, result):
+    """Print what a reader wants to know before the run, and put the memory of a step into `result`.
+
+    batch: idx and targets of the longest one
+    """
+    idx, targets = batch
+    result |= dict(
+        optimizer_bytes=optimizer_bytes(optimizer),
+        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
+    )
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
-        nbytes = sum(layer.quantized.nbytes for layer in layers)
+        nbytes = sum(layer.weight.nbytes for layer in layers)
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     side = "a side network {reduction} times narrower, {downsample} downsamplers"
     what = TRAINED.get(cfg.method, side).format(**vars(model.side.config))
-    steps, (B, T) = cfg.gradient_accumulation_steps, batch.shape
+    steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
     memory = ", ".join(
         f"{name} {show_bytes(result[f'{name}_bytes'])}"
         for name in ("weights", "optimizer", "activations")
@@ -108,57 +153,97 @@ def introduce(folder, model, cfg, batch, result):
 
 
 class TrainingLog:
-    """log.csv, loss.svg, the progress bar, and the speed of the steps of a run."""
+    """log.csv, loss.svg, the progress bar, the best held-out loss, and the speed of a run's steps.
+
+    out_dir: None: nothing is written, as in all processes but the first
+    """
 
     COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
+    STATE = (  # what a run that goes on needs of the one before it
+        "iteration", "loss", "held_out_loss", "loss_before", "best_loss", "best_iteration", "skipped",
+        "failures", "tokens", "seconds", "step_ms", "curves", "rows",
+    )  # fmt: skip
 
-    def __init__(self, out_dir, cfg, held_out_loss, device):
+    def __init__(self, out_dir, cfg, device):
         self.out_dir, self.cfg, self.device = out_dir, cfg, device
-        self.held_out_loss, self.held_out_iteration = held_out_loss, 0
-        self.iteration, self.tokens, self.step_ms = 0, 0, []
-        self.curves = {"training": [], "held out": [(0, held_out_loss)]}
-        self.bar = progress(range(1, cfg.max_iters + 1), cfg.method)
+        self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
+        self.best_loss = self.held_out_loss = self.loss_before = math.inf
+        self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
+        self.tokens, self.seconds, self.step_ms = 0, 0.0, []
+        self.rows, self.curves = [], {"training": [], "held out": []}
+        self.unread = []  # (loss, whether its step was taken) of iterations that were not waited for
+
+    def state(self):
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def go_on(self, state):
+        vars(self).update(state)
 
     def __enter__(self):
-        self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
-        self.csv = csv.writer(self.file)
-        self.csv.writerow(self.COLUMNS)
+        steps = range(self.iteration + 1, self.cfg.max_iters + 1)
+        self.bar = progress(steps, self.cfg.method, self.iteration, self.cfg.max_iters)
+        if self.out_dir:
+            self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
+            csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
         return self
 
     def __exit__(self, *error):
-        self.close()
-
-    def close(self):
         self.bar.close()
-        self.file.close()
-        if self.curves["training"]:
-            line_chart(self.out_dir / "loss.svg", "Loss of an answer's token", "iteration", self.curves)
+        if self.out_dir:
+            self.file.close()
+            if self.rows:
+                path = self.out_dir / "loss.svg"
+                line_chart(path, "Loss of an answer's token", "iteration", self.curves)
 
     def iterations(self):
-        """Count from 1, with a progress bar, and time each iteration until `stepped`."""
+        """Count from 1, with a progress bar, and time the iterations."""
         for iteration in self.bar:
-            self.start = time.perf_counter()
+            if not self.unread:
+                self.start = time.perf_counter()
             yield iteration
 
-    def stepped(self, loss, tokens):
-        """An iteration is done."""
-        self.step_ms.append(1000 * (time.perf_counter() - self.start))
-        self.iteration, self.loss, self.tokens = len(self.step_ms), loss, self.tokens + tokens
+    def stepped(self, loss, taken, tokens, wait):
+        """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
+
+        wait: whether this must be one of them; on a CPU each is. Returns whether it was.
+        """
+        self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
+        self.unread.append((loss, taken))
+        self.due = wait or self.iteration % self.cfg.log_interval == 0
+        if not self.due and self.device.type != "cpu":
+            return False
+        for loss, taken in self.unread:
+            self.loss = loss.item()
+            self.failures = 0 if taken.item() else self.failures + 1
+            self.skipped += self.failures > 0
+        seconds = time.perf_counter() - self.start
+        self.seconds += seconds
+        self.step_ms.append(1000 * seconds / len(self.unread))
+        self.unread = []
+        return True
 
     def evaluated(self, held_out_loss):
-        self.held_out_loss, self.held_out_iteration = held_out_loss, self.iteration
+        """Note a held-out loss; returns whether it is the best of those after a step."""
+        self.held_out_loss = held_out_loss
         self.curves["held out"].append((self.iteration, held_out_loss))
+        if not self.iteration:
+            self.loss_before = held_out_loss
+        elif held_out_loss < self.best_loss:
+            self.best_loss, self.best_iteration = held_out_loss, self.iteration
+        return self.best_iteration == self.iteration > 0
 
     def write(self, learning_rate):
         """Show the iteration, and write a line if one is due."""
-        new = self.held_out_iteration == self.iteration
         rate = self.speed()["tokens_per_second"]
-        if new or self.iteration % self.cfg.log_interval == 0:
+        if self.due:
             self.curves["training"].append((self.iteration, self.loss))
-            self.csv.writerow([
+            new = self.curves["held out"][-1][0] == self.iteration
+            self.rows.append([
                 self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
                 f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
             ])  # fmt: skip
+            if self.out_dir:
+                csv.writer(self.file).writerow(self.rows[-1])
         self.bar.set_postfix_str(
             f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
             f"peak {show_bytes(peak_memory(self.device))}", refresh=False
@@ -166,10 +251,10 @@ class TrainingLog:
 
     def speed(self):
         """The mean rate of all steps, and the median time of one."""
-        if not self.step_ms:
-            return dict(tokens_per_second=0.0, step_ms=0.0)
-        rate = 1000 * self.tokens / sum(self.step_ms)
-        return dict(tokens_per_second=rate, step_ms=statistics.median(self.step_ms))
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return dict(
+            tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
+        )
 
 
 def conclude(folder, cfg, result):

@@ -1,69 +1,80 @@
 """Safetensors, by hand: a file of named tensors that no one has to trust.
 
-8 bytes of header length (little endian), a JSON header that gives each tensor's dtype, shape and place,
-and then nothing but the tensors' bytes, which are read straight from a memory map.
+8 bytes of header length (little endian), a JSON header that gives each tensor's dtype, shape and
+place, and then nothing but the tensors' bytes, which are read straight from a memory map.
 """
 
 import json
 import math
 import mmap
-from pathlib import Path
 
 import torch
 
-from data.files import first_few, write_atomically
-from quant import InputError
+from data.fields import (
+    TABLE, TEXT, field, first_few, list_of, one_of, shown, table_of, whole,
+)  # fmt: skip
+from data.files import file_size, parse_json, read_bytes, write_atomically
+from quant import InputError, Quantized4bit, plain_scales
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
 }  # fmt: skip
+LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
+LARGEST_TENSOR = 1 << 60  # values
+LARGEST_WEIGHT = 1e30  # beyond, the sums of quantization overflow; no model comes near
+PLACE = whole(0, LARGEST_TENSOR)
+ENTRY = {  # the fields of a tensor
+    "dtype": one_of(*DTYPES), "shape": list_of(PLACE, most=8), "data_offsets": list_of(PLACE, 2, 2)
+}  # fmt: skip
+
+
+def read_header(path):
+    """Check a file's header: {name: (dtype, shape, begin, end)}, where the places count from the
+    start of the file, and the metadata, {name: text}."""
+    advice = "give a safetensors file"
+    bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
+    size = file_size(path, advice)
+    length = int.from_bytes(read_bytes(path, advice, 8), "little")
+    if size < 8 or length > min(size - 8, LARGEST_HEADER):
+        raise bad("the header is longer than the file, or than 100 MB")
+    try:
+        header = parse_json(read_bytes(path, advice, 8 + length)[8:])
+    except ValueError as error:
+        raise bad(f"the header is not JSON ({error})") from None
+    if not TABLE.fits(header):
+        raise bad("the header is not a table")
+    metadata = field(path, header, "__metadata__", table_of(TEXT), {})
+    entries, start = {}, 8 + length
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not (TEXT.fits(name) and TABLE.fits(entry)):
+            raise bad(f"the entry of {shown(name)} is no table")
+        where = f"{path}: the tensor {shown(name)}"
+        kind, shape, (begin, end) = (field(where, entry, f, k) for f, k in ENTRY.items())
+        if math.prod(max(1, n) for n in shape) > LARGEST_TENSOR:
+            raise bad(f"{shown(name)} has the shape {shown(shape)}, which is too large")
+        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
+            sizes = f"{kind} {shown(shape)}, does not fit its offsets {begin} to {end}"
+            raise bad(f"{shown(name)}, {sizes}")
+        entries[name] = (DTYPES[kind], shape, start + begin, start + end)
+    place = start
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
+        if begin != place:
+            raise bad(f"{shown(name)} does not start where the one before it ends")
+        place = end
+    if place != size:
+        raise bad(f"its tensors end at byte {place} and the file at {size}")
+    return entries, metadata
 
 
 def read_safetensors(path):
-    """Check a file's header and return {name: function that reads the tensor}.
+    """Check a file and return {name: function that reads the tensor}.
 
     The tensor is a view of a memory map of its own: its pages are freed when it goes.
     """
-    path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} is missing.")
-    size = path.stat().st_size
-    bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise bad("the header is longer than the file")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise bad("the header is not JSON") from None
-    if not isinstance(header, dict):
-        raise bad("the header is not a table")
-    header.pop("__metadata__", None)
-    entries = {}
-    for name, entry in header.items():
-        try:
-            kind, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            numel = math.prod(shape)
-            natural = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-        except (KeyError, TypeError, ValueError):
-            raise bad(f"the entry of {name} is not as it should be") from None
-        if kind not in DTYPES:
-            raise InputError(f"{path}: {name} has dtype {kind}; {', '.join(DTYPES)} can be read.")
-        if not natural or end - begin != numel * DTYPES[kind].itemsize:
-            raise bad(f"{name}, {kind} {shape}, does not fit its offsets {begin} to {end}")
-        entries[name] = (DTYPES[kind], shape, begin, end)
-    place = 0
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
-        if begin != place:
-            raise bad(f"{name} starts at {begin} and not at {place}, where the one before it ends")
-        place = end
-    if place != size - 8 - length:
-        raise bad(f"its tensors take {place} bytes and the file has {size - 8 - length}")
-    reader = lambda dtype, shape, begin, end: lambda: _map_tensor(
-        path, dtype, shape, 8 + length + begin
-    )
-    return {name: reader(*entry) for name, entry in entries.items()}
+    reader = lambda dtype, shape, begin, _: lambda: _map_tensor(path, dtype, shape, begin)
+    return {name: reader(*entry) for name, entry in read_header(path)[0].items()}
 
 
 def _map_tensor(path, dtype, shape, offset):
@@ -79,6 +90,12 @@ def _map_tensor(path, dtype, shape, offset):
     if offset % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(shape)
+
+
+def tensor_bytes(tensor):
+    """A tensor's bytes as they stand in a file; of one on the CPU, nothing is copied."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def write_safetensors(path, tensors, metadata=None):
@@ -97,10 +114,28 @@ def write_safetensors(path, tensors, metadata=None):
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            flat = tensor.detach().cpu().contiguous().view(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            file.write(tensor_bytes(tensor))
 
     write_atomically(path, write)
+
+
+def check_values(tensor, dtype, name):
+    """Return a tensor, if `dtype` can hold its values: no NaN, nothing infinite, in fp16 no 1e5.
+
+    tensor: floats, or a `Quantized4bit`, whose scales bound its values; name: for the message
+    """
+    values = plain_scales(*tensor.op_args[1:4]) if isinstance(tensor, Quantized4bit) else tensor
+    if values.is_meta or not values.numel():
+        return tensor
+    low, high = (value.item() for value in values.aminmax())  # of a NaN anywhere, both are NaN
+    most = min(torch.finfo(dtype).max, LARGEST_WEIGHT)
+    if not -math.inf < low <= high < math.inf:
+        raise InputError(f"{name} has NaN or infinite values: get the file anew.")
+    if max(-low, high) > most:
+        kind = str(dtype).removeprefix("torch.")
+        found = f"values from {low:.3g} to {high:.3g}, and in {kind} they may be {most:.3g} at most"
+        raise InputError(f"{name} has {found}: give another --dtype, or get the file anew.")
+    return tensor
 
 
 def copy_into(module, tensors, where):
@@ -114,5 +149,9 @@ def copy_into(module, tensors, where):
         theirs, ours = tuple(tensors[name].shape), tuple(tensor.shape)
         if theirs != ours:
             raise InputError(f"{where}: {name} has shape {theirs}, and not {ours}.")
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            raise InputError(f"{where}: {name} is {tensors[name].dtype}, and not {tensor.dtype}.")
+        if tensor.is_floating_point():
+            check_values(tensors[name], tensor.dtype, f"{where}: {name}")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from data import check_length
-from quant import InputError
+from data.settings import refuse_if
 
 FLAGS = {  # of every command of qst.py that generates
     "max_new_tokens": dict(type=int, help="default: 128 or less, chat 512, answer 1024"),
@@ -77,11 +77,14 @@ def stream(
     """
     check_length(model.config, idx.shape[1], "shorten the prompt")
     check_length(model.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
-    if max_new_tokens < 1 or temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise InputError(
-            f"max_new_tokens {max_new_tokens}, temperature {temperature}, top_k {top_k} and "
-            f"top_p {top_p} must be at least 1, at least 0, at least 0, and in (0, 1]."
-        )
+    refuse_if(
+        (max_new_tokens < 1, f"max_new_tokens {max_new_tokens} must be at least 1"),
+        (temperature != 0 and not 0.001 <= temperature <= 1000,
+         f"temperature {temperature} must be 0, or from 0.001 to 1000"),
+        (top_k < 0, f"top_k {top_k} must be at least 0"),
+        (not 0 < top_p <= 1, f"top_p {top_p} must be above 0 and at most 1"),
+        (seed is not None and not 0 <= seed < 2**63, f"seed {seed} must be from 0 to 2^63 - 1"),
+    )  # fmt: skip
     cache = model.new_cache(idx.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)

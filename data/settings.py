@@ -2,11 +2,15 @@
 
 import argparse
 import operator
+import os
 import sys
 from dataclasses import field, fields
 
 import torch
 
+from data import distributed
+from data.fields import NEEDED, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole
+from data.fields import field as field_of_file
 from quant import InputError
 
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
@@ -29,10 +33,35 @@ def check(settings):
     for f in fields(settings):
         value, choices, bounds = getattr(settings, f.name), f.metadata["choices"], f.metadata["bounds"]
         if value is not None and choices and value not in choices:
-            raise InputError(f"--{f.name} {value} is unknown: choose {', '.join(map(str, choices))}.")
+            known = ", ".join(map(str, choices))
+            raise InputError(f"--{f.name} {shown(value)} is unknown: choose {known}.")
+        if value == "" and f.default is None:
+            raise InputError(f"--{f.name} is empty: give a value, or leave it out.")
         for bound, limit in bounds.items() if value is not None else ():
             if not BOUNDS[bound](value, limit):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
+
+
+def from_table(kind, where, table, optional=()):
+    """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
+    bounds; only those that are optional may be left out."""
+    own = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(table) - set(own)):
+        names = first_few(unknown)
+        raise InputError(f"{where}: config has {names}, which this code does not know: update it.")
+    read = lambda f: field_of_file(
+        where, table, f"config.{f.name}", kind_of(f), f.default if f.name in optional else NEEDED
+    )
+    return kind(**{name: read(f) for name, f in own.items()})
+
+
+def kind_of(f):
+    """What a setting may be, in a file."""
+    choices, least = f.metadata["choices"], f.metadata["bounds"].get("at_least", 0)
+    if choices:
+        return one_of(*choices)
+    kinds = {int: whole(least, 1 << 20), float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: TEXT}
+    return kinds[f.type]
 
 
 def check_used(settings, methods):
@@ -58,7 +87,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        sys.exit(f"error: {message}; --help lists the flags")
+        sys.exit(f"error: {message if len(message) < 300 else message[:300] + '...'}; --help lists the flags")
 
 
 def run(main):
@@ -66,7 +95,12 @@ def run(main):
     try:
         main()
     except (InputError, OSError) as error:
+        if number := distributed.rank():  # whose own output is off
+            print(f"error in process {number}: {error}", file=sys.__stderr__)
+            sys.exit(1)
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: The GPU has no more memory: give a shorter text, or --quant nf4.")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 
@@ -90,22 +124,30 @@ def add_flags(parser, settings, shown_defaults=()):
 
 
 def pick_device(name):
-    """A flag's value -> a torch device; "auto" is a GPU where there is one."""
+    """A flag's value -> a torch device; "auto" is a GPU where there is one, the own one of each process
+    that torchrun has started."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch sees no GPU here; try --device cpu.")
-    try:
-        return torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name} is unknown: try cuda or cpu.") from None
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
+        raise InputError(f"--device {shown(name)} is unknown: choose auto, cuda, cuda:1, mps or cpu.")
+    if kind == "cuda" and not gpus or kind == "mps" and not mps:
+        raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise InputError(f"--device {name}: there are {gpus} GPUs here, from cuda:0 on.")
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % gpus}"
+    return torch.device(name)
 
 
 def pick_dtype(name, device):
-    """A flag's value -> a torch dtype; "auto" is fp32 on a CPU and bf16 on a GPU."""
+    """A flag's value -> a torch dtype; "auto" is bf16 on an NVIDIA GPU, and fp32 elsewhere."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if device.type in ("cuda", "meta") else torch.float32
     if name not in names:
-        raise InputError(f"--dtype {name} is unknown: choose auto, {', '.join(names)}.")
+        raise InputError(f"--dtype {shown(name)} is unknown: choose auto, {', '.join(names)}.")
+    if device.type == "mps" and name == "bf16":
+        raise InputError("--dtype bf16 is not for an Apple GPU here: give fp16 or fp32.")
     return names[name]

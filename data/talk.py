@@ -9,7 +9,8 @@ from itertools import chain
 import torch
 
 from data import sampling
-from data.instruct import Refused
+from data.fields import Refused
+from data.instruct import prompt_that_fits
 from quant import InputError
 
 
@@ -126,18 +127,3 @@ def print_stream(pieces):
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
-
-
-def prompt_that_fits(messages, tokenizer, template, room):
-    """Drop the oldest turns until the prompt has at most `room` ids: (ids, messages that are kept).
-
-    The system message and the last question stay, even if they alone are longer.
-    """
-    system = messages[: messages[0]["role"] == "system"]
-    rest = messages[len(system) :]
-    while True:
-        ids, _ = template.encode(system + rest, tokenizer)
-        starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
-        if len(ids) <= room or len(starts) < 2:
-            return ids, system + rest
-        rest = rest[starts[1] :]

@@ -6,7 +6,6 @@ give 1,023 predictions. The last, shorter window counts too.
 """
 
 import math
-from pathlib import Path
 
 from data import IGNORE_INDEX, Task, mean_loss
 from data.files import read_text
@@ -20,9 +19,7 @@ def read(path, tokenizer, sequence_len, max_examples=0):
     """
     if sequence_len < 2:
         raise InputError(f"--sequence_len {sequence_len}: a window needs at least 2 tokens.")
-    if Path(path).is_dir():
-        raise InputError(f"{path} is a folder: give --data a file of UTF-8 text.")
-    ids = tokenizer.encode(read_text(Path(path)))
+    ids = tokenizer.encode(read_text(path, "give --data a file of UTF-8 text"))
     windows = [ids[i : i + sequence_len] for i in range(0, len(ids) - 1, sequence_len)]
     if not windows:
         raise InputError(f"{path} has less than two tokens: nothing can be predicted.")

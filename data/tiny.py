@@ -6,13 +6,17 @@ answer English stories in French. The base never does that; but what the answer 
 its hidden states already, so that there is something for a side network to read.
 """
 
+import getpass
 import hashlib
 import os
 import random
 import shutil
+import tempfile
+import time
 from pathlib import Path
 
 from data import chat, instruct
+from data.files import make_writable_folder
 from data.instruct import frame
 from data.tokenizer import load_tokenizer
 from quant import InputError
@@ -21,8 +25,8 @@ CACHE = Path(os.path.relpath(Path(__file__).parent / "cache"))  # git-ignored
 # The base model, and how train.py trains it.
 BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
 BASE_RUN = dict(
-    max_iters=400, batch_size=32, learning_rate=3e-3, lr_schedule="linear", warmup_iters=30,
-    beta2=0.99, weight_decay=0.1, seed=0,
+    max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
+    optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
 )  # fmt: skip
 
 NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
@@ -114,9 +118,35 @@ def base_folder(train, save):
     train: function of a tokenizer that returns the trained model; save: of the model and a folder
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    folder = CACHE / f"tiny-{recipe}"
-    if folder.is_dir():
-        return folder
+    for cache in caches():
+        folder = cache / f"tiny-{recipe}"
+        if folder.is_dir():
+            return folder
+        if can_write(cache):
+            return make_base(folder, train, save)
+    raise InputError("No folder for the base can be written to: name one in the variable QST_CACHE.")
+
+
+def caches():
+    """Where the base may be kept: where QST_CACHE says, or beside this file, or in the user's cache."""
+    if chosen := os.environ.get("QST_CACHE"):
+        return [Path(chosen)]
+    return [CACHE, Path.home() / ".cache" / "qst", Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
+
+
+def can_write(folder):
+    try:
+        make_writable_folder(folder, "QST_CACHE")
+    except InputError:
+        return False
+    return True
+
+
+def make_base(folder, train, save):
+    """Make the base in a folder of this process, which takes its name when it is whole."""
+    for other in folder.parent.glob(f"{folder.name}.*"):  # of a process that was killed
+        if time.time() - other.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(other, ignore_errors=True)
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)
@@ -124,7 +154,9 @@ def base_folder(train, save):
         save(train(load_tokenizer(unfinished)), unfinished)
         os.rename(unfinished, folder)
     except OSError as error:
-        raise InputError(f"{unfinished} could not be written ({error.strerror}).") from None
+        if not folder.is_dir():  # otherwise another process was faster, with the same
+            message = f"{unfinished} could not be written ({error.strerror})"
+            raise InputError(f"{message}: name another folder in the variable QST_CACHE.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -13,12 +13,14 @@ What we do differently from the libraries
 """
 
 import codecs
-import json
+import math
 import re
 from pathlib import Path
 
-from data import bpe
-from data.files import read_json, read_text, write_atomically
+from data import bpe, bpe_files
+from data.bpe_files import ID
+from data.fields import TABLE, WORD, either, field, list_of, shown
+from data.files import read_bytes, read_json, write_atomically
 from quant import InputError
 
 
@@ -74,16 +76,21 @@ class SentencePiece(Tokenizer):
     def __init__(self, path):
         import sentencepiece
 
+        proto, bad = read_bytes(path, "give a folder with it"), f"{path} is not a sentencepiece model"
         try:
-            self.model = model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError):
-            raise InputError(f"{path} is not a sentencepiece model.") from None
-        ids = range(model.vocab_size())
+            self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+            ids = range(model.vocab_size() if proto else 0)
+            scores = sum(model.get_score(id) for id in ids)
+            token_bytes = {id: self._bytes(id) for id in ids}
+        except (OSError, RuntimeError, ValueError):  # also of a piece that is not UTF-8
+            raise InputError(f"{bad}.") from None
+        if not ids or not math.isfinite(scores):
+            raise InputError(f"{bad}, or is empty.")
         special = {model.id_to_piece(id): id for id in ids if model.is_control(id)}
         bos_id, *_ = end_ids(path.parent, "bos", special, model.bos_id())
         eos_ids = end_ids(path.parent, "eos", special, model.eos_id())
-        super().__init__({id: self._bytes(id) for id in ids}, special, {}, bos_id, eos_ids)
-        self.lead = " " if model.encode("a", out_type=str)[0].startswith("▁") else ""
+        super().__init__(token_bytes, special, {}, bos_id, eos_ids)
+        self.lead = " " if "".join(model.encode("a", out_type=str)).startswith("▁") else ""
 
     def _bytes(self, id):
         piece = self.model.id_to_piece(id)
@@ -123,26 +130,30 @@ def load_tokenizer(folder):
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
     if (folder / "tokenizer.model").exists():
-        return SentencePiece(folder / "tokenizer.model")
-    if (folder / "tokenizer.json").exists():
-        return read_tokenizer_json(folder)
-    if (folder / "vocab.json").exists():
-        return read_vocab_and_merges(folder)
-    raise InputError(
-        f"{folder} has no tokenizer: copy the model's tokenizer.model, its tokenizer.json, or its"
-        " vocab.json and merges.txt there."
-    )
+        tokenizer = SentencePiece(folder / "tokenizer.model")
+    elif (folder / "tokenizer.json").exists():
+        tokenizer = ByteLevel(folder, **bpe_files.read_tokenizer_json(folder))
+    elif (folder / "vocab.json").exists():
+        tokenizer = ByteLevel(folder, **bpe_files.read_vocab_and_merges(folder))
+    else:
+        raise InputError(
+            f"{folder} has no tokenizer: copy the model's tokenizer.model, its tokenizer.json, or"
+            " its vocab.json and merges.txt there."
+        )
+    path = folder / "config.json"
+    if vocab_size := field(path, read_json(path, optional=True), "vocab_size", ID, 0):
+        check_vocabulary(tokenizer, vocab_size, folder)
+    return tokenizer
 
 
-def expect(path, record, field, *known):
-    """Return a field, named as "where.name"; refuse it unless it is one of the known values, or of
-    one of the known types."""
-    value = record.get(field.rsplit(".", 1)[-1])
-    for one in known:
-        if isinstance(value, one) if isinstance(one, type) else value == one:
-            return value
-    known = " or ".join(one.__name__ if isinstance(one, type) else json.dumps(one) for one in known)
-    raise InputError(f'{path}: "{field}" is {json.dumps(value)[:300]}, but we read only {known}.')
+def check_vocabulary(tokenizer, vocab_size, folder):
+    """Refuse a tokenizer with ids that the model has no embedding of."""
+    largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
+    if largest >= vocab_size:
+        raise InputError(
+            f"{folder}: its tokenizer has ids up to {largest}, and its config.json says vocab_size"
+            f" {vocab_size}: copy all tokenizer files there, of the same model."
+        )
 
 
 def end_ids(folder, name, ids, own=-1):
@@ -150,99 +161,21 @@ def end_ids(folder, name, ids, own=-1):
 
     ids: {token: id}; own: the id that tokenizer.model itself names, or -1
     """
-    path = folder / "tokenizer_config.json"
-    token = read_json(path, optional=True).get(f"{name}_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    path, known = folder / "tokenizer_config.json", either(WORD, TABLE)
+    token = field(path, read_json(path, optional=True), f"{name}_token", known, None)
+    if isinstance(token, dict):
+        token = field(path, token, f"{name}_token.content", WORD)
     if token is not None and token not in ids:
-        raise InputError(f'{path}: "{name}_token" is {token!r}, which the tokenizer does not have.')
+        message = f'{path}: "{name}_token" is {shown(token)}, which the tokenizer does not have.'
+        raise InputError(message)
     found = ([] if token is None else [ids[token]]) + ([own] if own >= 0 else [])
-    for file in ("config.json", "generation_config.json"):
-        more = read_json(folder / file, optional=True).get(f"{name}_token_id")
-        found += more if isinstance(more, list) else [] if more is None else [more]
+    for other in (folder / "config.json", folder / "generation_config.json"):
+        settings = read_json(other, optional=True)
+        more = field(other, settings, f"{name}_token_id", either(ID, list_of(ID)), [])
+        found += more if isinstance(more, list) else [more]
     if not found:
         raise InputError(f'{path} has no "{name}_token", and config.json no "{name}_token_id".')
     return list(dict.fromkeys(found))
-
-
-def checked_merges(path, merges, vocab):
-    """Merges as pairs; the files spell one "a b" or ["a", "b"]."""
-    pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
-    for i, pair in enumerate(pairs, 1):
-        if len(pair) != 2 or not all(part in vocab for part in (*pair, "".join(pair))):
-            raise InputError(f"{path}: merge {i}, {pair}, is not two tokens that make a third.")
-    return pairs
-
-
-def read_vocab_and_merges(folder):
-    """GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path, optional=True)
-    expect(path, settings, "tokenizer_class", None, "GPT2Tokenizer", "GPT2TokenizerFast")
-    expect(path, settings, "add_prefix_space", None, False)
-    vocab, path = read_json(folder / "vocab.json"), folder / "merges.txt"
-    lines = read_text(path).removeprefix("#version: 0.2\n").split("\n")
-    merges = checked_merges(path, filter(None, lines), vocab)
-    made = {left + right for left, right in merges}
-    special = {token: id for token, id in vocab.items() if len(token) > 1 and token not in made}
-    return ByteLevel(folder, vocab, merges, [bpe.GPT2_WORDS], special, added={})
-
-
-def read_tokenizer_json(folder):
-    """The one file of the library `tokenizers`, if it holds byte-level BPE."""
-    path = folder / "tokenizer.json"
-    spec = read_json(path)
-    model = expect(path, spec, "model", dict)
-    expect(path, model, "model.type", "BPE", None)
-    expect(path, model, "model.byte_fallback", False, None)  # True is sentencepiece in disguise
-    expect(path, model, "model.dropout", None, 0)
-    expect(path, model, "model.fuse_unk", False, None)
-    expect(path, model, "model.continuing_subword_prefix", None, "")
-    expect(path, model, "model.end_of_word_suffix", None, "")
-    expect(path, expect(path, spec, "decoder", dict), "decoder.type", "ByteLevel")
-    nfc = expect(path, spec, "normalizer", None, {"type": "NFC"}) is not None
-    vocab = expect(path, model, "model.vocab", dict)
-    merges = checked_merges(path, expect(path, model, "model.merges", list), vocab)
-    return ByteLevel(
-        folder, vocab, merges, read_words(path, spec), *read_added_tokens(path, spec, nfc), nfc=nfc,
-        whole_words=model.get("ignore_merges"), unknown=vocab.get(model.get("unk_token")),
-    )  # fmt: skip
-
-
-def read_added_tokens(path, spec, nfc):
-    """The special tokens and the other added ones: two dicts {text: id}."""
-    special, added = {}, {}
-    for token in expect(path, spec, "added_tokens", list, None) or []:
-        for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
-            expect(path, token, f"added_tokens.{flag}", False, None)
-        text, kind = expect(path, token, "added_tokens.content", str), token.get("special")
-        (special if kind else added)[text] = expect(path, token, "added_tokens.id", int)
-    return special, added
-
-
-def read_words(path, spec):
-    """The regexes that a pre-tokenizer stands for, to be applied one after the other."""
-    spec = expect(path, spec, "pre_tokenizer", dict)
-    if spec.get("type") == "Sequence":
-        *splits, last = expect(path, spec, "pre_tokenizer.pretokenizers", list) or [{}]
-    else:
-        splits, last = [], spec
-    words = []
-    for split in splits:
-        if expect(path, split, "pre_tokenizer.type", "Split", "Digits") == "Digits":
-            words.append(bpe.DIGITS if split.get("individual_digits") else bpe.NUMBERS)
-            continue
-        expect(path, split, "pre_tokenizer.behavior", "Isolated")
-        expect(path, split, "pre_tokenizer.invert", False, None)
-        regex = expect(path, split, "pre_tokenizer.pattern", dict).get("Regex")
-        if regex not in bpe.KNOWN_WORDS:
-            raise InputError(
-                f'{path}: "pre_tokenizer.pattern" has the regex {json.dumps(regex)}, which is not'
-                " GPT-2's, LLaMA-3's or Qwen2's, and we read no other."
-            )
-        words.append(regex)
-    expect(path, last, "pre_tokenizer.type", "ByteLevel")
-    expect(path, last, "pre_tokenizer.add_prefix_space", False)
-    return words + [bpe.GPT2_WORDS] * last.get("use_regex", True)
 
 
 def copy_tokenizer(source, target):
@@ -250,4 +183,5 @@ def copy_tokenizer(source, target):
     for path in Path(source).iterdir():
         kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
         if kept and "index" not in path.name:
-            write_atomically(Path(target) / path.name, lambda file: file.write(path.read_bytes()))
+            content = read_bytes(path, "remove it")
+            write_atomically(Path(target) / path.name, lambda file: file.write(content))

@@ -29,9 +29,9 @@ from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
-from quant import InputError, drop_scratch  # noqa: E402
+from quant import InputError, unpack_buffers  # noqa: E402
 from side import METHODS, SIDE_METHODS  # noqa: E402
-from train import TrainConfig, resolve, save_memory, side_config  # noqa: E402
+from train import TrainConfig, make_optimizer, resolve, save_memory, side_config  # noqa: E402
 
 
 @dataclass
@@ -140,12 +140,12 @@ def memory_report(cfg, config=None):
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in parameters)
     targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
-    drop_scratch()  # so that this step makes it, and it is counted
+    unpack_buffers.clear()  # so that this step makes one, and it is counted
     with attention_of(device), Live() as live:
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         loss.backward()
-    drop_scratch()
-    weights, optimizer = model_bytes(model), optimizer_bytes(parameters, cfg.optimizer_bits)
+    unpack_buffers.clear()
+    weights, optimizer = model_bytes(model), optimizer_bytes(make_optimizer(model, cfg))
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,

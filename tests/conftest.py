@@ -1,7 +1,10 @@
 """What the tests share: the path, small models, and where the oracles are."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -60,8 +63,25 @@ def say(*lines):
     return [dict(zip(("role", "content"), line.split(": ", 1))) for line in lines]
 
 
+def run_script(script, *words, cwd=ROOT):
+    """Run a script of the repository as `python` does, but in this process, where torch is loaded
+    already. Returns what it prints; a mistake is a SystemExit with its message."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(cwd)
+        patch.setattr("sys.argv", [str(ROOT / script), *words])
+        patch.setattr("sys.path", list(sys.path))
+        patch.setattr("sys.stdin", io.StringIO())
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+    return printed.getvalue()
+
+
 def command(*args):
-    """Run a script of the repository as a user does."""
+    """Run a script of the repository as a user does, in a process of its own."""
     return subprocess.run(
         [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True
     )
@@ -75,6 +95,19 @@ def copy_folder(name, tmp_path, **config):
     settings = {k: v for k, v in settings.items() if v is not None}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+def as_of_an_older_commit(folder, **changes):
+    """Rewrite a side checkpoint as older commits wrote it: its settings in side.json alone."""
+    from data.safetensors import read_safetensors, write_safetensors
+
+    path = folder / "side.safetensors"
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, tensors)
+    about = json.loads((folder / "side.json").read_text())
+    about.pop("sha256", None)
+    about["base"].pop("values", None)
+    (folder / "side.json").write_text(json.dumps(about | {"format": 1} | changes))
 
 
 @pytest.fixture

@@ -80,8 +80,9 @@ def test_transformers_reads_our_folder(tmp_path, idx):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"blocksize": 128}, "other block sizes"), ({"shape": [64, 65]}, "do not fit its shape"),
-    ({"shape": None}, "cannot be read"), ("quant_map", "another code book"),
+    ({"blocksize": 128}, "blocksize is 128; it must be 64"),
+    ({"shape": [64, 65]}, "do not fit its shape"),
+    ({"shape": None}, "lacks the field .shape"), ("quant_map", "another code book"),
     ("absmax", "lacks one of its"),
 ])  # fmt: skip
 def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, message, tmp_path):

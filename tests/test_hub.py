@@ -21,7 +21,7 @@ from quant import InputError
 def test_what_we_cannot_compute_is_refused_by_name(field, value, tmp_path):
     """An unknown architecture is refused in a sentence with config.json's field."""
     folder = copy_folder("llama_rope3", tmp_path, **{field: value})
-    named = {"rope_parameters": "yarn|low_freq_factor", "quantization_config": "is .gptq"}
+    named = {"rope_parameters": "yarn|low_freq_factor", "quantization_config": "method is .gptq"}
     with pytest.raises(InputError, match=f"config.json.*({named.get(field, field)})"):
         from_pretrained(folder)
 

@@ -1,11 +1,9 @@
 """data/instruct.py: what is read of an instruction file, what is refused, and what is learned."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, TEST_DATA, needs_test_data, say
+from conftest import TEST_DATA, needs_test_data, run_script, say
 
 from data import IGNORE_INDEX, instruct
 from data.chat import ChatTemplate
@@ -38,7 +36,7 @@ def test_both_kinds_of_file(tmp_path):
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps(r, ensure_ascii=False) for r in records))
     one, two = (instruct.read_instructions(tmp_path / name) for name in ("a.json", "b.jsonl"))
     assert one == two and len(one) == 3 and one[1] == say("user: q1", "assistant: a1 \u2028")
-    with pytest.raises(InputError, match="c.json does not exist"):
+    with pytest.raises(InputError, match="c.json is missing"):
         instruct.read_instructions(tmp_path / "c.json")
 
 
@@ -222,12 +220,10 @@ def test_looking_into_a_file(tmp_path, capsys):
     instruct.show(path)
     out = capsys.readouterr().out
     assert out.startswith("2 conversations with 3 answers.") and "Add.\n[input]\n1 2\n" in out
-    script = [sys.executable, ROOT / "data/instruct.py"]
-    options = dict(cwd=tmp_path, capture_output=True, text=True)
-    listed = subprocess.run([*script, "--help"], **options).stdout
+    listed = run_script("data/instruct.py", "--help")
     assert all(name in listed for name in ("Alpaca", "Dolly", "OASST1", "ShareGPT"))
-    done = subprocess.run([*script, "--data", "no.json"], **options)
-    assert done.returncode == 1 and done.stderr.startswith("error: no.json does not exist")
+    with pytest.raises(SystemExit, match="^error: no.json is missing"):
+        run_script("data/instruct.py", "--data", "no.json", cwd=tmp_path)
 
 
 @needs_test_data

@@ -58,16 +58,16 @@ def round_to_even(monkeypatch):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", CODEBOOKS)
 def interpreted_dequantize(kind, double_quant, dtype, round_to_even):
-    """The kernel writes the bits of the plain version, and nothing after the last block."""
+    """The kernel writes the bits of the plain version, and nothing after the last value."""
     for shape in SHAPES:
         q = make(shape, kind, double_quant)
-        numel = len(q.absmax) * BLOCK_SIZE
+        numel = q.shape.numel()
         buffer = torch.full((numel + 4096,), 7.0, dtype=dtype)
         version = buffer._version
-        quant.launch_dequantize(*q.parts, buffer[:numel])
+        quant.launch_dequantize(*q.op_args, buffer[:numel])
         assert buffer._version > version
         bits = torch.int32 if dtype == torch.float32 else torch.int16
-        got, want = buffer[: q.shape.numel()], q.dequantize(dtype).view(-1)
+        got, want = buffer[:numel], q.dequantize(dtype).view(-1)
         assert torch.equal(got.view(bits), want.view(bits)), shape
         assert (buffer[numel:] == 7).all(), shape
 
@@ -85,7 +85,7 @@ def interpreted_matvec(kind, double_quant, dtype, round_to_even):
     for rows, shape in enumerate(SHAPES + [(2, 100), (9, 127)], start=1):
         q = make(shape, kind, double_quant)
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
-        y = quant.launch_matvec(x, *q.parts, shape[0])
+        y = quant.launch_matvec(x, *q.op_args, shape[0])
         weight = q.dequantize(dtype).double()
         exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
         nu = shape[1] * 2.0**-24
@@ -102,7 +102,7 @@ def interpreted_matvec_neighbour(round_to_even):
     weight[1, 0] = 1e6
     q = quantize_4bit(weight, double_quant=False)
     x = torch.tensor([[1.0], [torch.nan]], dtype=torch.float16).expand(2, 100)
-    y = quant.launch_matvec(x, *q.parts, 2)
+    y = quant.launch_matvec(x, *q.op_args, 2)
     assert y[0].isfinite()[0] and y[0, 1].isinf() and y[1].isnan().all()
 
 
@@ -145,7 +145,7 @@ def compiled(name, dtype, arch=80, double_quant=True, rows=8, shape=(64, 1024)):
     with mock.patch.object(driver, "_active", NoGPU(arch)):
         with mock.patch.object(JITFunction, "run", warmup):
             if name == "dequantize":
-                quant.launch_dequantize(*weight, empty(blocks * BLOCK_SIZE, DTYPES[dtype]))
+                quant.launch_dequantize(*weight, empty(shape[0] * shape[1], DTYPES[dtype]))
             else:
                 quant.launch_matvec(empty((rows, shape[1]), DTYPES[dtype]), *weight, shape[0])
     return result[0]
@@ -225,30 +225,26 @@ def test_offsets_are_64_bits(name):
 # The operators
 
 
-def whole_blocks(q, dtype):
-    return torch.empty(len(q.absmax) * BLOCK_SIZE, dtype=dtype)
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_operators(double_quant):
     """They are what they declare to be: what they write to, shapes, dtypes, aliases."""
     q = make((8, 128), double_quant=double_quant)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    out = whole_blocks(q, torch.bfloat16)
-    torch.library.opcheck(torch.ops.qst.dequantize, (*q.parts, out), test_utils=tests)
+    out = torch.empty(8 * 128, dtype=torch.bfloat16)
+    torch.library.opcheck(torch.ops.qst.dequantize, (*q.op_args, out), test_utils=tests)
     x = torch.ones(2, 128)
-    torch.library.opcheck(torch.ops.qst.matvec, (x, *q.parts, 8), test_utils=tests)
+    torch.library.opcheck(torch.ops.qst.matvec, (x, *q.op_args, 8), test_utils=tests)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_operators_on_cpu(shape):
     """Without a GPU they are the plain version."""
     q, x = make(shape), torch.ones(2, shape[1])
-    out = whole_blocks(q, torch.float32)
-    torch.ops.qst.dequantize(*q.parts, out)
+    out = torch.empty(q.shape.numel())
+    torch.ops.qst.dequantize(*q.op_args, out)
     weight = q.dequantize()
-    assert torch.equal(out[: weight.numel()].view(shape), weight)
-    y = torch.ops.qst.matvec(x, *q.parts, shape[0])
+    assert torch.equal(out.view(shape), weight)
+    y = torch.ops.qst.matvec(x, *q.op_args, shape[0])
     assert torch.equal(y, torch.nn.functional.linear(x, weight))
 
 
@@ -257,13 +253,13 @@ def test_operators_in_compile_and_on_meta():
     q = make((8, 128))
 
     def both(x, out):
-        torch.ops.qst.dequantize(*q.parts, out)
-        return x @ out.view(8, 128).T + torch.ops.qst.matvec(x, *q.parts, 8)
+        torch.ops.qst.dequantize(*q.op_args, out)
+        return x @ out.view(8, 128).T + torch.ops.qst.matvec(x, *q.op_args, 8)
 
-    x, out = torch.ones(2, 128), whole_blocks(q, torch.float32)
+    x, out = torch.ones(2, 128), torch.empty(8 * 128)
     fast = torch.compile(both, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(fast(x, torch.zeros_like(out)), both(x, out))
-    meta = [p.to("meta") if isinstance(p, torch.Tensor) else p for p in q.parts]
+    meta = [p.to("meta") if isinstance(p, torch.Tensor) else p for p in q.op_args]
     assert torch.ops.qst.dequantize(*meta, out.to("meta")) is None
     assert torch.ops.qst.matvec(x.to("meta"), *meta, 8).shape == (2, 8)
 

@@ -7,13 +7,11 @@ our logits of the answers are those of transformers.
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import (
-    FIXTURES, ROOT, TEST_DATA, needs_test_data, small_base, small_config,
+    FIXTURES, TEST_DATA, needs_test_data, run_script, small_base, small_config,
 )  # fmt: skip
 
 import train
@@ -239,15 +237,13 @@ def test_evaluation_end_to_end(folder, tokenizer):
 
 def test_the_command_line(folder):
     """It shows the counts and the first prompt, and says where MMLU comes from."""
-    script = [sys.executable, str(ROOT / "data/mmlu.py")]
-    options = dict(capture_output=True, text=True, cwd=folder)
-    run = lambda *words: subprocess.run([*script, *words], **options)
-    shown = run("--data", ".").stdout
+    run = lambda *words: run_script("data/mmlu.py", *words, cwd=folder)
+    shown = run("--data", ".")
     assert "    6 world_religions (humanities)" in shown and "9 questions in 2 of the 57" in shown
     assert shown.strip().endswith(ASKED)
-    assert "huggingface.co/datasets/cais/mmlu" in run("--help").stdout.replace("\n", "")
-    wrong = run("--data", "nowhere")
-    assert wrong.returncode and wrong.stderr.startswith("error: ") and "nowhere" in wrong.stderr
+    assert "huggingface.co/datasets/cais/mmlu" in run("--help").replace("\n", "")
+    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+        run("--data", "nowhere")
 
 
 @needs_test_data

@@ -69,7 +69,7 @@ def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
 @pytest.mark.parametrize("content, message", [
     ("hello", "is not an answer"), ('{"question_id": 1}\n', "is not an answer"),
     ('{"question_id": 1, "turns": ["a"]}', "is not an answer"), ("{oops\n", "is not an answer"),
-    ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "is an answer of yours, not"),
+    ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "is an answer of .yours., not"),
 ])  # fmt: skip
 def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
     """--out that holds anything else is refused, and left as it is."""
@@ -99,7 +99,7 @@ def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
         assert path.read_bytes().startswith(before) and len(ids) == 1
         before = path.read_bytes()
         save(seed=2)
-        message = f"line 1 is an answer of {name}-.*, not of {name}"
+        message = f"line 1 is an answer of .{name}-.*, not of {name}"
         for side in (["--side", folder], []):
             with pytest.raises(InputError, match=message):
                 ask(*side, *flags)

@@ -1,10 +1,7 @@
 """The README: its commands run, its figures of the code itself hold, its links lead somewhere."""
 
-import contextlib
-import io
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,7 +9,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_glue import LINES
 from test_released import released_state
 
@@ -57,23 +54,13 @@ def place(tiny_model, tmp_path_factory):
 
 
 def run(words, place):
-    """Run a script as `python` would, but in this process, where torch is loaded already; quant.py,
-    whose operators can be registered only once, has one of its own. Returns what it prints."""
+    """Run a script as `python` would; quant.py, whose operators can be registered only once, in a
+    process of its own. Returns what it prints."""
     if words[0] in ("-c", str(ROOT / "quant.py")):
         done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.chdir(place)
-        patch.setattr("sys.argv", words)
-        patch.setattr("sys.path", list(sys.path))
-        patch.setattr("sys.stdin", io.StringIO())
-        try:
-            runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as end:
-            assert not end.code, (words, end.code)
-    return printed.getvalue()
+    return run_script(*words, cwd=place)
 
 
 def test_there_are_commands():

@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT, command, run_script
 
 import qst
 import train
@@ -31,7 +31,7 @@ def test_the_help_of_data_leads_somewhere():
     """Each file that it names has a --help, which says where its data comes from."""
     named = re.findall(r"data/\w+\.py", TrainConfig.__dataclass_fields__["data"].metadata["help"])
     for script in named:
-        assert "where it comes from" in command(script, "--help").stdout, script
+        assert "where it comes from" in run_script(script, "--help"), script
     assert len(named) == 3
 
 
@@ -83,7 +83,6 @@ def test_a_variant_is_one_flag():
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
     (["train.py", "--threads", "1000"], "--threads 1000"),
     (["train.py", "--learning_rate=-1"], "--learning_rate -1"),
-    (["train.py", "--max_examples=1"], "The data leaves 0 examples"),
     (["train.py", "--beta1", "1.5"], "--beta1 1.5"),
     (["train.py", "--downsample", "sum"], "--downsample sum"),
     (["train.py", "--lr_schedule", "up"], "--lr_schedule up"),

@@ -36,7 +36,7 @@ def test_windows_of_a_text(tokenizer, tmp_path):
 def test_a_text_that_cannot_be_read(tokenizer, tmp_path):
     """It is refused by its name: missing, empty, a folder; so are windows of one token."""
     path = tmp_path / "text.txt"
-    with pytest.raises(InputError, match="text.txt cannot be read"):
+    with pytest.raises(InputError, match="text.txt is missing"):
         text.read(path, tokenizer, 15)
     path.write_text("")
     with pytest.raises(InputError, match="text.txt has less than two tokens"):

@@ -8,6 +8,7 @@ import train
 from data import tiny
 from data.hub import save_pretrained
 from model import from_pretrained
+from quant import InputError
 from train import TrainConfig
 
 
@@ -52,3 +53,5 @@ def test_the_embedded_default_learns(tmp_path):
     result = train.main(TrainConfig(out_dir=str(tmp_path)))
     assert result["exact_match_before"] < 0.1 and result["exact_match_after"] > 0.9
     assert math.isfinite(result["loss_after"])
+    with pytest.raises(InputError, match="The data leaves 0 examples"):
+        train.main(TrainConfig(out_dir=str(tmp_path), max_examples=1))

@@ -145,7 +145,7 @@ def put(*keys, value):
     ("pre_tokenizer", put("pre_tokenizer", value=None)),
     ("pre_tokenizer.type", put("pre_tokenizer", "type", value="Metaspace")),
     ("pre_tokenizer.pretokenizers", put("pre_tokenizer", "pretokenizers", value=None)),
-    ("pre_tokenizer.type", put("pre_tokenizer", "pretokenizers", value=[])),
+    ("pre_tokenizer.pretokenizers", put("pre_tokenizer", "pretokenizers", value=[])),
     (r"\\\\w+", put("pre_tokenizer", "pretokenizers", 0, "pattern", value={"Regex": r"\w+"})),
     ("pre_tokenizer.pattern",
      put("pre_tokenizer", "pretokenizers", 0, "pattern", value={"String": " "})),

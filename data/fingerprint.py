@@ -1,0 +1,81 @@
+"""What tells one frozen base from another: a side network must not be put beside a base that it was
+not trained on.
+
+What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are rounded
+to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No hash can be
+the same for all of them: it would have to be blind to every step from one 16-bit number to the next,
+and so to everything but the sign. Hence a few values are kept as they are, and compared up to rounding.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import torch
+
+from quant import Linear4bit, Quantized
+
+SAMPLES = 8  # of each tensor
+
+
+def fingerprint(base):
+    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and some
+    of its values.
+
+    The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
+    and scales of packed weights, and the signs of the rest, which are the same in every dtype.
+    """
+    shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
+    digest = hashlib.sha256(json.dumps(shape).encode())
+    for module in base.modules():
+        packed = module.weight.buffers() if isinstance(module, Linear4bit) else ()
+        parts = [some(tensor) for tensor in packed]
+        parts += [some(tensor).signbit() for tensor in unpacked(module)]
+        for part in parts:
+            digest.update(part.cpu().numpy().tobytes())
+    weights = digest.hexdigest()[:16]
+    return {"quant": quant_kind(base), "weights": weights, "values": sample(base)}
+
+
+def some(tensor):
+    return tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+
+
+def unpacked(module):
+    """A module's own tensors that are not quantized."""
+    return [] if isinstance(module, Quantized) else [*module.buffers(recurse=False)]
+
+
+def quant_kind(base):
+    """How a base's linear layers are stored: "nf4", ..., or "none"."""
+    return next((m.kind for m in base.modules() if isinstance(m, Quantized)), "none")
+
+
+def sample(base):
+    """Values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
+    found = []
+    for module in base.modules():
+        for tensor in unpacked(module):
+            at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
+            found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
+    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
+
+
+def differences(theirs, ours):
+    """In what two bases differ, in words: {"quant", "weights", "values"} of a file and of a base.
+
+    Side checkpoints of older commits have no values.
+    """
+    found = [f"{key} {theirs[key]} there and {ours[key]} here" for key in ("quant", "weights")
+             if theirs[key] != ours[key]]  # fmt: skip
+    if theirs.get("values") and not alike(theirs["values"], ours["values"]):
+        found.append("other weights in what is not quantized")
+    return found
+
+
+def alike(one, other):
+    """Whether values are the same but for rounding to bf16, or to fp16 with its least step 2^-24."""
+    x, y = (torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16).float() for v in (one, other))
+    if len(x) != len(y):
+        return False
+    return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-23).all())

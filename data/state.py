@@ -1,0 +1,126 @@
+"""The state of a run, so that it goes on after an end as if there had been none: --resume.
+
+state.pt is 32 bytes of SHA-256, and then what `torch.save` writes. A new one takes the place of the
+old one only when it is whole, and the old one stays beside it as state.previous.pt.
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import signal
+
+import torch
+
+from data import distributed
+from data.files import write_atomically
+from quant import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NAMES = "state.pt", "state.previous.pt"
+
+
+def save_state(out_dir, state):
+    """state: a dict of tensors, numbers, strings, and lists and dicts of them"""
+    newest, previous = (out_dir / name for name in NAMES)
+
+    def write(file):
+        file.write(bytes(32))  # room for the digest
+        hashed = HashedFile(file)
+        torch.save(state, hashed)
+        file.seek(0)
+        file.write(hashed.digest.digest())
+        if newest.exists():
+            os.replace(newest, previous)
+
+    write_atomically(newest, write)
+
+
+class HashedFile:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file):
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, part):
+        self.digest.update(part)
+        return self.file.write(part)
+
+    def flush(self):
+        self.file.flush()
+
+
+def load_state(out_dir):
+    """The newest whole state that there is; None without any."""
+    for name in NAMES:
+        path = out_dir / name
+        if not path.exists():
+            continue
+        with open(path, "rb") as file:
+            digest, content = file.read(32), io.BytesIO(file.read())
+        if hashlib.sha256(content.getbuffer()).digest() == digest:
+            return torch.load(content, map_location="cpu", weights_only=True)
+        print(f"{path} is damaged and left out.")
+    return None
+
+
+MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
+
+
+def check_same(ours, theirs, out_dir):
+    """Refuse to go on with other settings than those that a state was made with."""
+    for name, value in ours.items():
+        if name not in MAY_DIFFER and theirs.get(name) != value:
+            raise InputError(
+                f"--resume: {out_dir} was begun with another --{name}, {theirs.get(name)} and not "
+                f"{value}: give the same, or another --out_dir."
+            )
+
+
+def remove_earlier_run(out_dir):
+    """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
+    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "result.json", *NAMES
+    for path in [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def only_run_in(out_dir):
+    """Refuse a second run that writes to a folder while the first one does."""
+    if fcntl is None or distributed.rank():
+        yield
+        return
+    folder = os.open(out_dir, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise InputError(f"Another run writes to {out_dir}: wait, or give another --out_dir.") from None
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step is
+    never left half done. A second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    try:
+        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # signals come to the main thread only
+        old = {}
+    try:
+        yield asked
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
