@@ -267,7 +267,7 @@ def token_loss(logits, targets, reduction="mean"):
 
     With targets in fp32, ratings, it is the mean squared error of logits (..., 1).
     """
-    logits, targets = logits.flatten(0, -2).float(), targets.flatten()
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten().to(logits.device)
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
         return F.mse_loss(logits.squeeze(-1)[on], targets[on], reduction=reduction)
@@ -292,7 +292,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 loss = token_loss(head(part), targets[rows], "sum")
             if learns:
                 (grad[rows],) = torch.autograd.grad(loss, part)
-            total += loss.detach()
+            total += loss.detach().to(h.device)
         ctx.save_for_backward(grad)
         return total / len(h)
 
@@ -373,7 +373,7 @@ class Transformer(LanguageModel):
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
         read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
         is; default: this model's weights. Only one module's tensors are in memory at a time.
-        where: what to put before a tensor's name in a message
+        device: one, or a function of a tensor's name; where: what stands before it in a message
         """
         if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
             raise InputError(
@@ -381,12 +381,13 @@ class Transformer(LanguageModel):
             )
         own = dict(self.named_parameters())
         read = read or (lambda name: own.pop(name).detach())
+        place = device if callable(device) else lambda name: device
         if self.config.tied:
             del self.lm_head.weight
         for path, module in list(self.named_modules()):
             tensors = {}
             for name, _ in list(module.named_parameters(recurse=False)):
-                tensor = read(f"{path}.{name}").to(device)
+                tensor = read(f"{path}.{name}").to(place(f"{path}.{name}"))
                 tensors[name] = check_values(tensor, dtype, f"{where}{path}.{name}")
                 delattr(module, name)
             weight, linear = tensors.get("weight"), isinstance(module, Linear)
@@ -412,6 +413,7 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
 
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
+    device: one for all, or a function of a tensor's name (data/placement.py)
     Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized is
     taken as it is, straight from the memory map.
     """

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
 from data.fingerprint import differences, fingerprint, quant_kind

@@ -204,7 +204,8 @@ class SideNetwork(nn.Module):
         """h_f_i with channels of mean 0 and variance 1, if the settings ask for it."""
         if self.mean is None:
             return h_f
-        return ((h_f - self.mean[i]) * self.scale[i]).to(h_f.dtype)
+        mean, scale = self.mean[i].to(h_f.device), self.scale[i].to(h_f.device)
+        return ((h_f - mean) * scale).to(h_f.dtype)
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
@@ -224,10 +225,11 @@ class SideNetwork(nn.Module):
         """The rest of a step, in which every tensor is as narrow as the side network."""
         for module in rest:
             z = module(z)
+        h_g = h_g.to(z.device)  # the layer before may stand on another device
         if self.gamma is None:
             mixed = z + h_g
         else:
-            beta = torch.sigmoid(self.gamma[i])
+            beta = torch.sigmoid(self.gamma[i]).to(z.device)
             mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
         return self.layers[i](mixed, mask, rope, cache)
 

@@ -20,13 +20,13 @@ import torch
 
 from data import (
     chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches, mean_loss,
-    mmlu, prefetch, text, tiny, to_device,
+    mmlu, placement, prefetch, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
 from data.optim import AdamW8bit, Muon, load_optimizer
 from data.report import (
-    TrainingLog, conclude, introduce, peak_memory, progress, provenance, sizes,
+    TrainingLog, conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes,
 )  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
@@ -78,7 +78,8 @@ class TrainConfig(SideConfig):
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3, int4-64 "
         "(groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto: a GPU where there is one")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
+    devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
     sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
     max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
@@ -312,7 +313,9 @@ def make_model(cfg, base, task):
 
 
 def save_memory(model, cfg):
-    """Set what backward keeps, and in how many bits, and return the model."""
+    """Set what backward keeps, and in how many bits, put each part where it runs, and return the model."""
+    if cfg.devices:
+        placement.follow(model)
     model.chunk_loss = cfg.chunk_loss
     if cfg.method in IN_BASE_METHODS:
         model.base.checkpoint = cfg.checkpoint
@@ -425,7 +428,7 @@ def main(cfg):
     """
     started, cfg = time.time(), resolve(cfg)
     make_writable_folder(cfg.out_dir, "--out_dir")
-    device = pick_device(cfg.device)
+    device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
     distributed.start(device)
     if cfg.threads:
@@ -437,16 +440,22 @@ def main(cfg):
         )  # fmt: skip
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
+        if cfg.devices:
+            device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
         base = from_pretrained(folder, cfg.quant, dtype, device)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg, base, task)
+        device = model.device
         result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
         if cfg.eval_only:
             result |= task.score(model)
             if task.held_out:
                 result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
         else:
-            train(model, task, folder, cfg, result)
+            try:
+                train(model, task, folder, cfg, result)
+            except torch.OutOfMemoryError:
+                raise InputError(out_of_memory(cfg)) from None
         result |= provenance() | dict(
             peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg)
         )

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import http.client
 import shutil
-import sys
 import tarfile
 import urllib.error
 import urllib.request

@@ -83,7 +83,9 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        for group in () if told_to_skip(self) else self.param_groups:
+        if told_to_skip(self):
+            return None
+        for group in self.param_groups:
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
                     self.update(parameter, group["lr"], group["weight_decay"])

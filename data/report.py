@@ -25,6 +25,7 @@ from data.charts import line_chart
 from data.optim import AdamW8bit
 from quant import ABSMAX_BLOCK_SIZE, Linear4bit
 
+SIDE_METHODS = ("qst", "lst")
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 TRAINED = {
     "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
@@ -150,6 +151,21 @@ def introduce(folder, model, optimizer, cfg, batch, result):
     print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}")
     print(f"iteration   {steps} x {B} sequences of at most {T} tokens")
     print(f"memory      {memory} of such a batch")
+
+
+def out_of_memory(cfg):
+    """What to do when a step does not fit into the GPU: the first saving that is not on yet."""
+    savings = dict(checkpoint=True, chunk_loss=True, h_f_bits=4, optimizer_bits=8)
+    if cfg.method not in SIDE_METHODS:
+        del savings["h_f_bits"]
+    flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
+    half = f"--batch_size {cfg.batch_size // 2}"
+    half += f" --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
+    flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
+    return (
+        f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the flags of "
+        "this run says what takes how much."
+    )
 
 
 class TrainingLog:

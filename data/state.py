@@ -64,7 +64,8 @@ def load_state(out_dir):
             digest, content = file.read(32), io.BytesIO(file.read())
         if hashlib.sha256(content.getbuffer()).digest() == digest:
             return torch.load(content, map_location="cpu", weights_only=True)
-        print(f"{path} is damaged and left out.")
+        print(f"{path} is damaged, and removed.")
+        path.unlink(missing_ok=True)
     return None
 
 

@@ -1,0 +1,256 @@
+"""A run that ends at any moment goes on as if it had not: data/state.py and train.fit."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from data import state, tiny
+from quant import InputError
+from train import TrainConfig
+
+SETTINGS = dict(
+    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=24, eval_interval=4, log_interval=2,
+    warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def cfg(tiny_model, tmp_path):
+    """Settings of a run of a second."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
+    return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that a run can be forked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def left(out_dir):
+    """What a run has made: the bytes of its tensors, and its log without times."""
+    log = (Path(out_dir) / "log.csv").read_text().splitlines()
+    tensors = [(Path(out_dir) / name).read_bytes() for name in
+               ("side.safetensors", "last/side.safetensors")]  # fmt: skip
+    return tensors, [line.split(",")[:4] for line in log]
+
+
+def stop_after(monkeypatch, iteration):
+    """Let a run be asked to stop while it computes an iteration."""
+    steps = []
+
+    @contextlib.contextmanager
+    def stop_signals():
+        asked = []
+        steps.append(asked)
+        yield asked
+
+    original = train.train_step
+
+    def step(*args):
+        step.count += 1
+        if step.count == iteration:
+            steps[-1].append(signal.SIGTERM)
+        return original(*args)
+
+    step.count = 0
+    monkeypatch.setattr(train, "stop_signals", stop_signals)
+    monkeypatch.setattr(train, "train_step", step)
+
+
+WITHOUT_SIDE = dict(reduction=None)
+METHODS = [
+    dict(method="qst"), dict(method="qst", optimizer_bits=8, gradient_accumulation_steps=2),
+    dict(method="qst", optimizer="muon", variant="fast"), dict(method="lst"),
+    dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
+    dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
+    dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
+    dict(method="qst", dtype="fp16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
+def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
+    """Stopped after 7 of 12 iterations, between two evaluations, and gone on with: the same bytes."""
+    cfg = cfg | changes | dict(max_iters=12)
+    train.main(TrainConfig(**cfg))
+    expected = left(cfg["out_dir"])
+    again = cfg | dict(out_dir=str(tmp_path / "again"), resume=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        stopped = train.main(TrainConfig(**again))
+    assert stopped["interrupted"] and stopped["iterations"] == 7
+    result = train.main(TrainConfig(**again))
+    assert not result["interrupted"] and result["iterations"] == 12
+    assert left(again["out_dir"]) == expected
+
+
+def test_killed_again_and_again(cfg, tmp_path, capfd):
+    """SIGKILL at random moments, also while files are written: after each, what is there is whole; and
+    in the end every byte is that of a run that was left alone."""
+    train.main(TrainConfig(**cfg))
+    expected, rng, kills = left(cfg["out_dir"]), random.Random(0), 0
+    again = TrainConfig(**cfg | dict(out_dir=str(tmp_path / "again"), resume=True))
+    for _ in range(200):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                train.main(again)
+                os._exit(0)
+            os._exit(1)
+        # Mostly within the loop; a run that goes on from its end is over after some 0.3 s.
+        time.sleep(rng.uniform(0.05, 0.8))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0, capfd.readouterr().err
+            break
+        kills += 1
+        if (Path(again.out_dir) / "side.safetensors").exists():
+            train.read_side(again.out_dir)
+    train.main(again)
+    assert kills >= 3 and left(again.out_dir) == expected
+
+
+def test_a_signal_from_outside(cfg):
+    """SIGTERM, as a job scheduler sends it, ends a real process in good order."""
+    words = [f"--{name}={value}" for name, value in (cfg | dict(max_iters=100000)).items()]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    out_dir = Path(cfg["out_dir"])
+    while not (out_dir / "state.pt").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.terminate()
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "go on with --resume" in printed
+    result = json.loads((out_dir / "result.json").read_text())
+    assert result["interrupted"] and 4 <= result["iterations"] < 100000
+    assert state.load_state(out_dir)["log"]["iteration"] == result["iterations"]
+
+
+def test_a_damaged_state(cfg, tmp_path, capsys):
+    """The one before it is used, and said so; without any that is whole, the run begins anew."""
+    train.main(TrainConfig(**cfg))
+    expected = left(cfg["out_dir"])
+    for names, goes_on in ((state.NAMES[:1], True), (state.NAMES, False)):
+        for path in (Path(cfg["out_dir"]) / name for name in names):
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        whole = state.load_state(Path(cfg["out_dir"]))
+        assert (whole is not None) == goes_on and "state.pt is damaged" in capsys.readouterr().out
+        train.main(TrainConfig(**cfg | dict(resume=True)))
+        assert left(cfg["out_dir"]) == expected
+
+
+def test_other_settings_are_refused(cfg):
+    """A run goes on with its own settings and data alone."""
+    train.main(TrainConfig(**cfg | dict(max_iters=4)))
+    with pytest.raises(InputError, match="another --learning_rate, 0.01 and not 0.02"):
+        train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
+    with open(cfg["data"], "a") as file:
+        file.write('\n{"instruction": "One", "output": "more"}')
+    with pytest.raises(InputError, match="another --data"):
+        train.main(TrainConfig(**cfg | dict(resume=True)))
+
+
+def test_two_runs_in_one_folder(cfg):
+    """The second is refused while the first one writes."""
+    Path(cfg["out_dir"]).mkdir()
+    with state.only_run_in(cfg["out_dir"]):
+        with pytest.raises(InputError, match="Another run writes to"):
+            train.main(TrainConfig(**cfg))
+    train.main(TrainConfig(**cfg | dict(max_iters=1)))
+
+
+def test_the_same_seed_is_the_same_run(cfg, tmp_path):
+    """Bit for bit; and another seed is another run."""
+    runs = []
+    for number, seed in enumerate((1, 1, 2)):
+        out_dir = str(tmp_path / str(number))
+        train.main(TrainConfig(**cfg | dict(seed=seed, out_dir=out_dir, max_iters=6)))
+        runs.append(left(out_dir))
+    assert runs[0] == runs[1] and runs[0][0] != runs[2][0]
+
+
+def broken_step(iterations, value=math.nan):
+    """`train_step` whose loss is no number in some iterations, counted from 1."""
+    original = train.train_step
+
+    def step(loss_of, *args):
+        step.count += 1
+        broken = step.count in iterations
+        return original(lambda *batch: loss_of(*batch) * (value if broken else 1), *args)
+
+    step.count = 0
+    return step
+
+
+@pytest.mark.parametrize("changes", METHODS[:3] + METHODS[-1:], ids=str)
+def test_a_step_without_a_number_is_left_out(changes, cfg, monkeypatch):
+    """NaN and infinite gradients change nothing, neither weights nor moments: without those
+    iterations the run is the same. They are counted, and result.json has no NaN."""
+    kept = []
+    for value in (None, math.nan, math.inf):
+        model, original = [], train.make_model
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "make_model", lambda *args: model.append(original(*args)) or model[0])
+            patch.setattr(train, "learning_rate_at", lambda iteration, cfg: 1e-2)
+            patch.setattr(train, "iteration_batches", lambda examples, *args: same_batch(examples))
+            if value:
+                patch.setattr(train, "train_step", broken_step({2, 4}, value))
+            run = cfg | changes | dict(max_iters=6 if value else 4, eval_interval=100)
+            result = train.main(TrainConfig(**run))
+        assert result["skipped_iterations"] == (2 if value else 0)
+        text = (Path(cfg["out_dir"]) / "result.json").read_text()
+        json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
+        kept.append((Path(cfg["out_dir"]) / "last/side.safetensors").read_bytes())
+    assert kept[1] == kept[0] == kept[2]
+
+
+def same_batch(examples):
+    idx, targets = train.collate(examples[:4])
+    while True:
+        yield [(idx, targets, 1.0)]
+
+
+def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
+    """With a sentence on likely causes; what was good stays, and an earlier run's files do not pass for
+    this run's."""
+    train.main(TrainConfig(**cfg))
+    monkeypatch.setattr(train, "train_step", broken_step(set(range(100))))
+    with pytest.raises(InputError, match="--learning_rate.*No side network is kept"):
+        train.main(TrainConfig(**cfg | dict(eval_interval=50)))
+    assert not list(Path(cfg["out_dir"]).glob("side*")) and not list(Path(cfg["out_dir"]).glob("r*"))
+    monkeypatch.setattr(train, "train_step", broken_step(set(range(5, 100))))
+    with pytest.raises(InputError, match="holds the side network of iteration 4"):
+        train.main(TrainConfig(**cfg | dict(max_iters=100)))
+    train.read_side(cfg["out_dir"])
+
+
+def test_a_held_out_loss_that_is_not_a_number(cfg, monkeypatch):
+    """It is the same kind of end: an earlier best is kept, and never reported as this one's."""
+    original, calls = train.mean_loss, []
+    monkeypatch.setattr(
+        train, "mean_loss", lambda *args: calls.append(1) or (original(*args) if len(calls) < 3 else math.nan)
+    )
+    with pytest.raises(InputError, match="iteration 8.*iteration 4"):
+        train.main(TrainConfig(**cfg))
