@@ -1,12 +1,12 @@
 """The memory account: one real training step, of the real modules, on tensors without memory.
 
-    python tests/account.py --preset llama-2-70b             every method, with and without recomputing
+    python tests/account.py --preset llama-2-70b             every method, also recomputing
     python tests/account.py --preset llama-2-70b --savings   each saving of QST, one after the other
     python tests/account.py --base FOLDER --method qlora     one method, on the shape of a folder
 
-All flags of train.py are understood. What autograd keeps is what it would keep on a GPU: attention is
-told which kernel it is (`attention_of`), and every storage is added up from the operator that makes it
-until it is freed (`Live`).
+All flags of train.py are understood. What autograd keeps is what it would keep on a GPU: attention
+is the kernel that a GPU has (`attention_of`), and every storage is added up from the operator that
+makes it until it is freed (`Live`).
 """
 
 import contextlib
@@ -207,7 +207,8 @@ def rows(cfg):
             yield name, cfg
         return
     for method in [cfg.method] if cfg.method else METHOD_ROWS:
-        unread = {f.name: f.default for f in fields(cfg) if method not in (f.metadata["of"] or METHODS)}
+        readers = {f.name: f.metadata["of"] or METHODS for f in fields(cfg)}
+        unread = {f.name: f.default for f in fields(cfg) if method not in readers[f.name]}
         own = cfg if cfg.method else replace(cfg, quant=None, **unread)
         for checkpoint in (False, True) if cfg.checkpoint is None else (cfg.checkpoint,):
             label = method + ", checkpoint" * checkpoint
@@ -215,7 +216,8 @@ def rows(cfg):
 
 
 def main(cfg):
-    """Print the account of a step and leave it in out_dir: plan.json, a list of reports, and a picture.
+    """Print the account of a step, and leave it in out_dir: plan.json, a list of reports, and a
+    picture.
 
     cfg: an `AccountConfig`
     """
@@ -240,7 +242,8 @@ def main(cfg):
         reports.append(row)
         bars[label] = {name: numbers[name] for name in COLUMNS[:-1]}
     write_json(out_dir / "plan.json", reports)
-    bar_chart(out_dir / "memory.svg", f"{unit} of a step of {cfg.base or cfg.preset}, {tokens}", bars)
+    title = f"{unit} of a step of {cfg.base or cfg.preset}, {tokens}"
+    bar_chart(out_dir / "memory.svg", title, bars)
     return reports
 
 

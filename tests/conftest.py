@@ -1,24 +1,38 @@
 """What the tests share: the path, small models, and where the oracles are."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+# Of models this small two threads compute no faster, and where there is other work they wait for
+# each other; set before torch is loaded, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model import ModelConfig, Transformer  # noqa: E402
+from side import VARIANTS as NAMED_VARIANTS  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
 TEST_DATA = Path(os.environ.get("QST_TEST_DATA", "/nowhere"))
-needs_test_data = pytest.mark.skipif(
-    not TEST_DATA.is_dir(), reason="needs QST_TEST_DATA=FOLDER"
-)
+needs_test_data = pytest.mark.skipif(not TEST_DATA.is_dir(), reason="needs QST_TEST_DATA=FOLDER")
+FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
+VARIANTS = NAMED_VARIANTS | {  # of the side network
+    "residual": dict(mix="residual"), "sum": dict(gate="sum"),
+    "standardize": dict(standardize=True),
+}  # fmt: skip
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def small_config(family="llama", **changes):
@@ -34,6 +48,53 @@ def small_base(quant="nf4", seed=0, **changes):
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
     return model.freeze(quant, torch.float32)
+
+
+def shaken(model, seed=1):
+    """Move every parameter of the side network away from its start."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+def say(*lines):
+    """"role: text" lines as messages."""
+    return [dict(zip(("role", "content"), line.split(": ", 1))) for line in lines]
+
+
+def run_script(script, *words, cwd=ROOT):
+    """Run a script of the repository as `python` does, but in this process, where torch is loaded
+    already. Returns what it prints; a mistake is a SystemExit with its message."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(cwd)
+        patch.setattr("sys.argv", [str(ROOT / script), *words])
+        patch.setattr("sys.path", list(sys.path))
+        patch.setattr("sys.stdin", io.StringIO())
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
+    return printed.getvalue()
+
+
+def command(*args):
+    """Run a script of the repository as a user does, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def copy_folder(name, tmp_path, **config):
+    """A copy of a fixture with some of its config.json changed (None: taken out)."""
+    folder = tmp_path / name
+    shutil.copytree(FIXTURES / name, folder)
+    settings = json.loads((folder / "config.json").read_text()) | config
+    settings = {k: v for k, v in settings.items() if v is not None}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
 
 
 def as_of_an_older_commit(folder, **changes):

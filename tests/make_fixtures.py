@@ -20,7 +20,8 @@ import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import (
-    BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM,
+    BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, OPTConfig,
+    OPTForCausalLM,
 )  # fmt: skip
 
 HERE = Path(__file__).parent / "fixtures"
@@ -105,12 +106,13 @@ def make_bnb(name, kind, config, compute, **options):
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     model.to(compute).save_pretrained(plain)
     options = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute, **options)
-    model = kind.from_pretrained(plain, quantization_config=options, dtype=compute, device_map="cpu")
+    where = dict(dtype=compute, device_map="cpu")
+    model = kind.from_pretrained(plain, quantization_config=options, **where)
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     shutil.rmtree(plain)
     # Its own product on a CPU is in bf16; dequantized, the same weights give exact logits.
-    model = kind.from_pretrained(folder, dtype=compute, device_map="cpu").dequantize()
+    model = kind.from_pretrained(folder, **where).dequantize()
     idx = torch.randint(3, 48, (2, 12))
     with torch.no_grad():
         logits = model(idx).logits
@@ -138,13 +140,20 @@ def nasty_text():
     return "".join(known) + " ".join(known) + "\n".join(known[::7]) + "".join(
         f"{c}a{c}1 {c}" for c in known[::5]
     ) + (
-        "👩‍👩‍👧‍👦 🏳️‍🌈🏴󠁧󠁢󠁥󠁮󠁧󠁿 👍🏽é e\u0301 Å A\u030a ﬁ Ǆ 각 ᄀ\u1161\u11a8 क्ष ชั้น مرحباً\t\t\ttabs\t x \t y"
-        "       runs      of   spaces  \n   \n\n\n  \r\n\r\nCRLF\r\n \r mix\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2003"
-        "\u2028\u3000\u200b\ufeff end   \n 1 12 123 1234 12345 1234567 3.14 1,000,000 ٣٤٥ ½ Ⅷ 二〇二四 ²³ x2y3 "
-        "I'm you're he's we'll they'd I've don't I'M YOU'RE HE'S WE'LL THEY'D I'VE DON'T 'ſ 'S's''s 'Ll "
-        "<|im_start|>user\nHi<|im_end|> <s></s> <|endoftext|><|eot_id|><|begin_of_text|>< |im_end|> <pad><unk>"
-        "\x00\x01\x7f��  !?!?...——“”‘’ _snake_case_ __init__ a_b CamelCase https://x.y/z?a=b&c=%20#d "
-        "    def f(x):\n        return x  # café\n" + "a" * 3000 + " " * 3000 + "\n" * 300 + "é" * 500
+        "👩‍👩‍👧‍👦 🏳️‍🌈🏴󠁧󠁢󠁥󠁮󠁧󠁿 👍🏽é e\u0301 Å A\u030a ﬁ Ǆ 각 "
+        "ᄀ\u1161\u11a8 क्ष ชั้น مرحباً\t\t\ttabs\t x \t y"
+        "       runs      of   spaces  \n   \n\n\n  \r\n\r\nCRLF\r\n "
+        "\r mix\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u2003"
+        "\u2028\u3000\u200b\ufeff end   \n 1 12 123 1234 12345 "
+        "1234567 3.14 1,000,000 ٣٤٥ ½ Ⅷ 二〇二四 ²³ x2y3 "
+        "I'm you're he's we'll they'd I've don't I'M YOU'RE HE'S "
+        "WE'LL THEY'D I'VE DON'T 'ſ 'S's''s 'Ll "
+        "<|im_start|>user\nHi<|im_end|> <s></s> "
+        "<|endoftext|><|eot_id|><|begin_of_text|>< |im_end|> <pad><unk>"
+        "\x00\x01\x7f��  !?!?...——“”‘’ _snake_case_ __init__ a_b "
+        "CamelCase https://x.y/z?a=b&c=%20#d "
+        "    def f(x):\n        return x  # café\n"
+        + "a" * 3000 + " " * 3000 + "\n" * 300 + "é" * 500
         + "ab" * 2000 + "!" * 1000 + "日本語" * 300 + "１２３" + "<|im_end|>\u0338" + " "
     )  # fmt: skip
 
@@ -204,7 +213,9 @@ def make_quantized():
     with_zeros[::3] = 0
     tensors = {
         "normal": torch.randn(40, 66), "odd": torch.randn(5, 7), "zeros": with_zeros,
-        "ties": torch.stack([F.pad(torch.cat([a * torch.ones(1), a * ties]), (0, 48)) for a in (1, -3)]),
+        "ties": torch.stack([
+            F.pad(torch.cat([a * torch.ones(1), a * ties]), (0, 48)) for a in (1, -3)
+        ]),
         "many_blocks": torch.randn(300 * 64) * torch.rand(300).repeat_interleave(64),
     }  # fmt: skip
     made = {}

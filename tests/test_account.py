@@ -13,8 +13,8 @@ from qst import QST
 from quant import InputError
 from side import METHODS, SIDE_METHODS, SideConfig
 from account import (
-    METHOD_ROWS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows, settings_of_step,
-    untrained,
+    METHOD_ROWS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows,
+    settings_of_step, untrained,
 )  # fmt: skip
 from data.report import activation_bytes
 from data.settings import pick_dtype
@@ -55,7 +55,8 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
     and floating-point operations are the account's, exactly."""
     method = changes.get("method", "qst")
     side = dict(reduction=2) if method in SIDE_METHODS else {}
-    cfg, config = AccountConfig(**SMALL | side | dict(method=method) | changes), small_config(**shape)
+    cfg = AccountConfig(**SMALL | side | dict(method=method) | changes)
+    config = small_config(**shape)
     report = memory_report(cfg, config)
     cfg = settings_of_step(cfg)
     dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
@@ -106,9 +107,10 @@ def test_attention_keeps_what_a_fused_kernel_keeps(device, bits):
 
 def test_the_plain_formula_can_be_counted():
     """On the device "meta", attention keeps a (T, T) matrix a head, and more than on a GPU."""
+    settings = QST_STEP | dict(sequence_len=64, checkpoint=False)
     fused, plain = (
-        memory_report(AccountConfig(**QST_STEP | dict(device=d, sequence_len=64, checkpoint=False)), small_config())
-        for d in ("cuda", "meta")
+        memory_report(AccountConfig(**settings | dict(device=device)), small_config())
+        for device in ("cuda", "meta")
     )
     matrices = 3 * small_config().n_layer * small_config().n_head * 64 * 64 * 2
     assert plain["activations_bytes"] > fused["activations_bytes"] + matrices / 2
@@ -159,10 +161,10 @@ def test_all_methods(tmp_path, capsys):
     flags = f"--preset opt-125m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
     rows = main(parse_args(flags.split()))
     assert json.loads((tmp_path / "plan.json").read_text()) == rows
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     assert {row["method"] for row in rows} == set(METHOD_ROWS) == set(METHODS)
     for row in rows:
-        assert row["method"] in told and f"{row['total_bytes'] / 1e6:.2f}" in told
+        assert row["method"] in printed and f"{row['total_bytes'] / 1e6:.2f}" in printed
     totals = {row["method"]: row["total_bytes"] for row in rows if not row["checkpoint"]}
     assert totals["qst"] < totals["qlora"] < totals["lora"]
 
@@ -170,8 +172,9 @@ def test_all_methods(tmp_path, capsys):
 def test_the_shape_of_a_folder(tmp_path):
     """With --base, the shape is that of the folder's config.json; weights need not be there."""
     fields = dict(
-        model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
+        model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
+        hidden_act="silu",
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
     flags = f"--base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
@@ -181,7 +184,7 @@ def test_the_shape_of_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags, told",
+    "flags, message",
     [
         ("--preset llama-9", "choose smollm2-135m, "),
         ("", "Give --base, or --preset"),
@@ -190,17 +193,18 @@ def test_the_shape_of_a_folder(tmp_path):
         ("--preset opt-1.3b --sequence_len 4096", "2048 positions"),
     ],
 )
-def test_mistakes(flags, told, tmp_path, capsys):
+def test_mistakes(flags, message, tmp_path, capsys):
     """A mistake is one sentence that says what to do, with no table begun."""
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         main(parse_args([*flags.split(), "--out_dir", str(tmp_path)]))
     assert not capsys.readouterr().out
 
 
 def test_seventy_billion_in_seconds():
     """The account of LLaMA-2-70B's step takes seconds, and no memory to speak of: its weights are
-    those that the paper tells (36 GB), and a little."""
-    report = memory_report(AccountConfig(method="qst", preset="llama-2-70b", batch_size=16, sequence_len=384))
+    the paper's (36 GB), and a little more."""
+    cfg = AccountConfig(method="qst", preset="llama-2-70b", batch_size=16, sequence_len=384)
+    report = memory_report(cfg)
     assert 36e9 < report["weights_bytes"] < 38e9
 
 

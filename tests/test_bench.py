@@ -1,56 +1,71 @@
 """The benchmarks: what they print is whole, and both sides of a comparison compute the same."""
 
-import contextlib
-import io
+import importlib
 import json
 import re
 
 import bench
 import pytest
+from benchmarks import learning, methods, step
+from benchmarks.common import write_model
 
 from model import ModelConfig
+from quant import InputError
 
 # Matrices of fewer than 64 x 64 weights bitsandbytes 0.50.2 dequantizes wrongly on a CPU.
 TINY = ModelConfig(32000, n_layer=2, n_head=2, n_embd=64, n_ffn=128)
 
 
 @pytest.fixture
-def together(monkeypatch):
-    """`bench.alone` in this process, where torch is loaded already."""
-
-    def alone(function, *args, **environment):
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            getattr(bench, function)(*args)
-        return [float(word) for word in printed.getvalue().split()]
-
-    monkeypatch.setattr(bench, "alone", alone)
-    monkeypatch.setattr(bench, "MODEL", TINY)
-    monkeypatch.setattr(bench, "STEP", bench.STEP + " --reduction 2 --batch_size 1")
+def tiny(monkeypatch):
+    """A small model, in this process, where torch is loaded already."""
+    monkeypatch.setattr(methods, "alone", lambda function, *args, **environment: function(*args))
+    monkeypatch.setattr(step, "MODEL", TINY)
+    monkeypatch.setattr(step, "STEP", step.STEP + " --batch_size 1")
 
 
-def test_methods(together, monkeypatch, capsys):
+def test_each_command_is_a_function(capsys):
+    """The list names every command, and each has its function; a wrong call is one sentence."""
+    bench.main([])
+    listed = capsys.readouterr().out
+    for name, (file, _, what) in bench.COMMANDS.items():
+        assert callable(getattr(importlib.import_module(f"benchmarks.{file}"), name))
+        assert re.search(f"^    {name} .*{re.escape(what)}$", listed, re.M)
+    with pytest.raises(InputError, match="loud is no benchmark: choose load, "):
+        bench.main(["loud"])
+    with pytest.raises(InputError, match="It is `python tests/bench.py lean FOLDER`."):
+        bench.main(["lean"])
+    with pytest.raises(InputError, match="It is `python tests/bench.py load`."):
+        bench.main(["load", "--fast"])
+
+
+def test_methods(tiny, monkeypatch, capsys):
     """A row for each step, with positive figures; without the libraries, relative to our QLoRA."""
     steps = ("forward alone, nf4", "qst", "qlora")
-    monkeypatch.setattr(bench, "STEPS", {name: bench.STEPS[name] for name in steps})
-    monkeypatch.setattr(bench, "LIBRARIES", ("no_such_library",))
-    bench.methods(rounds=1)
-    told = capsys.readouterr().out
-    rows = dict(re.findall(r"^\| (.*?) \| ours (\|.*)$", told, re.M))
-    assert set(rows) == set(steps) and "pip install no_such_library" in told
+    monkeypatch.setattr(methods, "STEPS", {name: methods.STEPS[name] for name in steps})
+    monkeypatch.setitem(methods.STEPS, "qst", "--reduction 2")
+    monkeypatch.setattr(methods, "LIBRARIES", ("no_such_library",))
+    monkeypatch.setattr(methods, "ROUNDS", 1)
+    bench.main(["methods"])
+    printed = capsys.readouterr().out
+    rows = dict(re.findall(r"^\| (.*?) \| ours (\|.*)$", printed, re.M))
+    assert set(rows) == set(steps) and "pip install no_such_library" in printed
     for name, row in rows.items():
-        seconds, megabytes, trainable, *ratios = (float(c.replace(",", "")) for c in row.strip("| ").split(" | "))
-        assert seconds > 0 and megabytes > 10 and (trainable > 0) == (name != "forward alone, nf4")
+        cells = row.strip("| ").split(" | ")
+        seconds, megabytes, trainable, *ratios = (float(c.replace(",", "")) for c in cells)
+        assert seconds > 0 and megabytes > 10
+        assert (trainable > 0) == (name != "forward alone, nf4")
         assert ratios == [1, 1] if name == "qlora" else min(ratios) > 0
 
 
 @pytest.mark.parametrize("name", ["qlora", "lora"])
-def test_theirs_is_the_same_step(together, name, tmp_path):
+def test_theirs_is_the_same_step(tiny, name, tmp_path):
     """The libraries' model has our loss on the same weights, and as many trainable parameters."""
-    for library in bench.LIBRARIES:
+    for library in methods.LIBRARIES:
         pytest.importorskip(library)
-    bench.alone("make_model", tmp_path, bench.asdict(TINY))
-    ours, theirs = (bench.alone("step_once", who, bench.STEPS[name], tmp_path) for who in ("ours", "theirs"))
+    write_model(tmp_path, TINY)
+    cfg = step.parse_step(methods.STEPS[name])
+    ours, theirs = (step.measure(make, cfg, tmp_path) for make in (step.ours, methods.theirs))
     assert ours[2] == pytest.approx(theirs[2], abs=2e-5) and ours[3] == theirs[3]
 
 
@@ -58,7 +73,8 @@ def test_theirs_is_the_same_step(together, name, tmp_path):
 def runs(tmp_path):
     """Two methods' runs as train.py leaves them; of the first, two learning rates of two seeds."""
     for name, rate, seed, loss in (
-        ("qst", 1e-3, 1, 2.5), ("qst", 1e-2, 1, 1.5), ("qst", 1e-2, 2, 1.7), ("qlora", 1e-3, 1, 1.0),
+        ("qst", 1e-3, 1, 2.5), ("qst", 1e-2, 1, 1.5), ("qst", 1e-2, 2, 1.7),
+        ("qlora", 1e-3, 1, 1.0),
     ):  # fmt: skip
         out = tmp_path / name / f"{rate} {seed}"
         out.mkdir(parents=True)
@@ -74,36 +90,43 @@ def runs(tmp_path):
 
 def test_the_best_learning_rate_is_marked(runs, capsys):
     """A line a rate: means over the seeds, the best rate first."""
-    bench.tell(runs / "qst")
+    learning.print_runs(runs / "qst")
     best, other = capsys.readouterr().out.splitlines()
     assert "| 0.01 * |" in best and "1.600 (1.500-1.700)" in best
     assert "| 0.001 |" in other and "3.000  3.500  2.500" in other
 
 
-def test_pictures(runs, capsys, monkeypatch):
-    """The three charts as Mermaid, of the best rate's runs; without matplotlib it says so."""
-    find = bench.importlib.util.find_spec
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
-    bench.pictures([runs / "qst", runs / "qlora"], runs / "out")
-    told = capsys.readouterr().out
-    assert told.count("xychart-beta") == 3 and "No PNGs" in told and not (runs / "out").exists()
-    # From the largest, which lies behind, to the smallest.
-    assert re.findall(r"bar \[(.*)\]", told)[:3] == ["6.000, 6.000", "3.000, 3.000", "2.000, 2.000"]
-    assert re.findall(r"line \[(.*)\]", told)[0].split(", ")[::4] == ["3.000", "2.600", "1.600"]
+def test_pictures(runs):
+    """Three charts of the best rate's runs: what memory is for, the held-out loss in seconds, and
+    the score in the order of the peak memory."""
+    out = runs / "out"
+    bench.main(["pictures", str(runs / "qst"), str(runs / "qlora"), "--out", str(out)])
+    names = ("memory", "loss", "score")
+    memory, loss, score = ((out / f"{name}.svg").read_text() for name in names)
+    assert all(f">{part}</text>" in memory for part in ("qst", "qlora", *learning.PARTS))
+    assert memory.count(">6</text>") == 2  # MB in all
+    best = next(iter(learning.read_runs(runs / "qst").values()))
+    assert learning.curve(best) == [(0, 3), (1, 2.6), (2, pytest.approx(1.6))]
+    assert loss.count("<polyline") == 2 and ">seconds of training</text>" in loss
+    assert ">qst, 500 MB</text>" in score and score.count(">0.5</text>") == 2
 
 
-def test_pictures_are_drawn(runs, capsys):
-    """With matplotlib, the same as three PNGs."""
-    pytest.importorskip("matplotlib")
-    bench.pictures([runs / "qst", runs / "qlora"], runs / "out")
-    for name in ("memory", "loss", "score"):
-        assert (runs / "out" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+def test_no_curve_is_left_out_of_the_pictures(runs):
+    """There are as many pictures as the curves need; without a positive score the loss is drawn."""
+    for i in range(8):
+        (runs / f"run {i}").symlink_to(runs / "qlora")
+    for path in runs.glob("qlora/*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(exact_match_after=0.0)))
+    learning.draw(runs.glob("run *"), runs / "out")
+    texts = [path.read_text() for path in (runs / "out").glob("loss*.svg")]
+    assert sorted(text.count("<polyline") for text in texts) == [2, 6]
+    assert "loss, by peak memory" in (runs / "out/score.svg").read_text()
 
 
-def test_a_run_that_fails_is_told(tmp_path, capsys):
-    """Its error is one line, nothing of an earlier run is taken for it, and no run at all ends it."""
+def test_a_run_that_fails_is_reported(tmp_path, capsys):
+    """Its error is one line, no earlier run is taken for it, and without any run it ends."""
     (tmp_path / "result.json").write_text("{}")
-    bench.learn_once(["--max_iters", "0"], tmp_path)
+    learning.learn_once(["--max_iters", "0"], tmp_path)
     assert "--max_iters 0 must be at least 1" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="holds no run"):
-        bench.read_runs(tmp_path)
+    with pytest.raises(InputError, match="holds no run"):
+        learning.read_runs(tmp_path)

@@ -1,4 +1,4 @@
-"""data/download.py, against a server on this machine that breaks off, and one that knows no ranges."""
+"""data/download.py, against a server on this machine that breaks off, or knows no ranges."""
 
 import gzip
 import hashlib
@@ -101,7 +101,8 @@ def test_offline(server, tmp_path):
 def test_fetching_unpacks(server, tmp_path, monkeypatch, capsys):
     """All files of a name arrive in their places."""
     base, _, name = server.url.rpartition("/")
-    monkeypatch.setitem(download.SOURCES, "X", {f"MRPC/{name}": (base, SHA256), name: (base, SHA256)})
+    files = {f"MRPC/{name}": (base, SHA256), name: (base, SHA256)}
+    monkeypatch.setitem(download.SOURCES, "X", files)
     download.fetch("X", tmp_path)
     assert (tmp_path / "MRPC" / name).read_bytes() == (tmp_path / name).read_bytes() == CONTENT
     monkeypatch.setattr("sys.argv", ["x.py", "--data", str(tmp_path), "--download", str(tmp_path)])

@@ -8,26 +8,30 @@ import torch
 from conftest import TEST_DATA, as_of_an_older_commit, needs_test_data
 
 import train
-from data import choice_logits, glue, label, word_ids
+from data import glue
 from data.glue import ANSWER, FORMS, METRICS
 from data.tokenizer import load_tokenizer
-from data import IGNORE_INDEX
 from model import from_pretrained
-from quant import InputError
 from qst import QST
+from quant import InputError
 from train import TrainConfig
 
 LINES = {  # a header, and two lines of each task, in the columns of GLUE's own files
-    "rte": ["index\tsentence1\tsentence2\tlabel", '0\tHe said "no.\tNo.\tentailment', "1\ta\tb\tnot_entailment"],
-    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tSame.\tSame.", "0\t7\t8\tOne.\tTwo."],
-    "stsb": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-             "0\tm\tM\t2012\t1\tnone\tnone\tA plane.\tA plane.\t5.000", "1\tm\tM\t2012\t4\tnone\tnone\tA man.\tA cat.\t1.25"],
+    "rte": ["index\tsentence1\tsentence2\tlabel", '0\tHe said "no.\tNo.\tentailment',
+            "1\ta\tb\tnot_entailment"],
+    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tSame.\tSame.",
+             "0\t7\t8\tOne.\tTwo."],
+    "stsb": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
+             "\tscore", "0\tm\tM\t2012\t1\tnone\tnone\tA plane.\tA plane.\t5.000",
+             "1\tm\tM\t2012\t4\tnone\tnone\tA man.\tA cat.\t1.25"],
     "cola": ["gj04\t1\t\tThe book was read.", "gj04\t0\t*\tBook the read was."],
     "sst2": ["sentence\tlabel", "it 's a charming journey . \t1", "bad \t0"],
-    "qnli": ["index\tquestion\tsentence\tlabel", "0\tWho?\tHe did.\tentailment", "1\tWhen?\tNo.\tnot_entailment"],
-    "qqp": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tHow?\tHow so?\t1", "1\t3\t4\tWhy?\tWhen?\t0"],
-    "mnli": ["index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\t"
-             "sentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+    "qnli": ["index\tquestion\tsentence\tlabel", "0\tWho?\tHe did.\tentailment",
+             "1\tWhen?\tNo.\tnot_entailment"],
+    "qqp": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tHow?\tHow so?\t1",
+            "1\t3\t4\tWhy?\tWhen?\t0"],
+    "mnli": ["index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
+             "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
              "0\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tA.\tB.\tneutral\tneutral",
              "1\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tC.\tD.\tneutral\tcontradiction"],
 }  # fmt: skip
@@ -42,7 +46,8 @@ def folder(tmp_path_factory):
         (root / form.folder).mkdir(exist_ok=True)
         header, rows = ([], LINES[task]) if task == "cola" else (LINES[task][:1], LINES[task][1:])
         for name, times in (("train.tsv", 20), (form.dev, 3)):
-            (root / form.folder / name).write_text("\n".join([*header, *rows * times]) + "\n", encoding="utf-8")
+            text = "\n".join([*header, *rows * times]) + "\n"
+            (root / form.folder / name).write_text(text, encoding="utf-8")
     return root
 
 
@@ -50,7 +55,8 @@ def folder(tmp_path_factory):
     ("rte", ['He said "no.', "No."], [1, 0]), ("mrpc", ["Same.", "Same."], [1, 0]),
     ("stsb", ["A plane.", "A plane."], [5.0, 1.25]), ("cola", ["The book was read."], [1, 0]),
     ("sst2", ["it 's a charming journey ."], [1, 0]), ("qnli", ["Who?", "He did."], [1, 0]),
-    ("qqp", ["How?", "How so?"], [1, 0]), ("mnli", ["A.", "B."], [1, 2]), ("mnli-mm", ["A.", "B."], [1, 2]),
+    ("qqp", ["How?", "How so?"], [1, 0]), ("mnli", ["A.", "B."], [1, 2]),
+    ("mnli-mm", ["A.", "B."], [1, 2]),
 ])  # fmt: skip
 def test_rows(folder, task, sentences, labels):
     """Sentences and labels are found in each task's columns; quotes are text."""
@@ -60,6 +66,7 @@ def test_rows(folder, task, sentences, labels):
 
 
 def test_short_lines_are_counted(tmp_path):
+    """They are left out, as in QQP's own file, and not in silence."""
     (tmp_path / "dev.tsv").write_text("\n".join([*LINES["qqp"], "2\t5\t6\tWhy\r", ""]))
     rows, dropped = glue.read(tmp_path / "dev.tsv", FORMS["qqp"])
     assert len(rows) == 2 and dropped == 1
@@ -77,14 +84,16 @@ def test_mrpc_is_split_by_its_ids(tmp_path):
     assert dev == [(["a3", "b3"], 1), (["a8", "b8"], 0)] and len(train) == 7
 
 
-@pytest.mark.parametrize("text, told", [
+@pytest.mark.parametrize("text, message", [
     ("sentence\tlabel\nfine\t2\n", "line 2: the label '2' is not 0, 1"),
-    ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"), (None, "is missing"),
+    ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"),
+    (None, "is missing"),
 ])  # fmt: skip
-def test_bad_files_are_named(tmp_path, text, told):
+def test_bad_files_are_named(tmp_path, text, message):
+    """The sentence names the file, and the line, the column or what else is wrong."""
     if text is not None:
         (tmp_path / "dev.tsv").write_text(text)
-    with pytest.raises(InputError, match=told) as error:
+    with pytest.raises(InputError, match=message) as error:
         glue.read(tmp_path / "dev.tsv", FORMS["sst2"])
     assert str(tmp_path / "dev.tsv") in str(error.value)
 
@@ -102,7 +111,8 @@ def test_metrics():
     assert METRICS["pearson"](a, b) == pytest.approx(169.5 / (4.75 * 6665) ** 0.5)
 
 
-def test_metrics_are_those_of_scipy_and_sklearn():
+def test_metrics_are_those_of_scipy():
+    """Where it is installed: the correlations, with ties."""
     stats = pytest.importorskip("scipy.stats")
     a, b = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)).double().mul(3).round()
     assert METRICS["pearson"](a, b) == pytest.approx(stats.pearsonr(a, b)[0])
@@ -128,6 +138,7 @@ def test_prompts(tokenizer, task):
 
 @pytest.mark.parametrize("head", ["lm", "classifier"])
 def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
+    """The shorter sentence and the question stay whole; without room for them it is refused."""
     sentences = ["The sky was blue " * 40, "It was late"]
     ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, head)
     text = tokenizer.decode(ids)
@@ -135,16 +146,6 @@ def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
     assert text.endswith(ANSWER) == (head == "lm")
     with pytest.raises(InputError, match="--sequence_len 5"):
         glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "lm")
-
-
-def test_word_ids(tokenizer):
-    """The ids are what the tokenizer makes of the words after the question, and all differ."""
-    for form in (form for task, form in FORMS.items() if task != "stsb"):
-        ids = word_ids(tokenizer, form.words, ANSWER)
-        for word, id in zip(form.words, ids):
-            assert tokenizer.encode(f"x{ANSWER} {word}")[len(tokenizer.encode(f"x{ANSWER}"))] == id
-    with pytest.raises(InputError, match="begins several of yes, yes alike"):
-        word_ids(tokenizer, ("yes", "yes"), ANSWER)
 
 
 def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
@@ -156,23 +157,11 @@ def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
     assert result["loss_after"] < 0.1
 
 
-def test_choice_logits_are_those_of_each_prompt_alone(base):
-    """Batches, padding and order change nothing."""
-    prompts = [[5, 6, 7, 8, 9], [5, 6], [10, 11, 12], [3]]
-    found = choice_logits(base, prompts, [7, 4], batch_size=3)
-    for prompt, row in zip(prompts, found):
-        assert torch.allclose(row, base(torch.tensor([prompt]))[0, -1, [7, 4]], atol=1e-5)
-    assert choice_logits(base, prompts).shape == (4, 61)
-
-
-def test_labels_are_asked_for_once():
-    assert label([4, 5, 6], 1) == ([4, 5, 6], [IGNORE_INDEX, IGNORE_INDEX, 1])
-
-
 def run(tiny_model, folder, out, **changes):
     settings = dict(
-        base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4, max_iters=100,
-        batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2, device="cpu", eval_interval=20,
+        base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4,
+        max_iters=100, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
+        device="cpu", eval_interval=20,
     )  # fmt: skip
     return train.main(TrainConfig(**settings | changes))
 
@@ -199,18 +188,14 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
 def test_the_base_is_scored_in_words(tiny_model, folder, tmp_path):
     """--eval_only without --side leaves the base as it is, and asks in words; limits are kept."""
     result = run(tiny_model, folder, tmp_path, task="sst2", eval_only=True, score_examples=4)
-    assert result["examples"] == 4 and result["trainable_parameters"] == 0 and result["majority_class"] == 0.5
-
-
-def test_a_side_of_another_task_is_refused(tiny_model, folder, tmp_path):
-    run(tiny_model, folder, tmp_path / "out", task="sst2", max_iters=1)
-    with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
-        run(tiny_model, folder, tmp_path / "eval", task="mnli", side=str(tmp_path / "out"), eval_only=True)
+    assert result["examples"] == 4 and result["majority_class"] == 0.5
+    assert result["trainable_parameters"] == 0
 
 
 def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
-    """As many labels are not the same labels, in scoring and in training; both halves of MNLI have
-    the same; what tells no task, as older side checkpoints do not, is taken, and words are free."""
+    """Another number of labels is refused, and so are as many of another task, in scoring and in
+    training; both halves of MNLI have the same; a side checkpoint that does not name its task, as
+    older ones, is taken, and words are free."""
     out, on = tmp_path / "out", dict(side=str(tmp_path / "out"), max_iters=1)
     train_one = lambda **of: run(tiny_model, folder, out, max_iters=1, **of)
     again = lambda **of: run(tiny_model, folder, tmp_path / "again", **on | of)
@@ -218,6 +203,8 @@ def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
     for eval_only in (True, False):
         with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):
             again(task="mrpc", eval_only=eval_only)
+    with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
+        again(task="mnli", eval_only=True)
     config = json.loads((out / "side.json").read_text())["config"]
     del config["task"]
     as_of_an_older_commit(out, config=config)
@@ -229,7 +216,9 @@ def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
 
 
 @needs_test_data
-@pytest.mark.parametrize("task, train_rows, dev_rows", [("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)])
+@pytest.mark.parametrize("task, train_rows, dev_rows", [
+    ("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)
+])  # fmt: skip
 def test_the_benchmarks_own_files(task, train_rows, dev_rows):
     """GLUE's sizes, and no line is left out."""
     form = FORMS[task]

@@ -1,30 +1,26 @@
-"""data/mmlu.py, data/text.py and the logits of next tokens: files, prompts, batches, accuracy.
+"""data/mmlu.py: files, prompts, the tokens of the answers, and accuracy.
 
 With transformers, SmolLM2 (its folder in the environment variable SMOLLM2) and the real questions:
 our logits of the answers are those of transformers.
 """
 
 import json
-import math
 import os
 import shutil
-import subprocess
-import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, TEST_DATA, small_base, small_config
+from conftest import (
+    FIXTURES, TEST_DATA, needs_test_data, run_script, small_base, small_config,
+)  # fmt: skip
 
 import train
-from data import choice_logits, mmlu, text
+from data import mmlu
 from data.hub import save_pretrained
 from data.tokenizer import load_tokenizer
-from data import IGNORE_INDEX
 from model import Transformer, from_pretrained
-from qst import QST
 from quant import InputError
-from side import SideConfig
+from train import TrainConfig
 
 ROW = '"Is it ""1,5"", or\ntwo lines?",one,"two, really",3,None,{}\n'
 HEADING = "The following are multiple choice questions (with answers) about  world religions.\n\n"
@@ -64,39 +60,39 @@ def base_folder(tokenizer, tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     (path / "tokenizer.model").write_bytes(tokenizer.model.serialized_model_proto())
     torch.manual_seed(0)
-    save_pretrained(Transformer(small_config(vocab_size=tokenizer.vocab_size, max_positions=900)), path)
+    config = small_config(vocab_size=tokenizer.vocab_size, max_positions=900)
+    save_pretrained(Transformer(config), path)
     return path
-
-
-# --------------------------------------------------------------------------------------
-# Files and prompts
 
 
 def test_a_folder_is_read_to_the_letter(folder):
     """Quotes, commas, line breaks and "None" come through; data/ may be given or stand around."""
     questions = mmlu.read(folder, "test")
-    assert {subject: len(qs) for subject, qs in questions.items()} == {"anatomy": 3, "world_religions": 6}
+    sizes = {subject: len(some) for subject, some in questions.items()}
+    assert sizes == {"anatomy": 3, "world_religions": 6}
     first, second, *_ = questions["world_religions"]
-    assert first == mmlu.Question('Is it "1,5", or\ntwo lines?', ("one", "two, really", "3", "None"), 3)
+    choices = ("one", "two, really", "3", "None")
+    assert first == mmlu.Question('Is it "1,5", or\ntwo lines?', choices, 3)
     assert second == mmlu.Question("Q1", ("a1", "b", "c", "d"), 1)
     assert mmlu.read(folder / "data", "test") == questions
 
 
-@pytest.mark.parametrize("row, told", [
+@pytest.mark.parametrize("row, message", [
     ("a,b,c\n", "line 6 has 3 columns"), ("a,b,c,d,e,E\n", "line 6 has the answer 'E'"),
     ("a,b,c,d,e, A\n", "line 6 has the answer ' A'"), ('a,b,c,d,e,f,"A', "line 6 is not CSV"),
     ("a,b,c,d,e,AB\n", "line 6 has the answer 'AB'"), ("a,b,c,d,e,\n", "line 6 has the answer ''"),
 ])  # fmt: skip
-def test_a_bad_row_is_refused_with_its_line(row, told, tmp_path):
+def test_a_bad_row_is_refused_with_its_line(row, message, tmp_path):
     """The line is that of the file, also behind a field of several lines and a blank line."""
     (tmp_path / "test").mkdir()
     path = tmp_path / "test/anatomy_test.csv"
     path.write_text(ROW.format("A") + ROW.format("B") + "\n" + row)
-    with pytest.raises(InputError, match=f"anatomy_test.csv, {told}"):
+    with pytest.raises(InputError, match=f"anatomy_test.csv, {message}"):
         mmlu.read(tmp_path, "test")
 
 
 def test_a_folder_that_is_not_mmlu(tmp_path, folder):
+    """What is missing, unknown or empty is named."""
     with pytest.raises(InputError, match="--download"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test").mkdir()
@@ -124,8 +120,8 @@ def test_prompt_is_hendrycks(folder):
     question = mmlu.Question("Who?", ("I", "you", "he", "she"), 0)
     asked = "Who?\nA. I\nB. you\nC. he\nD. she\nAnswer:"
     assert mmlu.prompt("world_religions", [], question) == HEADING + asked
-    told = f"{HEADING}{ASKED} D\n\nQ1\nA. a1\nB. b\nC. c\nD. d\nAnswer: B\n\n{asked}"
-    assert mmlu.prompt("world_religions", shots[:2], question) == told
+    text = f"{HEADING}{ASKED} D\n\nQ1\nA. a1\nB. b\nC. c\nD. d\nAnswer: B\n\n{asked}"
+    assert mmlu.prompt("world_religions", shots[:2], question) == text
 
 
 def test_a_long_prompt_loses_shots_from_the_end(folder, tokenizer):
@@ -141,10 +137,6 @@ def test_a_long_prompt_loses_shots_from_the_end(folder, tokenizer):
     assert encode(20) == (ids(0)[:1] + ids(0)[-19:], -1)
 
 
-# --------------------------------------------------------------------------------------
-# The tokens of the answers
-
-
 def byte_level(tmp_path, name):
     """A committed tokenizer of some kind, to which " A" to " D" were added by a merge each."""
     shutil.copytree(FIXTURES / "tokenizers" / name, tmp_path / name)
@@ -156,8 +148,8 @@ def byte_level(tmp_path, name):
         merges += [list(pair) if isinstance(merges[0], list) else " ".join(pair) for pair in new]
         used = [token["id"] for token in spec["added_tokens"]]
     else:
-        spec, path, used = json.loads((tmp_path / name / "vocab.json").read_text()), tmp_path / name / "vocab.json", []
-        vocab = spec
+        path, used = tmp_path / name / "vocab.json", []
+        spec = vocab = json.loads(path.read_text())
         with open(tmp_path / name / "merges.txt", "a") as file:
             file.writelines(" ".join(pair) + "\n" for pair in new)
     start = max([*vocab.values(), *used]) + 1
@@ -184,39 +176,6 @@ def test_answers_of_sentencepiece(tokenizer):
     assert len(tokenizer.encode(" A")) == 2
 
 
-# --------------------------------------------------------------------------------------
-# Logits and accuracy
-
-
-@pytest.mark.parametrize("family, quant, side", [
-    ("llama", "nf4", False), ("opt", "none", False), ("llama", "nf4", True), ("opt", "nf4", True),
-])  # fmt: skip
-@pytest.mark.parametrize("shared", [0, 1, 17])
-def test_batched_logits_are_those_of_one_by_one(family, quant, side, shared):
-    """In any batch, behind a common beginning of any length, and in the prompts' order."""
-    model = small_base(quant, family=family, n_kv_head=2 if family == "llama" else 4)
-    if side:
-        model = QST(model, SideConfig(reduction=4, rank=2))
-        with torch.no_grad():
-            model.side.alpha.fill_(0.4)
-    draw = torch.Generator().manual_seed(1)
-    row = lambda size: torch.randint(3, 61, (size,), generator=draw).tolist()
-    prefix = row(shared)
-    prompts = [prefix + row(size) for size in (9, 3, 20, 1, 14, 3, 8)]
-    if shared == 17:
-        prompts.append(prefix)  # nothing but what all have
-    with torch.no_grad():
-        one_by_one = torch.cat([model.head(model.hidden(torch.tensor([p])))[:, -1] for p in prompts])
-    for batch_size in (1, 3, 100):
-        logits = choice_logits(model, prompts, None, batch_size)
-        torch.testing.assert_close(logits, one_by_one, atol=1e-5, rtol=1e-5)
-    chosen = choice_logits(model, prompts, [7, 4, 60], 3)
-    torch.testing.assert_close(chosen, one_by_one[:, [7, 4, 60]], atol=1e-5, rtol=1e-5)
-    assert chosen.dtype == torch.float32 and not chosen.requires_grad
-    with pytest.raises(InputError, match="longer than the model's 64 positions"):
-        choice_logits(model, [[5] * 65], None, 1)
-
-
 def test_accuracy_counts_every_question_the_same(folder, tokenizer, monkeypatch):
     """Over all, by category and by subject; prompts that were too long are counted."""
     base = small_base("none", vocab_size=tokenizer.vocab_size, max_positions=900)
@@ -230,8 +189,8 @@ def test_accuracy_counts_every_question_the_same(folder, tokenizer, monkeypatch)
     result = mmlu.evaluate(base, tokenizer, folder)
     assert result == {
         "accuracy": 3 / 9, "accuracy_by_category": {"humanities": 2 / 6, "other": 1 / 3},
-        "accuracy_by_subject": {"anatomy": 1 / 3, "world_religions": 2 / 6}, "examples": 9, "subjects": 2,
-        "shortened": 0, "cut": 0,
+        "accuracy_by_subject": {"anatomy": 1 / 3, "world_religions": 2 / 6}, "examples": 9,
+        "subjects": 2, "shortened": 0, "cut": 0,
     }  # fmt: skip
     lengths = sorted(len(p) for prompts in seen.values() for p in prompts)
     result = mmlu.evaluate(base, tokenizer, folder, sequence_len=lengths[3])
@@ -247,10 +206,12 @@ def test_accuracy_of_unequal_categories():
     """A category's accuracy is over its questions, not the mean of its subjects."""
     right = {"anatomy": [True], "virology": [False] * 3, "astronomy": [True, True, False]}
     result = mmlu.summary(right)
-    assert result["accuracy"] == 3 / 7 and result["accuracy_by_category"] == {"STEM": 2 / 3, "other": 1 / 4}
+    assert result["accuracy"] == 3 / 7
+    assert result["accuracy_by_category"] == {"STEM": 2 / 3, "other": 1 / 4}
 
 
 def test_a_sample_is_fixed_and_keeps_all_in_order(folder):
+    """Two draws are alike; each subject keeps its order; 0, or more than there are, is all."""
     tests = mmlu.read(folder, "test")
     drawn = mmlu.draw(tests, 5)
     assert sum(map(len, drawn.values())) == 5 and drawn == mmlu.draw(tests, 5)
@@ -276,20 +237,17 @@ def test_evaluation_end_to_end(folder, tokenizer):
 
 def test_the_command_line(folder):
     """It shows the counts and the first prompt, and says where MMLU comes from."""
-    run = lambda *words: subprocess.run(
-        [sys.executable, str(ROOT / "data/mmlu.py"), *words], capture_output=True, text=True, cwd=folder
-    )
-    shown = run("--data", ".").stdout
+    run = lambda *words: run_script("data/mmlu.py", *words, cwd=folder)
+    shown = run("--data", ".")
     assert "    6 world_religions (humanities)" in shown and "9 questions in 2 of the 57" in shown
     assert shown.strip().endswith(ASKED)
-    assert "huggingface.co/datasets/cais/mmlu" in run("--help").stdout.replace("\n", "")
-    wrong = run("--data", "nowhere")
-    assert wrong.returncode and wrong.stderr.startswith("error: ") and "nowhere" in wrong.stderr
+    assert "huggingface.co/datasets/cais/mmlu" in run("--help").replace("\n", "")
+    with pytest.raises(SystemExit, match="^error: .*nowhere"):
+        run("--data", "nowhere")
 
 
-@pytest.mark.skipif(
-    not (TEST_DATA.is_dir() and os.environ.get("SMOLLM2")), reason="needs SMOLLM2=FOLDER and the questions"
-)
+@needs_test_data
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="needs SMOLLM2=FOLDER")
 def test_logits_are_those_of_transformers():
     """Ten real questions of five subjects, 5 shots: transformers' logits of the letters, fp32."""
     transformers = pytest.importorskip("transformers")
@@ -310,82 +268,21 @@ def test_logits_are_those_of_transformers():
             torch.testing.assert_close(row, expected, atol=1e-3, rtol=0)
 
 
-# --------------------------------------------------------------------------------------
-# Plain text
-
-
-def test_windows_of_a_text(tokenizer, tmp_path):
-    """The windows are the whole text's ids, in order; each predicts all of its ids but the first."""
-    path = tmp_path / "text.txt"
-    path.write_text("Is it one, or two?\n\nIt is two. " * 9)
-    ids = tokenizer.encode(path.read_text())
-    windows = text.read(path, tokenizer, 15)
-    assert sum((w for w, _ in windows), []) == ids
-    assert {len(w) for w, _ in windows[:-1]} == {15} and 1 < len(windows[-1][0]) <= 15
-    assert all(t == [*w[1:], IGNORE_INDEX] for w, t in windows)
-    assert text.read(path, tokenizer, 15, 2) == windows[:2]
-    left_over = text.read(path, tokenizer, len(ids) - 1)  # one id, which nothing can predict
-    assert [len(w) for w, _ in left_over] == [len(ids) - 1]
-
-
-def test_a_text_that_cannot_be_read(tokenizer, tmp_path):
-    path = tmp_path / "text.txt"
-    with pytest.raises(InputError, match="text.txt is missing"):
-        text.read(path, tokenizer, 15)
-    path.write_text("")
-    with pytest.raises(InputError, match="text.txt has less than two tokens"):
-        text.read(path, tokenizer, 15)
-    with pytest.raises(InputError, match="--sequence_len 1"):
-        text.read(path, tokenizer, 1)
-    with pytest.raises(InputError, match="is a folder: give --data a file of UTF-8 text"):
-        text.read(tmp_path, tokenizer, 15)
-
-
-def test_perplexity():
-    """That of a uniform guess is the number of choices."""
-    assert text.perplexity(math.log(50)) == pytest.approx(50) and text.perplexity(1e4) == math.inf
-
-
-# --------------------------------------------------------------------------------------
-# As tasks of train.py
-
-
-def settings(base_folder, data, out, **changes):
-    return train.TrainConfig(**dict(
-        base=str(base_folder), data=str(data), out_dir=str(out), reduction=4, rank=4, max_iters=3,
-        sequence_len=300, batch_size=4, device="cpu", quant="none",
-    ) | changes)  # fmt: skip
-
-
 def test_mmlu_is_scored_before_and_after_instructions(base_folder, folder, tokenizer, tmp_path):
     """Training is on --instructions, the score MMLU's; --eval_only gives the same again."""
     path = tmp_path / "some.json"
     path.write_text(json.dumps([{"instruction": f"Say {i}", "output": "A B C"} for i in range(30)]))
-    cfg = settings(base_folder, folder, tmp_path / "out", task="mmlu", instructions=str(path))
-    result = train.main(cfg)
+    common = dict(base=str(base_folder), data=str(folder), task="mmlu", quant="none", device="cpu")
+    common |= dict(batch_size=4, sequence_len=300)
+    out = str(tmp_path / "out")
+    learns = dict(reduction=4, rank=4, max_iters=3, instructions=str(path))
+    result = train.main(TrainConfig(out_dir=out, **learns, **common))
     assert result["examples"] == 9 and 0 <= result["accuracy_before"] <= 1
-    again = train.main(settings(
-        base_folder, folder, tmp_path / "eval", task="mmlu", eval_only=True, side=cfg.out_dir
-    ))  # fmt: skip
+    scores = dict(out_dir=str(tmp_path / "eval"), side=out, eval_only=True)
+    again = train.main(TrainConfig(**scores, **common))
     assert again["accuracy"] == result["accuracy_after"] and "loss" not in again
     base = from_pretrained(base_folder, "none", torch.float32)
-    assert mmlu.evaluate(base, tokenizer, folder, sequence_len=300)["accuracy"] == result["accuracy_before"]
+    before = mmlu.evaluate(base, tokenizer, folder, sequence_len=300)
+    assert before["accuracy"] == result["accuracy_before"]
     with pytest.raises(InputError, match="--task mmlu trains on --instructions"):
-        train.main(settings(base_folder, folder, tmp_path / "no", task="mmlu"))
-
-
-def test_perplexity_of_a_file(base_folder, tokenizer, tmp_path):
-    """--task text: the perplexity of a base is exp of its mean loss over all windows."""
-    path = tmp_path / "some.txt"
-    path.write_text("Is it one, or two?\n\nIt is two. " * 40)
-    cfg = settings(base_folder, path, tmp_path / "eval", task="text", sequence_len=50, eval_only=True)
-    result = train.main(cfg)
-    base = from_pretrained(base_folder, "none", torch.float32)
-    losses, count = 0.0, 0
-    for ids, targets in text.read(path, tokenizer, 50):
-        said = base(torch.tensor([ids]))[0].log_softmax(-1)
-        losses -= sum(said[i, id].item() for i, id in enumerate(ids[1:]))
-        count += len(ids) - 1
-    assert result["perplexity"] == pytest.approx(math.exp(losses / count), rel=1e-4)
-    trained = train.main(replace(cfg, eval_only=False, out_dir=str(tmp_path / "out"), max_iters=20, learning_rate=1e-2))
-    assert trained["perplexity_after"] < trained["perplexity_before"]
+        train.main(TrainConfig(out_dir=str(tmp_path / "no"), **common))

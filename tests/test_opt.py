@@ -67,7 +67,8 @@ if REAL.is_dir():  # the small vocabulary has no token for " A"
 @pytest.mark.parametrize("task", TASKS)
 def test_training_and_evaluation(folder, data, tmp_path, task):
     """Every task trains, and its side network is scored again."""
-    more = dict(instructions=str(data / "instruct.json"), sequence_len=500) if task == "mmlu" else {}
+    more = dict(instructions=str(data / "instruct.json"), sequence_len=500)
+    more = more if task == "mmlu" else {}
     cfg = settings(folder, data / TASKS[task], tmp_path / "out", task=task, **more)
     result = train.main(cfg)
     assert result["iterations"] == 2 and result["loss_after"] < result["loss_before"]

@@ -54,7 +54,8 @@ def test_reads_bitsandbytes(name, kind, scale, dtype):
     q = Quantized4bit(ORACLE[f"{key}.codes"], ORACLE[f"{key}.absmax"], *nested, x.shape, kind)
     expected = ORACLE[f"{key}.{str(dtype)[6:]}"].to(dtype)
     if name == "odd":  # there it multiplies in the output's dtype, and so rounds twice
-        assert torch.allclose(q.dequantize(dtype), expected, rtol=1e-2 if dtype != torch.float32 else 0)
+        rtol = 1e-2 if dtype != torch.float32 else 0
+        assert torch.allclose(q.dequantize(dtype), expected, rtol=rtol)
     else:
         assert torch.equal(q.dequantize(dtype), expected)
 
@@ -76,8 +77,11 @@ def test_absmax_codes_are_the_nearest():
     assert (error(theirs) - best).max() <= GRID
 
 
+LARGER = sorted((TEST_DATA / "oracle/nf4").glob("*.npz"))
+
+
 @needs_test_data
-@pytest.mark.parametrize("path", sorted((TEST_DATA / "oracle/nf4").glob("*.npz")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", LARGER, ids=lambda path: path.stem)
 def test_larger_oracles(path):
     """The same properties on the larger files, and the dynamic map on ties and normal values."""
     z = {k: torch.from_numpy(v) for k, v in np.load(path).items() if v.dtype.kind != "U"}
@@ -161,7 +165,8 @@ def test_layers_share_the_scratch_buffer():
     """A second layer overwrites the first one's weight, and backward still finds the right one."""
     torch.manual_seed(0)
     first, second = (Linear4bit.from_linear(torch.nn.Linear(64, 64)) for _ in range(2))
-    assert first.weight.unpack(torch.float32).data_ptr() == second.weight.unpack(torch.float32).data_ptr()
+    buffers = [layer.weight.unpack(torch.float32) for layer in (first, second)]
+    assert buffers[0].data_ptr() == buffers[1].data_ptr()
     x = torch.randn(2, 64, requires_grad=True)
     second(first(x)).sum().backward()
     dense = [layer.weight.dequantize() for layer in (first, second)]
@@ -172,7 +177,8 @@ def test_dequantize_into_a_buffer():
     """`out` is filled and returned, whether it is just the weight's size or larger."""
     q = quantize_4bit(torch.randn(5, 7))
     exact, large = torch.empty(5, 7), torch.empty(200)
-    assert torch.equal(q.dequantize(out=exact), q.dequantize()) and torch.equal(exact, q.dequantize())
+    assert torch.equal(q.dequantize(out=exact), q.dequantize())
+    assert torch.equal(exact, q.dequantize())
     assert q.dequantize(out=large).data_ptr() == large.data_ptr()
 
 

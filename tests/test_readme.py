@@ -1,10 +1,7 @@
 """The README: its commands run, its figures of the code itself hold, its links lead somewhere."""
 
-import contextlib
-import io
 import json
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -12,9 +9,9 @@ import textwrap
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from test_glue import LINES
-from test_qst import released_state
+from test_released import released_state
 
 from data import tiny
 from model import from_pretrained
@@ -57,23 +54,13 @@ def place(tiny_model, tmp_path_factory):
 
 
 def run(words, place):
-    """Run a script as `python` would, but in this process, where torch is loaded already; quant.py,
-    whose operators can be registered only once, has one of its own. Returns what it prints."""
+    """Run a script as `python` would; quant.py, whose operators can be registered only once, in a
+    process of its own. Returns what it prints."""
     if words[0] in ("-c", str(ROOT / "quant.py")):
         done = subprocess.run([sys.executable, *words], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout
-    printed = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.chdir(place)
-        patch.setattr("sys.argv", words)
-        patch.setattr("sys.path", list(sys.path))
-        patch.setattr("sys.stdin", io.StringIO())
-        try:
-            runpy.run_path(words[0], run_name="__main__")
-        except SystemExit as end:
-            assert not end.code, (words, end.code)
-    return printed.getvalue()
+    return run_script(*words, cwd=place)
 
 
 def test_there_are_commands():
@@ -127,9 +114,9 @@ def test_flags_exist():
     """Every flag that the README names is one of train.py or qst.py or a benchmark."""
     known = "".join(
         run([str(ROOT / words[0]), *words[1:]], ROOT)
-        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "import-released", "--help"],
-                      ["qst.py", "answer", "--help"], ["data/instruct.py", "--help"], ["data/mmlu.py", "--help"],
-                      ["tests/account.py", "--help"])
+        for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "answer", "--help"],
+                      ["qst.py", "import-released", "--help"], ["data/instruct.py", "--help"],
+                      ["data/mmlu.py", "--help"], ["tests/account.py", "--help"])
     )  # fmt: skip
     for flag in set(re.findall(r"(--\w+)", README)):
         assert flag in known, flag

@@ -1,0 +1,69 @@
+"""What there is to read in the base's hidden states, layer by layer, before any side network."""
+
+import torch
+
+from benchmarks.common import print_row, print_table
+from data.chat import load_template
+from data.tokenizer import load_tokenizer
+from model import from_pretrained
+from train import load_task, parse_args, resolve
+
+EXAMPLES = 1200, 400  # to learn from, and to test
+
+
+def probe(*flags):
+    """Per layer: the channels' size, and how well a linear classifier learns in 100 steps of 16
+    from the states as they are, and standardized (the best of three learning rates each); and the
+    classifier that ridge regression finds from all of the examples.
+
+    flags: those of train.py, with a --task of two labels and --head lm
+    """
+    cfg = resolve(parse_args(flags))
+    tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
+    task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), EXAMPLES[0]
+    states, y = last_states(base, (task.train + task.held_out)[: sum(EXAMPLES)])
+    print_table("Reading the base", "layer", "largest |mean|", "median std", "100 steps: raw",
+                "standardized", "ridge")  # fmt: skip
+    for i in range(states.shape[1]):
+        x = states[:, i]
+        mean, std = x[:64].mean(dim=0), x[:64].std(dim=0) + 1e-3
+        z, rates = (x - mean) / std, (1e-4, 1e-3, 1e-2)
+        accuracies = [max(classify(v, y, n, rate) for rate in rates) for v in (x, z)]
+        accuracies.append(max(regress(z, y, n, weight) for weight in (10, 100, 1e3, 1e4)))
+        sizes = f"{mean.abs().max():.1f}", f"{std.median():.2f}"
+        print_row(i + 1, *sizes, *(f"{accuracy:.3f}" for accuracy in accuracies))
+
+
+@torch.no_grad()
+def last_states(base, examples):
+    """Hidden states of every layer at the last token, (n, N, C), and the examples' two targets."""
+    seen, states = [], []
+    for layer in base.layers:
+        layer.register_forward_hook(lambda layer, args, h_f: seen.append(h_f[0, -1]))
+    for ids, _ in examples:
+        base.hidden(torch.tensor([ids]))
+        states.append(torch.stack(seen))
+        seen.clear()
+    targets = torch.tensor([targets[-1] for _, targets in examples])
+    return torch.stack(states), (targets == targets.max()).long()
+
+
+def classify(x, y, n, learning_rate):
+    """Accuracy on x[n:] of a linear classifier after 100 steps of Adam on 16 of x[:n] each."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(x.shape[1], 2)
+    torch.nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.Adam(linear.parameters(), learning_rate)
+    for _ in range(100):
+        rows = torch.randint(n, (16,), generator=generator)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(linear(x[rows]), y[rows]).backward()
+        optimizer.step()
+    return (linear(x[n:]).argmax(dim=1) == y[n:]).float().mean().item()
+
+
+def regress(x, y, n, weight):
+    """Accuracy on x[n:] of ridge regression on all of x[:n]."""
+    a, b = x[:n], 2.0 * y[:n] - 1
+    w = torch.linalg.solve(a.T @ a + weight * torch.eye(a.shape[1]), a.T @ b)
+    return ((x[n:] @ w > 0) == y[n:].bool()).float().mean().item()

@@ -1,0 +1,82 @@
+"""What all tasks share (data/__init__.py): batches, splits, and the logits of next tokens."""
+
+import pytest
+import torch
+from conftest import FAMILIES, shaken, small_base
+
+from data import IGNORE_INDEX, batches, choice_logits, label, split, word_ids
+from data.glue import ANSWER, FORMS
+from data.tokenizer import load_tokenizer
+from qst import QST
+from quant import InputError
+from side import SideConfig
+
+
+def test_batches_have_every_example_once_an_epoch():
+    """Batches are padded on the right, similar lengths together, each example once an epoch."""
+    examples = [([i] * (1 + i % 37), [i] * (1 + i % 37)) for i in range(1, 301)]
+    stream = batches(examples, 8, seed=0)
+    seen, filled, room = [], 0, 0
+    while len(seen) < 300:
+        idx, targets = next(stream)
+        assert idx.shape == targets.shape and len(idx) <= 8
+        seen += idx[:, 0].tolist()
+        filled, room = filled + (targets != IGNORE_INDEX).sum().item(), room + targets.numel()
+        assert torch.equal(idx != 0, targets != IGNORE_INDEX)
+    assert sorted(seen) == list(range(1, 301))
+    assert filled / room > 0.9  # at random, 0.6
+    assert torch.equal(next(batches(examples, 8, 5))[0], next(batches(examples, 8, 5))[0])
+
+
+def test_split_is_by_seed_and_disjoint():
+    """Every example is in one of the two parts; `most` takes so many of them."""
+    train, held_out = split(list(range(100)), 0.1, seed=3)
+    assert len(held_out) == 10 and sorted(train + held_out) == list(range(100))
+    assert split(list(range(100)), 0.1, 3) == (train, held_out)
+    assert split(list(range(100)), 0.1, 4)[1] != held_out
+    assert sum(map(len, split(list(range(100)), 0.1, 3, most=20))) == 20
+
+
+def test_labels_are_asked_for_once():
+    """A label is the target of the last token alone."""
+    assert label([4, 5, 6], 1) == ([4, 5, 6], [IGNORE_INDEX, IGNORE_INDEX, 1])
+
+
+def test_word_ids(tiny_model):
+    """The ids are what the tokenizer makes of the words after the question, and all differ."""
+    tokenizer = load_tokenizer(tiny_model)
+    for form in (form for task, form in FORMS.items() if task != "stsb"):
+        ids = word_ids(tokenizer, form.words, ANSWER)
+        for word, id in zip(form.words, ids):
+            assert tokenizer.encode(f"x{ANSWER} {word}")[len(tokenizer.encode(f"x{ANSWER}"))] == id
+    with pytest.raises(InputError, match="begins several of yes, yes alike"):
+        word_ids(tokenizer, ("yes", "yes"), ANSWER)
+
+
+@pytest.mark.parametrize("family, quant, side", [
+    ("grouped", "nf4", False), ("opt", "none", False), ("grouped", "nf4", True),
+    ("opt", "nf4", True),
+])  # fmt: skip
+@pytest.mark.parametrize("shared", [0, 1, 17])
+def test_batched_logits_are_those_of_one_by_one(family, quant, side, shared):
+    """In any batch, behind a common beginning of any length, and in the prompts' order."""
+    model = small_base(quant, **FAMILIES[family])
+    if side:
+        model = shaken(QST(model, SideConfig(reduction=4, rank=2)))
+    draw = torch.Generator().manual_seed(1)
+    row = lambda size: torch.randint(3, 61, (size,), generator=draw).tolist()
+    prefix = row(shared)
+    prompts = [prefix + row(size) for size in (9, 3, 20, 1, 14, 3, 8)]
+    if shared == 17:
+        prompts.append(prefix)  # nothing but what all have
+    last = lambda prompt: model.head(model.hidden(torch.tensor([prompt])))[:, -1]
+    with torch.no_grad():
+        one_by_one = torch.cat([last(prompt) for prompt in prompts])
+    for batch_size in (1, 3, 100):
+        logits = choice_logits(model, prompts, None, batch_size)
+        torch.testing.assert_close(logits, one_by_one, atol=1e-5, rtol=1e-5)
+    chosen = choice_logits(model, prompts, [7, 4, 60], 3)
+    torch.testing.assert_close(chosen, one_by_one[:, [7, 4, 60]], atol=1e-5, rtol=1e-5)
+    assert chosen.dtype == torch.float32 and not chosen.requires_grad
+    with pytest.raises(InputError, match="longer than the model's 64 positions"):
+        choice_logits(model, [[5] * 65], None, 1)

@@ -1,0 +1,66 @@
+"""The side checkpoint: what is saved is loaded, beside the same base, and nothing else is."""
+
+import pytest
+import torch
+from conftest import VARIANTS, as_of_an_older_commit, shaken, small_base, small_config
+
+from data.safetensors import read_safetensors, write_safetensors
+from model import Transformer
+from qst import QST, fingerprint
+from quant import InputError
+from side import SideConfig
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_a_saved_side_is_the_same_side(changes, tmp_path, idx):
+    """What is loaded into a fresh model gives the same logits, bit for bit."""
+    model = shaken(QST(small_base(), SideConfig(reduction=4, **changes)))
+    model.save_side(tmp_path)
+    again = QST.from_side(small_base(), tmp_path)
+    assert torch.equal(again(idx)[0], model(idx)[0])
+    assert again.side.config == model.side.config
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["side.json", "side.safetensors"]
+
+
+@pytest.mark.parametrize("other, message", [
+    (dict(seed=5), "weights"), (dict(quant="fp4"), "quant nf4 there and fp4 here"),
+    (dict(quant="none"), "quant nf4 there and none here"), (dict(rope_theta=5e5), "weights"),
+])  # fmt: skip
+def test_a_side_refuses_another_base(other, message, tmp_path):
+    """A checkpoint loads only beside the base that it was trained on."""
+    QST(small_base(), SideConfig(reduction=4)).save_side(tmp_path)
+    with pytest.raises(InputError, match=f"another base: .*{message}"):
+        QST.from_side(small_base(**other), tmp_path)
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype():
+    """The same checkpoint, loaded to compute in fp32 or in fp16, is the same base."""
+    torch.manual_seed(0)
+    state = Transformer(small_config()).state_dict()
+    prints = []
+    for dtype in (torch.float32, torch.float16):
+        for quant in ("nf4", "none"):
+            model = Transformer(small_config())
+            model.load_state_dict(state)
+            prints.append(fingerprint(model.freeze(quant, dtype)))
+    assert prints[0] == prints[2] and prints[1] == prints[3] and prints[0] != prints[1]
+
+
+def test_a_tensor_missing_or_left_over_is_named(tmp_path):
+    """Loading a side network is strict in both directions, and about shapes and formats."""
+    base, path = small_base(), tmp_path / "side.safetensors"
+    QST(base, SideConfig(reduction=4)).save_side(tmp_path)
+    as_of_an_older_commit(tmp_path)
+    whole = {name: read().clone() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, {k: v for k, v in whole.items() if k != "upsample.weight"})
+    with pytest.raises(InputError, match="lacks upsample.weight"):
+        QST.from_side(base, tmp_path)
+    write_safetensors(path, whole | {"extra": torch.zeros(1)})
+    with pytest.raises(InputError, match="has extra, which"):
+        QST.from_side(base, tmp_path)
+    write_safetensors(path, whole | {"gamma": torch.zeros(7)})
+    with pytest.raises(InputError, match="gamma has shape"):
+        QST.from_side(base, tmp_path)
+    as_of_an_older_commit(tmp_path, format=99)
+    with pytest.raises(InputError, match="format is 99; it must be 1 or 2"):
+        QST.from_side(base, tmp_path)

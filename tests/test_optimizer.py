@@ -1,0 +1,85 @@
+"""The optimizer: learning rates, groups, accumulated gradients, and AdamW in 8 bits."""
+
+import pytest
+import torch
+from conftest import small_base
+
+import train
+from qst import QST
+from side import SideConfig
+from train import AdamW8bit, TrainConfig
+
+
+def test_learning_rate():
+    """A linear warm-up, then the schedule, which ends just above 0."""
+    rates = {}
+    for schedule in train.SCHEDULES:
+        cfg = TrainConfig(lr_schedule=schedule, learning_rate=1.0, max_iters=110, warmup_iters=10)
+        rates[schedule] = [train.learning_rate_at(i, cfg) for i in range(110)]
+        assert rates[schedule][:10] == pytest.approx([(i + 1) / 11 for i in range(10)])
+        assert rates[schedule][10] == 1
+    assert rates["constant"][109] == 1
+    assert rates["linear"][60] == pytest.approx(0.5) and rates["linear"][109] == pytest.approx(0.01)
+    assert rates["cosine"][60] == pytest.approx(0.5) and 0 < rates["cosine"][109] < 0.001
+
+
+def test_optimizer_groups():
+    """Matrices decay, vectors and gates do not, and alpha has its own learning rate."""
+    model = QST(small_base(), SideConfig(reduction=4, downsample_norm=True, gate="channel"))
+    cfg = train.resolve(TrainConfig(weight_decay=0.1, alpha_lr_factor=25.0))
+    optimizer = train.make_optimizer(model, cfg)
+    groups = {(g["factor"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
+    assert set(groups) == {(1, 0.1), (1, 0), (25, 0)}
+    assert all(p.dim() == 2 for p in groups[1, 0.1])
+    assert [id(p) for p in groups[25, 0]] == [id(model.side.alpha)]
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    """Two halves, accumulated, give the step that the whole batch gives."""
+    idx = torch.randint(3, 61, (8, 10), generator=torch.Generator().manual_seed(0))
+    after = []
+    for pieces in (1, 2):
+        torch.manual_seed(0)
+        model = QST(small_base(), SideConfig(reduction=4))
+        cfg = train.resolve(TrainConfig(gradient_accumulation_steps=pieces))
+        optimizer = train.make_optimizer(model, cfg)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        batches = iter([(part, part) for part in idx.chunk(pieces)] * 3)
+        for iteration in range(3):
+            loss, tokens = train.train_step(
+                model.loss, optimizer, scaler, batches, torch.device("cpu"), iteration, cfg
+            )
+            assert tokens == 80
+        after.append([loss, *[p.detach().clone() for p in model.parameters()]])
+    for one, two in zip(*after):
+        assert torch.allclose(torch.as_tensor(one), torch.as_tensor(two), atol=1e-4)
+
+
+def test_adamw_in_8_bits():
+    """Its steps are AdamW's within a few percent, decay and the groups' learning rates included."""
+    torch.manual_seed(0)
+    target, start = torch.randn(40, 30), torch.randn(40, 30)
+    values = []
+    for make in (torch.optim.AdamW, AdamW8bit):
+        p = torch.nn.Parameter(start.clone())
+        optimizer = make([dict(params=[p], weight_decay=0.1)], lr=0.02)
+        for _ in range(60):
+            optimizer.zero_grad()
+            ((p - target) ** 2 * torch.linspace(1e-2, 1, 30)).sum().backward()
+            optimizer.step()
+        values.append(p.detach() - start)
+    assert values[0].abs().mean() > 0.5
+    assert (values[1] - values[0]).norm() < 0.05 * values[0].norm()
+
+
+def test_the_8_bit_moments_never_divide_by_zero():
+    """A gradient a millionth of its block's largest takes a step as AdamW's, and not a leap."""
+    p = torch.nn.Parameter(torch.zeros(256))
+    optimizer = AdamW8bit([dict(params=[p])], lr=0.01)
+    for i in range(20):
+        p.grad = torch.full((256,), 1e-9)
+        p.grad[0] = 1.0 if i % 2 else -0.9
+        optimizer.step()
+    assert p.isfinite().all() and p.abs().max() < 20 * 0.01 * 1.1
+    assert (optimizer.state[p]["root"] > 127).all()

@@ -1,0 +1,124 @@
+"""Settings and command lines: flags, defaults, and the user's mistakes."""
+
+import re
+from dataclasses import fields
+
+import pytest
+from conftest import ROOT, command, run_script
+
+import qst
+import train
+from data.settings import run
+from quant import InputError
+from side import METHODS
+from train import TrainConfig
+
+
+def test_every_field_is_a_flag(capsys):
+    """`--name value` and `--name=value` both work, and booleans need no value."""
+    flags = "--max_iters 7 --learning_rate=1e-3 --compile --final_norm=false --base=a=b"
+    cfg = train.parse_args(flags.split())
+    assert (cfg.max_iters, cfg.learning_rate, cfg.compile, cfg.final_norm) == (7, 1e-3, True, False)
+    assert cfg.base == "a=b" and cfg.rank == 16
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    for f in fields(TrainConfig):
+        assert (f"--{f.name} " in shown) == f.metadata["flag"]
+
+
+def test_the_help_of_data_leads_somewhere():
+    """Each file that it names has a --help, which says where its data comes from."""
+    named = re.findall(r"data/\w+\.py", TrainConfig.__dataclass_fields__["data"].metadata["help"])
+    for script in named:
+        assert "where it comes from" in run_script(script, "--help"), script
+    assert len(named) == 3
+
+
+def test_help_mentions_every_command(capsys):
+    """Each command of qst.py has its --help, and the first names the others."""
+    for words in ([], ["chat"], ["answer"], ["import-released"]):
+        with pytest.raises(SystemExit) as stopped:
+            qst.main([*words, "--help"])
+        assert stopped.value.code == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "--base" in out and (words or "qst.py chat" in out and "qst.py answer" in out)
+
+
+def test_defaults_are_the_papers():
+    """With a real base, where the user says nothing."""
+    cfg = train.resolve(TrainConfig(base="x", data="y"))
+    assert (cfg.reduction, cfg.rank, cfg.downsample, cfg.quant) == (16, 16, "adapter", "nf4")
+    assert (cfg.learning_rate, cfg.lr_schedule, cfg.sequence_len) == (2e-4, "constant", 384)
+
+
+def test_defaults_of_a_method():
+    """The base's storage, and LST's reduction, where the user says nothing."""
+    done = {m: train.resolve(TrainConfig(base="x", data="y", method=m)) for m in METHODS}
+    assert {m: c.quant for m, c in done.items()} == dict(
+        qst="nf4", qlora="nf4", lst="none", lora="none", adapter="none", full="none", peqa="int4"
+    )
+    assert {m: c.reduction for m, c in done.items() if c.reduction != 16} == {"lst": 8}
+    assert train.resolve(TrainConfig(method="lst", reduction=4)).reduction == 4
+
+
+def test_a_variant_is_one_flag():
+    """--variant sets what the architecture's own flags leave at the paper's values."""
+    cfg = train.resolve(train.parse_args(["--variant", "fast", "--mix", "released"]))
+    assert (cfg.mix, cfg.gate, cfg.standardize) == ("released", "sum", True)
+    assert train.resolve(train.parse_args(["--variant", "released"])).final_norm
+    with pytest.raises(InputError, match="--variant best is unknown: choose paper, released, fast"):
+        train.resolve(train.parse_args(["--variant", "best"]))
+
+
+@pytest.mark.parametrize("args, message", [
+    (["train.py", "--lerning_rate", "1"], "--lerning_rate"),
+    (["train.py", "--max_iters", "many"], "--max_iters"),
+    (["train.py", "--compile=perhaps"], "--compile"),
+    (["train.py", "--base", "/nowhere", "--data", "x"], "/nowhere is not a folder"),
+    (["train.py", "--base", "/nowhere"], "--base needs --data"),
+    (["train.py", "--data", "x"], "--data needs --base"),
+    (["train.py", "--preset", "opt-125m"], "--preset"), (["train.py", "--plan"], "--plan"),
+    (["train.py", "--batch_size", "0"], "--batch_size 0"),
+    (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
+    (["train.py", "--threads", "1000"], "--threads 1000"),
+    (["train.py", "--learning_rate=-1"], "--learning_rate -1"),
+    (["train.py", "--beta1", "1.5"], "--beta1 1.5"),
+    (["train.py", "--downsample", "sum"], "--downsample sum"),
+    (["train.py", "--lr_schedule", "up"], "--lr_schedule up"),
+    (["train.py", "--device", "gpu"], "--device gpu"),
+    (["train.py", "--out_dir", str(ROOT / "LICENSE")], "LICENSE cannot be written to"),
+    (["qst.py", "--base", "/nowhere", "--prompt", "x"], "/nowhere is not a folder"),
+    (["qst.py", "--base", "/nowhere", "--prompt", "x", "--temprature=1"], "--temprature=1"),
+])  # fmt: skip
+def test_mistakes_on_the_command_line(args, message):
+    """One sentence that names the flag or the file."""
+    script, *flags = args
+    with pytest.raises(SystemExit) as stopped:
+        if script == "train.py":
+            run(lambda: train.main(train.parse_args(flags)))
+        run(lambda: qst.main(flags))
+    assert message in stopped.value.code and "\n" not in stopped.value.code
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"),
+    (dict(optimizer_bits=4), "--optimizer_bits 4 is unknown: choose 32, 8"),
+    (dict(method="qlora", h_f_bits=8), "--h_f_bits is of --method qst and lst, and not of qlora"),
+    (dict(method="full", reduction=4), "--reduction is of --method qst"),
+    (dict(method="peqa", variant="fast"), "--variant is of"),
+    (dict(method="peqa", quant="int5"), "--quant int4 or int3, and not int5"),
+    (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
+])  # fmt: skip
+def test_flags_that_contradict_the_method(flags, message):
+    """The sentence names the flag, and the methods that read it or what they allow."""
+    with pytest.raises(InputError, match=message):
+        train.resolve(TrainConfig(**flags))
+
+
+def test_a_mistake_shows_no_traceback():
+    """The same from outside: a line on stderr and a failing exit code."""
+    for args in (["train.py", "--base", "/nowhere", "--data", "x"], ["qst.py", "--promt", "x"]):
+        done = command(*args)
+        assert done.returncode == 1 and done.stderr.startswith("error: ")
+        assert len(done.stderr.strip().split("\n")) == 1

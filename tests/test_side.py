@@ -1,0 +1,138 @@
+"""side.py: the side network is the paper's, in its equations, start values and sizes."""
+
+import math
+
+import pytest
+import torch
+from conftest import shaken, small_base, small_config
+from torch.nn import functional as F
+
+from model import PRESETS, count_weights, positions_and_mask, rotary_table
+from qst import QST
+from quant import InputError
+from side import DOWNSAMPLERS, RELEASED, SideConfig, SideNetwork
+
+
+@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+def test_the_forward_pass_is_the_papers_equations(kind, idx):
+    """The forward pass equals QST §3.2, written out layer by layer from the base's states."""
+    base = small_base()
+    model = shaken(QST(base, SideConfig(reduction=4, downsample=kind)))
+    side = model.side
+
+    def down(i, h):
+        d = side.downsample[i]
+        if kind == "linear":
+            return h @ d.down.weight.T
+        if kind == "lora":
+            return h @ d.down.weight.T @ d.up.weight.T
+        if kind == "adapter":
+            return F.silu(h @ d.down.weight.T) @ d.up.weight.T
+        groups = h.reshape(*h.shape[:-1], 8, 4)
+        return groups.max(dim=-1).values if kind == "maxpool" else groups.mean(dim=-1)
+
+    positions, mask = positions_and_mask(idx)
+    states = [base.embed_tokens(idx)]
+    for layer in base.layers:
+        states.append(layer(states[-1], mask, rotary_table(base.config, positions, torch.float32)))
+    h_g = down(0, states[0])
+    for i in range(3):
+        beta = 1 / (1 + math.exp(-side.gamma[i].item()))
+        mixed = (1 - beta) * down(i + 1, states[i + 1]) + beta * h_g
+        h_g = side.layers[i](mixed, mask, rotary_table(side.model_config, positions, torch.float32))
+    h = side.alpha * base.norm(states[-1]) + (1 - side.alpha) * (h_g @ side.upsample.weight.T)
+    expected = h @ base.lm_head.weight.T
+    assert torch.allclose(model(idx)[0], expected, atol=1e-4 * expected.abs().max().item())
+
+
+def test_start_values():
+    """gamma 0 and alpha 1 as in the paper; as released, 0.5 and 1 through a sigmoid."""
+    paper = SideNetwork(small_config(), SideConfig(reduction=4))
+    assert paper.alpha.shape == () and paper.alpha == 1
+    assert paper.gamma.shape == (3,) and paper.gamma.eq(0).all()
+    released = SideNetwork(small_config(), SideConfig(reduction=4, **RELEASED))
+    assert released.alpha.shape == (32,) and released.alpha.eq(1).all()
+    assert released.gamma.shape == (3, 8) and released.gamma.eq(0.5).all()
+    h_f, h_g = torch.randn(2, 32), torch.randn(2, 8)
+    part = 1 / (1 + math.exp(-1))
+    expected = part * h_f + (1 - part) * released.upsample(released.norm(h_g))
+    assert torch.allclose(released.mix(h_f, h_g), expected, atol=1e-6)
+
+
+def test_mixes_and_gates(base):
+    """The residual mix and the summing gate are sums, without a parameter of their own."""
+    side = shaken(QST(base, SideConfig(reduction=4, mix="residual", gate="sum"))).side
+    assert side.alpha is None and side.gamma is None
+    h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
+    assert torch.allclose(side.mix(h_f, h_g), h_f + h_g @ side.upsample.weight.T, atol=1e-6)
+    expected = side.layers[2](side.downsample[3](h_f) + h_g)
+    assert torch.equal(side.step(2, h_f, h_g), expected)
+
+
+def test_a_factor_near_0_is_not_lost_in_bf16():
+    """1 - alpha is taken in fp32: with alpha just below 1 the side network still counts in bf16."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4))
+    side.alpha.data.fill_(0.999)
+    h_f, h_g = torch.zeros(2, 32).bfloat16(), torch.randn(2, 8).bfloat16()
+    expected = 0.001 * side.upsample(h_g).float()
+    assert torch.allclose(side.mix(h_f, h_g).float(), expected, rtol=0.02, atol=1e-6)
+
+
+def test_standardization(base, idx, tmp_path):
+    """Channels of what the downsamplers read have mean 0 and variance 1 over the texts' tokens,
+    padding not among them; a saved side network knows them."""
+    model = QST(base, SideConfig(reduction=4, standardize=True))
+    assert torch.equal(model.side.standardized(1, torch.ones(2, 32)), torch.zeros(2, 32))  # not yet
+    texts = [row[: 4 + i].tolist() for i, row in enumerate(idx)]
+    model.calibrate(texts)
+    positions = torch.arange(10).unsqueeze(0)
+    states = [[base.embed_tokens(torch.tensor([text]))] for text in texts]
+    for row in states:
+        rope = rotary_table(base.config, positions[:, : row[0].shape[1]], torch.float32)
+        for layer in base.layers:
+            row.append(layer(row[-1], None, rope))
+    for i in range(4):
+        tokens = torch.cat([row[i][0] for row in states])
+        seen = model.side.standardized(i, tokens)
+        assert seen.mean(0).abs().max() < 1e-4
+        assert torch.allclose(seen.var(0, correction=0), torch.ones(32), atol=1e-3)
+    model.save_side(tmp_path)
+    again = QST.from_side(base, tmp_path)
+    assert torch.equal(again.side.mean, model.side.mean)
+    assert torch.equal(again(idx)[0], model(idx)[0])
+
+
+def test_reductions_that_do_not_fit_are_refused():
+    """The message says which reductions do."""
+    with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):
+        SideNetwork(small_config(), SideConfig(reduction=3))
+    with pytest.raises(InputError, match="--downsample sum is unknown"):
+        SideConfig(downsample="sum")
+    SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
+    with pytest.raises(InputError, match="rotary"):
+        SideNetwork(small_config(), SideConfig(reduction=8))
+
+
+@pytest.mark.parametrize("preset, released", [
+    ("llama-2-7b", 28_623_104), ("llama-2-13b", 54_756_160), ("llama-2-70b", 282_944_000),
+    ("opt-1.3b", 5_869_824), ("opt-2.7b", 11_720_000), ("opt-6.7b", 28_582_400),
+])  # fmt: skip
+def test_trainable_parameters_of_the_released_variant(preset, released):
+    """SideConfig(**RELEASED) has exactly as many parameters as the released code."""
+    with torch.device("meta"):
+        side = SideNetwork(PRESETS[preset], SideConfig(**RELEASED))
+    assert sum(p.numel() for p in side.parameters()) == released
+
+
+def test_trainable_parameters_of_the_papers_variant():
+    """The paper's own architecture on LLaMA-2-7B: 0.42 % (Table 6 says 0.41, 0.85, 0.38)."""
+    total, percent = count_weights(PRESETS["llama-2-7b"]), {}
+    for kind in DOWNSAMPLERS:
+        with torch.device("meta"):
+            side = SideNetwork(PRESETS["llama-2-7b"], SideConfig(downsample=kind))
+        trainable = sum(p.numel() for p in side.parameters())
+        percent[kind] = 100 * trainable / (total + trainable)
+        if kind == "adapter":
+            assert trainable == 28_659_745
+    paper = dict(linear=0.85, lora=0.41, adapter=0.41, maxpool=0.38, avgpool=0.38)
+    assert percent == pytest.approx(paper, abs=0.06)
