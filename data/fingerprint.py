@@ -74,8 +74,9 @@ def differences(theirs, ours):
 
 
 def alike(one, other):
-    """Whether values are the same but for rounding to bf16, or to fp16 with its least step 2^-24."""
-    x, y = (torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16).float() for v in (one, other))
+    """Whether values are the same up to rounding to bf16, or to fp16 with its least step 2^-24."""
+    values = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float()
+    x, y = values(one), values(other)
     if len(x) != len(y):
         return False
     return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-23).all())
