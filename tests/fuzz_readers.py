@@ -8,10 +8,10 @@ import json
 
 import torch
 from conftest import FIXTURES, small_base
-from test_data import flat, oasst_tree
+from test_instruct import flat, oasst_tree
 from test_glue import LINES
 from test_mmlu import ROW
-from test_qst import released_state
+from test_released import released_state
 
 from data import chat, glue, instruct, mmlu, mt_bench, text, tiny
 from data.fields import Refused
