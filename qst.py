@@ -17,6 +17,7 @@ import torch
 from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
 from data.fingerprint import differences, fingerprint, quant_kind
 from data.hub import save_pretrained
+from data.methods import SIDE_METHODS, check_quant
 from data.safetensors import copy_into
 from data.settings import Parser, pick_device, pick_dtype, run
 from data.tokenizer import copy_tokenizer, load_tokenizer
@@ -25,9 +26,7 @@ from model import (
     token_loss,
 )  # fmt: skip
 from quant import InputError, Linear4bit, Quantized
-from side import (
-    IN_BASE_METHODS, METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork,
-)  # fmt: skip
+from side import IN_BASE_METHODS, RELEASED, LoRALinear, SideConfig, SideNetwork
 
 class Tuned(LanguageModel):
     """A frozen base, and in `side` what a method trains inside it; `QST` trains a network beside it.
@@ -175,13 +174,6 @@ class QST(Tuned):
             mean, variance = channel_statistics(self.base, prompts)
             self.side.mean.copy_(mean)
             self.side.scale.copy_((variance + 1e-6).rsqrt())
-
-
-def check_quant(method, quant):
-    """Refuse a base that is not stored as the method needs it."""
-    if quant.partition("-")[0] not in METHODS[method]:
-        kinds = " or ".join(METHODS[method])
-        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from data import (
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
+from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import AdamW8bit, Muon
 from data.report import (
     TrainingLog, conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes,
@@ -36,17 +37,14 @@ from data.tokenizer import load_tokenizer
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
-from qst import QST, check_quant, read_side, tune
+from qst import QST, read_side, tune
 from quant import InputError
-from side import (
-    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, of_side,
-)  # fmt: skip
+from side import IN_BASE_METHODS, VARIANTS, SideConfig
 
 TASKS = {
     "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
     **dict.fromkeys(glue.FORMS, glue.load),
 }  # fmt: skip
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -87,7 +85,7 @@ class TrainConfig(SideConfig):
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer", at_least=1)
     learning_rate: float = setting(None, "of AdamW", above=0, below=math.inf)
     alpha_lr_factor: float = setting(25.0, "alpha learns so many times faster", above=0)
-    lr_schedule: str = setting(None, "of the learning rate, after the warm-up", SCHEDULES)
+    lr_schedule: str = setting(None, "of the rate, after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the rate rises from 0", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW, on matrices only", at_least=0)
     beta1: float = setting(0.9, "of AdamW", above=0, below=1)
@@ -99,9 +97,7 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(
-        1337, "of the weights, the split and the order of examples", at_least=0, below=2**63
-    )
+    seed: int = setting(1337, "of weights, split and order of examples", at_least=0, below=2**63)
 
     def __post_init__(self):
         """What depends on other settings stays None until `resolve`."""

@@ -22,16 +22,11 @@ except ImportError:  # Windows
 
 from data import tiny
 from data.charts import line_chart
+from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
 from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
 
-SIDE_METHODS = ("qst", "lst")
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
-TRAINED = {
-    "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
-    "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
-    "full": "the base itself",
-}  # fmt: skip
 
 
 def progress(iterations, desc, initial=0, total=None):
@@ -139,8 +134,7 @@ def introduce(folder, model, optimizer, cfg, batch, result):
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
-    side = "a side network {reduction} times narrower, {downsample} downsamplers"
-    what = TRAINED.get(cfg.method, side).format(**vars(model.side.config))
+    what = LEARNS[cfg.method].format(**vars(model.side.config))
     steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
     memory = ", ".join(
         f"{name} {show_bytes(result[f'{name}_bytes'])}"
