@@ -29,7 +29,7 @@ from quant import InputError, Linear4bit, Quantized
 from side import IN_BASE_METHODS, RELEASED, LoRALinear, SideConfig, SideNetwork
 
 class Tuned(LanguageModel):
-    """A frozen base, and in `side` what a method trains inside it; `QST` trains a network beside it.
+    """A frozen base, and in `side` what a method trains inside it; in `QST`, beside it.
 
     base: a frozen `Transformer`; config: a `SideConfig`
     """
@@ -54,7 +54,7 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            labels = config.n_labels  # of a task with labels, a classifier takes the LM head's place
+            labels = config.n_labels  # if there are any, a classifier takes the LM head's place
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
         return side
@@ -261,8 +261,8 @@ def import_command(args):
 
 
 def merge_command(args):
-    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder of
-    plain weights, in bf16 if --dtype does not say otherwise."""
+    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder
+    of plain weights, in bf16 if --dtype does not say otherwise."""
     if any(Path(args.out).glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)

@@ -229,8 +229,8 @@ class SideNetwork(nn.Module):
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha is
-        # a scalar, whose gradient, a sum over all channels, is too large for fp16.
+        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha
+        # is a scalar, whose gradient, a sum over all channels, is too large for fp16.
         weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 

@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 
 from data import (
-    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches, mean_loss,
-    mmlu, placement, prefetch, text, tiny, to_device,
+    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
+    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
@@ -70,10 +70,10 @@ class TrainConfig(SideConfig):
         "default with --base), or the base's layers (other methods)")  # fmt: skip
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
-    optimizer: str = setting("adamw", "muon: Muon for matrices, AdamW for the rest", ("adamw", "muon"))
+    optimizer: str = setting("adamw", "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
-    quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3, int4-64 "
-        "(groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
+    quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
+        " int4-64 (groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
@@ -85,7 +85,7 @@ class TrainConfig(SideConfig):
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer", at_least=1)
     learning_rate: float = setting(None, "of AdamW", above=0, below=math.inf)
     alpha_lr_factor: float = setting(25.0, "alpha learns so many times faster", above=0)
-    lr_schedule: str = setting(None, "of the rate, after the warm-up", ("constant", "linear", "cosine"))
+    lr_schedule: str = setting(None, "after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the rate rises from 0", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW, on matrices only", at_least=0)
     beta1: float = setting(0.9, "of AdamW", above=0, below=1)
@@ -135,7 +135,7 @@ def resolve(cfg):
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
-        (cfg.instructions and task != "mmlu", f"--instructions is of --task mmlu, and not of {task}"),
+        (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
         (cfg.method == "lst" and cfg.mix not in (None, "side"),
          "--method lst predicts from the side network alone: leave out --mix"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
@@ -307,7 +307,7 @@ def make_model(cfg, base, task):
 
 
 def save_memory(model, cfg):
-    """Set what backward keeps, and in how many bits, put each part where it runs, and return the model."""
+    """Set what backward keeps, and put each part where it runs; returns the model."""
     if cfg.devices:
         placement.follow(model)
     model.chunk_loss = cfg.chunk_loss

@@ -1,10 +1,11 @@
 """What tells one frozen base from another: a side network must not be put beside a base that it was
 not trained on.
 
-What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are rounded
-to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No hash can be
-the same for all of them: it would have to be blind to every step from one 16-bit number to the next,
-and so to everything but the sign. Hence a few values are kept as they are, and compared up to rounding.
+What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are
+rounded to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No
+hash can be the same for all of them: it would have to be blind to every step from one 16-bit number
+to the next, and so to everything but the sign. Hence a few values are kept as they are, and compared
+up to rounding.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ SAMPLES = 8  # of each tensor
 
 
 def fingerprint(base):
-    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and some
-    of its values.
+    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and
+    some of its values.
 
     The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
     and scales of packed weights, and the signs of the rest, which are the same in every dtype.

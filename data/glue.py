@@ -248,7 +248,7 @@ def show(folder):
             found = True
     if not found:
         names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
-        raise InputError(f"{folder} has no dev.tsv of a task: give one of {names}, or their folder.")
+        raise InputError(f"{folder} has no task's dev.tsv: give one of {names}, or their folder.")
 
 
 if __name__ == "__main__":

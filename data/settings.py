@@ -88,7 +88,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        sys.exit(f"error: {message if len(message) < 300 else message[:300] + '...'}; --help lists the flags")
+        message = message if len(message) < 300 else message[:300] + "..."
+        sys.exit(f"error: {message}; --help lists the flags")
 
 
 def run(main):
@@ -126,14 +127,15 @@ def add_flags(parser, settings, shown_defaults=()):
 
 
 def pick_device(name):
-    """A flag's value -> a torch device; "auto" is a GPU where there is one, the own one of each process
-    that torchrun has started."""
+    """A flag's value -> a torch device; "auto" is a GPU where there is one, and of processes that
+    torchrun has started each takes its own."""
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
-        raise InputError(f"--device {shown(name)} is unknown: choose auto, cuda, cuda:1, mps or cpu.")
+        known = "auto, cuda, cuda:1, mps or cpu"
+        raise InputError(f"--device {shown(name)} is unknown: choose {known}.")
     if kind == "cuda" and not gpus or kind == "mps" and not mps:
         raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
     if kind == "cuda" and int(number or 0) >= gpus:

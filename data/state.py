@@ -97,8 +97,8 @@ class RunState:
         for name, value in self.about.items():
             if name not in MAY_DIFFER and (old := state["about"].get(name)) != value:
                 raise InputError(
-                    f"--resume: {self.out_dir} was begun with another --{name}, {old} and not {value}: "
-                    "give the same, or another --out_dir."
+                    f"--resume: {self.out_dir} was begun with another --{name}, {old} and not "
+                    f"{value}: give the same, or another --out_dir."
                 )
         self.side.load_state_dict(state["side"])
         load_optimizer(self.optimizer, state["optimizer"])
@@ -125,15 +125,16 @@ def only_run_in(out_dir):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise InputError(f"Another run writes to {out_dir}: wait, or give another --out_dir.") from None
+        message = f"Another run writes to {out_dir}: wait, or give another --out_dir."
+        raise InputError(message) from None
     finally:
         os.close(folder)
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step is
-    never left half done. A second Ctrl-C stops at once."""
+    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
+    is never left half done. A second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):

@@ -97,7 +97,7 @@ def test_a_variant_is_one_flag():
     (["train.py", "--weight_decay=nan"], "--weight_decay nan must be at least 0"),
     (["train.py", "--seed", "1" + "0" * 22], "--seed 1"), (["train.py", "--seed=-1"], "--seed -1"),
     (["train.py", "--head", "classifier"], "--head classifier is not of --task tiny"),
-    (["train.py", "--instructions", "x"], "--instructions is of --task mmlu, and not of tiny"),
+    (["train.py", "--instructions", "x"], "--instructions is for --task mmlu, not tiny"),
     (["train.py", "--method", "lst", "--mix", "alpha"], "leave out --mix"),
     (["train.py", "--optimizer=muon", "--optimizer_bits=8"], "--optimizer_bits 8"),
     (["train.py", "--max_iters", "x" * 10**6], "invalid int value"),
