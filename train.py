@@ -73,7 +73,7 @@ class TrainConfig(SideConfig):
     optimizer: str = setting("adamw", "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
-        " int4-64 (groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
+        " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")

@@ -4,8 +4,8 @@ not trained on.
 What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are
 rounded to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No
 hash can be the same for all of them: it would have to be blind to every step from one 16-bit number
-to the next, and so to everything but the sign. Hence a few values are kept as they are, and compared
-up to rounding.
+to the next, and so to everything but the sign. Hence a few values are kept as they are, and are
+compared up to rounding.
 """
 
 import hashlib

@@ -22,8 +22,8 @@ def parse(names):
 
 
 def places(devices, n_layer, tied):
-    """A function of a tensor's name: the embedding on the first device, the head on the last, unless
-    it is the embedding."""
+    """A function of a tensor's name: the embedding on the first device, the head on the last,
+    unless it is the embedding."""
 
     def place(name):
         if found := re.match(r"layers\.(\d+)", name):

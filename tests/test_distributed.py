@@ -81,8 +81,8 @@ def test_a_process_that_dies_ends_the_others(cfg, tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_every_token_is_in_one_process_and_weighs_the_same(size, monkeypatch):
-    """The processes' batches together are the global ones, and the shares of all add up to 1, also in
-    an epoch's last batch, of which there may be too little for all."""
+    """The processes' batches together are the global ones, and the shares of all add up to 1, also
+    in an epoch's last batch, of which there may be too little for all."""
     examples = [(list(range(n)), [-100] * (n // 2) + list(range(n - n // 2))) for n in range(3, 20)]
     monkeypatch.setattr(distributed, "size", lambda: size)
     found = []
@@ -109,11 +109,12 @@ def gradients(model, batches):
 
 
 def test_batches_of_an_iteration_are_one_batch(base):
-    """Four batches of 2 have the gradient of one of 8, to fp32 rounding, whatever the lengths of the
-    answers are."""
+    """Four batches of 2 have the gradient of one of 8, to fp32 rounding, whatever the lengths of
+    the answers are."""
     model = QST(base, SideConfig(reduction=4, rank=2))
     model.side.alpha.data.fill_(0.5)
-    examples = [(list(range(1, n)), [-100] * (n - 2 - n % 5) + [7] * (1 + n % 5)) for n in range(9, 25)]
+    asked = lambda n: [-100] * (n - 2 - n % 5) + [7] * (1 + n % 5)
+    examples = [(list(range(1, n)), asked(n)) for n in range(9, 25)]
     small, large = (
         next(iteration_batches(examples[:8], size, steps, seed=1)) for size, steps in ((2, 4), (8, 1))
     )
