@@ -8,7 +8,7 @@ from conftest import small_config
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import Transformer, model_bytes
+from model import PRESETS, Transformer, model_bytes
 from qst import QST
 from quant import InputError
 from side import METHODS, SIDE_METHODS, SideConfig
@@ -156,9 +156,16 @@ def test_floating_point_operations():
     assert 2 * weights < live.flops / idx.numel() < 4 * weights
 
 
-def test_all_methods(tmp_path, capsys):
+@pytest.fixture
+def small(monkeypatch):
+    """A preset that takes no time."""
+    shape = small_config(n_embd=256, n_ffn=512, vocab_size=500)
+    monkeypatch.setitem(PRESETS, "small", shape)
+
+
+def test_all_methods(small, tmp_path, capsys):
     """A line for each method, with its numbers in plan.json; no weights are needed."""
-    flags = f"--preset opt-125m --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
+    flags = f"--preset small --batch_size 2 --sequence_len 64 --out_dir {tmp_path}"
     rows = main(parse_args(flags.split()))
     assert json.loads((tmp_path / "plan.json").read_text()) == rows
     printed = capsys.readouterr().out
@@ -177,7 +184,7 @@ def test_the_shape_of_a_folder(tmp_path):
         hidden_act="silu",
     )  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    flags = f"--base {tmp_path} --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
+    flags = f"--base {tmp_path} --method qst --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
     assert main(parse_args(flags.split()))
     with pytest.raises(InputError, match="--preset and --base both tell"):
         main(parse_args([*flags.split(), "--preset", "opt-125m"]))
@@ -208,9 +215,9 @@ def test_seventy_billion_in_seconds():
     assert 36e9 < report["weights_bytes"] < 38e9
 
 
-def test_each_line_is_of_its_method():
+def test_each_line_is_of_its_method(small):
     """LST's line has linear downsamplers and no alpha, as a run of it."""
-    lines = dict(rows(parse_args(["--preset", "opt-125m"])))
-    alone = memory_report(AccountConfig(preset="opt-125m", method="lst"))
+    lines = dict(rows(parse_args(["--preset", "small", "--sequence_len", "64"])))
+    alone = memory_report(AccountConfig(preset="small", method="lst", sequence_len=64))
     assert memory_report(lines["lst, checkpoint"]) == alone
     assert alone != memory_report(lines["qst, checkpoint"])

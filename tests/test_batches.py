@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import FAMILIES, shaken, small_base
 
-from data import IGNORE_INDEX, batches, choice_logits, label, split, word_ids
+from data import (
+    IGNORE_INDEX, batches, choice_logits, collate, iteration_batches, label, split, word_ids,
+)  # fmt: skip
 from data.glue import ANSWER, FORMS
 from data.tokenizer import load_tokenizer
 from qst import QST
@@ -13,19 +15,33 @@ from side import SideConfig
 
 
 def test_batches_have_every_example_once_an_epoch():
-    """Batches are padded on the right, similar lengths together, each example once an epoch."""
+    """Batches have examples of similar lengths, padded on the right, each once an epoch."""
     examples = [([i] * (1 + i % 37), [i] * (1 + i % 37)) for i in range(1, 301)]
     stream = batches(examples, 8, seed=0)
     seen, filled, room = [], 0, 0
     while len(seen) < 300:
-        idx, targets = next(stream)
+        idx, targets = collate(next(stream))
         assert idx.shape == targets.shape and len(idx) <= 8
         seen += idx[:, 0].tolist()
         filled, room = filled + (targets != IGNORE_INDEX).sum().item(), room + targets.numel()
         assert torch.equal(idx != 0, targets != IGNORE_INDEX)
     assert sorted(seen) == list(range(1, 301))
     assert filled / room > 0.9  # at random, 0.6
-    assert torch.equal(next(batches(examples, 8, 5))[0], next(batches(examples, 8, 5))[0])
+    assert next(batches(examples, 8, 5)) == next(batches(examples, 8, 5))
+
+
+def test_an_iterations_batches_share_its_targets():
+    """Each weighs as many as it has, all together 1; a run that goes on gets the batches that it
+    would have had."""
+    examples = [([i] * n, [i] * n) for i, n in enumerate((1, 2, 3, 5, 8, 13, 21), start=1)]
+    stream = iteration_batches(examples, 2, 3, seed=0)
+    first, second = next(stream), next(stream)
+    for parts in (first, second):
+        counts = [(targets != IGNORE_INDEX).sum().item() for _, targets, _ in parts]
+        assert [share for *_, share in parts] == [n / sum(counts) for n in counts]
+    again = next(iteration_batches(examples, 2, 3, seed=0, start=1))
+    for one, two in zip(second, again, strict=True):
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
 
 
 def test_split_is_by_seed_and_disjoint():

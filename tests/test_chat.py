@@ -124,7 +124,7 @@ def test_the_end_of_a_prompt_is_the_start_of_the_answer(model):
     """What the model is prompted with is what stood before the answer in training."""
     _, _, tokenizer, template = model
     for messages in CONVERSATIONS[1:4]:
-        prompt = instruct.encode_prompt(messages, tokenizer, template)
+        prompt, _ = template.encode(messages[:-1], tokenizer)
         ids, inside = template.encode(messages, tokenizer)
         start = len(ids) - inside[::-1].index(True)
         while inside[start - 1]:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import VARIANTS, as_of_an_older_commit, shaken, small_base, small_config
 
+from data.fingerprint import differences, fingerprint
 from data.safetensors import read_safetensors, write_safetensors
 from model import Transformer
-from qst import QST, fingerprint
+from qst import QST
 from quant import InputError
 from side import SideConfig
 
@@ -33,17 +34,25 @@ def test_a_side_refuses_another_base(other, message, tmp_path):
         QST.from_side(small_base(**other), tmp_path)
 
 
-def test_the_fingerprint_does_not_depend_on_the_dtype():
-    """The same checkpoint, loaded to compute in fp32 or in fp16, is the same base."""
+@pytest.mark.parametrize("quant", ["nf4", "none"])
+def test_the_fingerprint_does_not_depend_on_the_dtype(quant):
+    """The same checkpoint, loaded to compute in fp32, fp16 or bf16, is the same base; one whose
+    unquantized weights are otherwise, with the same signs, is another."""
     torch.manual_seed(0)
     state = Transformer(small_config()).state_dict()
-    prints = []
-    for dtype in (torch.float32, torch.float16):
-        for quant in ("nf4", "none"):
-            model = Transformer(small_config())
-            model.load_state_dict(state)
-            prints.append(fingerprint(model.freeze(quant, dtype)))
-    assert prints[0] == prints[2] and prints[1] == prints[3] and prints[0] != prints[1]
+
+    def print_of(dtype, factor=1.0):
+        model = Transformer(small_config())
+        model.load_state_dict(state | {"norm.weight": factor * state["norm.weight"]})
+        return fingerprint(model.freeze(quant, dtype))
+
+    one = print_of(torch.float32)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert not differences(one, print_of(dtype))
+    assert differences(one, print_of(torch.float32, 1.1)) == [
+        "other weights in what is not quantized"
+    ]
+    assert len(differences(one, one | {"quant": "fp4"})) == 1
 
 
 def test_a_tensor_missing_or_left_over_is_named(tmp_path):

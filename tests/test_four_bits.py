@@ -8,10 +8,10 @@ from conftest import FIXTURES, copy_folder, small_config
 from test_model import oracle
 from torch import nn
 
+from data.fingerprint import fingerprint
 from data.hub import save_pretrained
 from data.safetensors import read_safetensors, write_safetensors
 from model import Transformer, from_pretrained, quantize_folder
-from qst import fingerprint
 from quant import InputError, Linear4bit
 
 
@@ -22,11 +22,11 @@ def test_loading_in_4_bits(name):
     plain = from_pretrained(FIXTURES / name, "none", torch.float32)
     for path, module in plain.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
-            ours = model.get_submodule(path)
-            weight, bias = module.weight, module.bias
-            again = Linear4bit.from_linear(module)
-            assert torch.equal(ours.codes, again.codes) and torch.equal(ours.absmax, again.absmax)
-            assert (bias is None) == (ours.bias is None) and len(weight) == ours.out_features
+            layer, again = model.get_submodule(path), Linear4bit.from_linear(module)
+            assert torch.equal(layer.weight.codes, again.weight.codes)
+            assert torch.equal(layer.weight.absmax, again.weight.absmax)
+            assert (module.bias is None) == (layer.bias is None)
+            assert layer.out_features == len(module.weight)
     assert not list(model.parameters()) and not list(plain.parameters())
     assert (model(torch.tensor([[3, 4]])) - plain(torch.tensor([[3, 4]]))).abs().max() > 1e-4
 
@@ -44,7 +44,7 @@ def test_folders_of_bitsandbytes(name, kind):
     wanted = "model.layers.0.self_attn.q_proj.weight" if name == "bnb_llama" else None
     if wanted:
         codes = read_safetensors(folder / "model.safetensors")[wanted]()
-        assert torch.equal(layer.self_attn.q_proj.codes, codes.view(-1))
+        assert torch.equal(layer.self_attn.q_proj.weight.codes, codes.view(-1))
     with pytest.raises(InputError, match=f"already quantized to {kind}: give --quant {kind}"):
         from_pretrained(folder, "none")
 

@@ -35,7 +35,7 @@ def test_lora_adds_a_low_rank_product():
     layer = moved(make("qlora")).base.layers[0].self_attn.q_proj
     x = torch.randn(2, 32)
     product = 4 * layer.pair.up.weight @ layer.pair.down.weight
-    weight = layer.linear.quantized.dequantize() + product
+    weight = layer.linear.weight.dequantize() + product
     assert torch.allclose(layer(x), x @ weight.T, atol=1e-5)
 
 

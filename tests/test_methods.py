@@ -93,8 +93,8 @@ def test_a_method_learns(method, idx):
     cfg = train.resolve(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
     optimizer, scaler = train.make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
     before = model.loss(idx, idx).item()
-    for i in range(20):
-        train.train_step(model.loss, optimizer, scaler, iter([(idx, idx)]), idx.device, i, cfg)
+    for _ in range(20):
+        train.train_step(model.loss, optimizer, scaler, [(idx, idx, 1.0)], rate, cfg)
     assert model.loss(idx, idx).item() < 0.9 * before
 
 
@@ -186,6 +186,7 @@ def test_contradictions(method, kind):
 
 
 @each_method
+@pytest.mark.usefixtures("no_answers")
 def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, capsys):
     """train.py trains, and evaluates what it has saved; qst.py generates with it, and merges it."""
     out, data = tmp_path / "out", tmp_path / "stories.jsonl"

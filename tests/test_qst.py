@@ -58,8 +58,8 @@ def test_the_base_is_frozen_and_keeps_nothing(base, idx):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         assert model.hidden(idx).requires_grad
     sizes = [t.untyped_storage().nbytes() // 4 for key, t in kept.items() if key not in own]
-    # the embedding, each layer's output, the normed last one, and the upsampled side state
-    assert sizes.count(3 * 10 * 32) == 1 + 3 + 1 + 1
+    # the embedding, each layer's output, and the difference that alpha weighs
+    assert sizes.count(3 * 10 * 32) == 1 + 3 + 1
     assert not any(size % (3 * 10 * 48) == 0 for size in sizes)  # the base's MLP
     assert max(sizes) == 3 * 10 * 32
 

@@ -21,14 +21,14 @@ from quant import InputError
 from train import TrainConfig
 
 SETTINGS = dict(
-    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=24, eval_interval=4, log_interval=2,
-    warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
+    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=24, eval_interval=4,
+    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
 )  # fmt: skip
 
 
 @pytest.fixture
-def cfg(tiny_model, tmp_path):
-    """Settings of a run of a second."""
+def cfg(tiny_model, tmp_path, no_answers):
+    """Settings of a run of less than a second."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
     return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
@@ -87,7 +87,7 @@ METHODS = [
 
 @pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
-    """Stopped after 7 of 12 iterations, between two evaluations, and gone on with: the same bytes."""
+    """Stopped after 7 of 12 iterations, between two evaluations, and gone on: the same bytes."""
     cfg = cfg | changes | dict(max_iters=12)
     train.main(TrainConfig(**cfg))
     expected = left(cfg["out_dir"])
@@ -102,8 +102,8 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
 
 
 def test_killed_again_and_again(cfg, tmp_path, capfd):
-    """SIGKILL at random moments, also while files are written: after each, what is there is whole; and
-    in the end every byte is that of a run that was left alone."""
+    """SIGKILL at random moments, also while files are written: after each, what is there is whole;
+    and in the end every byte is that of a run that was left alone."""
     train.main(TrainConfig(**cfg))
     expected, rng, kills = left(cfg["out_dir"]), random.Random(0), 0
     again = TrainConfig(**cfg | dict(out_dir=str(tmp_path / "again"), resume=True))
@@ -114,18 +114,33 @@ def test_killed_again_and_again(cfg, tmp_path, capfd):
                 train.main(again)
                 os._exit(0)
             os._exit(1)
-        # Mostly within the loop; a run that goes on from its end is over after some 0.3 s.
-        time.sleep(rng.uniform(0.05, 0.8))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0, capfd.readouterr().err
+        # Some soon after the start, and most when a state is written, or what is written after it.
+        patience = rng.choice((0.1, 60, 60))
+        if status := kill_at_the_next_state(child, again.out_dir, patience, rng.uniform(0, 0.03)):
+            assert os.WIFSIGNALED(status), capfd.readouterr().err
+            kills += 1
+        else:
             break
-        kills += 1
         if (Path(again.out_dir) / "side.safetensors").exists():
             train.read_side(again.out_dir)
     train.main(again)
     assert kills >= 3 and left(again.out_dir) == expected
+
+
+def kill_at_the_next_state(child, out_dir, patience, later):
+    """Wait until a process writes a state, or for some seconds; kill it a moment later, and return
+    its exit status."""
+    path, start, ended = Path(out_dir) / "state.pt", time.time(), 0
+    written = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    before = written()
+    while not ended and written() == before and time.time() - start < patience:
+        time.sleep(0.002)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        time.sleep(later)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return status
 
 
 def test_a_signal_from_outside(cfg):
@@ -212,7 +227,8 @@ def test_a_step_without_a_number_is_left_out(changes, cfg, monkeypatch):
     for value in (None, math.nan, math.inf):
         model, original = [], train.make_model
         with monkeypatch.context() as patch:
-            patch.setattr(train, "make_model", lambda *args: model.append(original(*args)) or model[0])
+            keep = lambda *args: model.append(original(*args)) or model[0]
+            patch.setattr(train, "make_model", keep)
             patch.setattr(train, "learning_rate_at", lambda iteration, cfg: 1e-2)
             patch.setattr(train, "iteration_batches", lambda examples, *args: same_batch(examples))
             if value:
@@ -233,13 +249,14 @@ def same_batch(examples):
 
 
 def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
-    """With a sentence on likely causes; what was good stays, and an earlier run's files do not pass for
-    this run's."""
+    """With a sentence on likely causes; what was good stays, and an earlier run's files do not pass
+    for this run's."""
     train.main(TrainConfig(**cfg))
     monkeypatch.setattr(train, "train_step", broken_step(set(range(100))))
     with pytest.raises(InputError, match="--learning_rate.*No side network is kept"):
         train.main(TrainConfig(**cfg | dict(eval_interval=50)))
-    assert not list(Path(cfg["out_dir"]).glob("side*")) and not list(Path(cfg["out_dir"]).glob("r*"))
+    out_dir = Path(cfg["out_dir"])
+    assert not [*out_dir.glob("side*"), *out_dir.glob("r*")]
     monkeypatch.setattr(train, "train_step", broken_step(set(range(5, 100))))
     with pytest.raises(InputError, match="holds the side network of iteration 4"):
         train.main(TrainConfig(**cfg | dict(max_iters=100)))
@@ -249,8 +266,11 @@ def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
 def test_a_held_out_loss_that_is_not_a_number(cfg, monkeypatch):
     """It is the same kind of end: an earlier best is kept, and never reported as this one's."""
     original, calls = train.mean_loss, []
-    monkeypatch.setattr(
-        train, "mean_loss", lambda *args: calls.append(1) or (original(*args) if len(calls) < 3 else math.nan)
-    )
+
+    def lost_at_last(*args):
+        calls.append(1)
+        return original(*args) if len(calls) < 3 else math.nan
+
+    monkeypatch.setattr(train, "mean_loss", lost_at_last)
     with pytest.raises(InputError, match="iteration 8.*iteration 4"):
         train.main(TrainConfig(**cfg))

@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     """Writing to a full device is one sentence, and no part of a file stays."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
-    (tmp_path / "x.safetensors.tmp").symlink_to("/dev/full")
+    (tmp_path / f"x.safetensors.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(InputError, match="x.safetensors could not be written"):
         write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(100000)})
     assert list(tmp_path.iterdir()) == []

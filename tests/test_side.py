@@ -106,7 +106,7 @@ def test_reductions_that_do_not_fit_are_refused():
     """The message says which reductions do."""
     with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):
         SideNetwork(small_config(), SideConfig(reduction=3))
-    with pytest.raises(InputError, match="--downsample sum is unknown"):
+    with pytest.raises(InputError, match="--downsample .sum. is unknown"):
         SideConfig(downsample="sum")
     SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
     with pytest.raises(InputError, match="rotary"):

@@ -71,9 +71,10 @@ def test_a_talk_drops_its_oldest_turns(parrot):
     with pytest.raises(chat.Refused, match="tokens, and the model 80 positions"):
         conversation.ask("word " * 200)
     assert conversation.messages == left
-    ids, _ = talk.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), 10_000)
+    frame = left[:-1], parrot.tokenizer, chat.ChatTemplate()
+    ids, _ = instruct.prompt_that_fits(*frame, 10_000)
     for room in (len(ids), len(ids) - 1):
-        fit, kept = talk.prompt_that_fits(left[:-1], parrot.tokenizer, chat.ChatTemplate(), room)
+        fit, kept = instruct.prompt_that_fits(*frame, room)
         assert (fit == ids) == (room == len(ids)) and len(fit) <= room
         assert kept[0]["role"] == "system"
 

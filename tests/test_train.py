@@ -2,10 +2,11 @@
 
 import csv
 import json
+import os
+import signal
 
 import pytest
 import torch
-from conftest import command
 
 import qst
 import train
@@ -58,6 +59,7 @@ def test_what_a_run_leaves(cfg, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     """The kept side network, loaded again, has the held-out loss that is reported."""
     result = train.main(TrainConfig(**cfg))
@@ -71,6 +73,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
         assert loss == pytest.approx(result[name], rel=1e-4)
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
     """With --side they are those of the side network, in evaluation and in training, and settings
     from a result give the same run; flags that say otherwise are refused."""
@@ -88,52 +91,45 @@ def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
             train.main(TrainConfig(**cfg | more | other))
 
 
-def test_a_run_is_repeatable(cfg):
-    """The same seed gives the same losses; another seed, others."""
-    losses = [train.main(TrainConfig(**cfg | dict(seed=seed)))["loss_last"] for seed in (1, 1, 2)]
-    assert losses[0] == losses[1] != losses[2]
-
-
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision(dtype, cfg):
+@pytest.mark.usefixtures("no_answers")
+def test_half_precision(cfg):
     """Training computes in bf16 and fp16 too, to nearly the same loss."""
-    reference = train.main(TrainConfig(**cfg))
-    result = train.main(TrainConfig(**cfg | dict(dtype=dtype)))
-    assert result["loss_after"] == pytest.approx(reference["loss_after"], rel=0.02)
+    losses = {}
+    for dtype in ("fp32", "bf16", "fp16"):
+        losses[dtype] = train.main(TrainConfig(**cfg | dict(dtype=dtype)))["loss_after"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.02)
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
-    """Interrupting leaves a side network that loads, a result, and a line that says where."""
+    """Interrupting, while a step is computed, leaves side networks that load, a result, and a line
+    that says how to go on."""
     step, calls = train.train_step, []
 
     def interrupted(*args):
         calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
         return step(*args)
 
     monkeypatch.setattr(train, "train_step", interrupted)
     result = train.main(TrainConfig(**cfg))
     out = tmp_path / "out"
-    assert result["interrupted"] and result["iterations"] == result["best_iteration"] == 2
+    assert result["interrupted"] and result["iterations"] == 4 and result["best_iteration"] == 3
     assert result["loss_after"] == result["loss_last"] < result["loss_before"]
-    assert f"Interrupted. The side network as it is now: {out / 'last'}" in capsys.readouterr().out
+    assert "Stopped after iteration 4: go on with --resume." in capsys.readouterr().out
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     for folder in (out, out / "last"):
         QST.from_side(base, folder)
     assert json.loads((out / "result.json").read_text())["interrupted"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(cfg):
-    """The sentence names what to lower, and says that nothing is kept."""
-    with pytest.raises(InputError, match="--learning_rate.* No side network is kept"):
-        train.main(TrainConfig(**cfg | dict(learning_rate=1e30, grad_clip=0.0, warmup_iters=0)))
-
-
+@pytest.mark.usefixtures("no_answers")
 @pytest.mark.parametrize("changes, message", [
     (dict(reduction=3), "--reduction 3"), (dict(sequence_len=500), "500 tokens .* 128 positions"),
     (dict(quant="int5"), "--method qst needs .* --quant nf4 or fp4 or none, and not int5"),
-    (dict(dtype="fp8"), "--dtype fp8"), (dict(max_examples=1), "leaves 0 examples"),
+    (dict(dtype="fp8"), "--dtype .fp8."), (dict(max_examples=1), "leaves 0 examples"),
     (dict(sequence_len=5), "leaves 0 examples"),
 ])  # fmt: skip
 def test_settings_that_do_not_fit(changes, message, cfg):
@@ -149,15 +145,14 @@ def test_an_empty_data_file(cfg, tmp_path):
         train.main(TrainConfig(**cfg | dict(data=str(tmp_path / "empty.jsonl"))))
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_generating_from_a_run(cfg, tiny_model, capsys):
     """qst.py answers with the side network, and without one goes on with the text."""
     train.main(TrainConfig(**cfg))
-    flags = ["--base", tiny_model, "--prompt", tiny.EXAMPLE, "--max_new_tokens", 5]
-    with_side = command("qst.py", *flags, "--side", cfg["out_dir"])
-    assert with_side.returncode == 0, with_side.stderr
-    assert not with_side.stdout.startswith(tiny.EXAMPLE[:3])
-    flags = list(map(str, flags))
+    flags = ["--base", str(tiny_model), "--prompt", tiny.EXAMPLE, "--max_new_tokens", "5"]
     capsys.readouterr()
+    qst.main([*flags, "--side", cfg["out_dir"]])
+    assert not capsys.readouterr().out.startswith(tiny.EXAMPLE[:3])
     qst.main(flags)
     assert capsys.readouterr().out.startswith(tiny.EXAMPLE)
     with pytest.raises(InputError, match="another base: quant nf4 there and none here"):
