@@ -218,7 +218,7 @@ def test_seventy_billion_in_seconds():
 
 def test_each_line_is_of_its_method(small):
     """LST's line has linear downsamplers and no alpha, as a run of it."""
-    lines = dict(rows(parse_args(["--preset", "small"])))
-    alone = memory_report(AccountConfig(preset="small", method="lst"))
+    lines = dict(rows(parse_args(["--preset", "small", "--sequence_len", "64"])))
+    alone = memory_report(AccountConfig(preset="small", method="lst", sequence_len=64))
     assert memory_report(lines["lst, checkpoint"]) == alone
     assert alone != memory_report(lines["qst, checkpoint"])

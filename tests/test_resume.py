@@ -114,18 +114,33 @@ def test_killed_again_and_again(cfg, tmp_path, capfd):
                 train.main(again)
                 os._exit(0)
             os._exit(1)
-        # Mostly within the loop; a run that goes on from its end is over after some 0.3 s.
-        time.sleep(rng.uniform(0.05, 0.8))
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFEXITED(status):
-            assert os.WEXITSTATUS(status) == 0, capfd.readouterr().err
+        # Some soon after the start, and most when a state is written, or what is written after it.
+        patience = rng.choice((0.1, 60, 60))
+        if status := kill_at_the_next_state(child, again.out_dir, patience, rng.uniform(0, 0.03)):
+            assert os.WIFSIGNALED(status), capfd.readouterr().err
+            kills += 1
+        else:
             break
-        kills += 1
         if (Path(again.out_dir) / "side.safetensors").exists():
             train.read_side(again.out_dir)
     train.main(again)
     assert kills >= 3 and left(again.out_dir) == expected
+
+
+def kill_at_the_next_state(child, out_dir, patience, later):
+    """Wait until a process writes a state, or for some seconds; kill it a moment later, and return
+    its exit status."""
+    path, start, ended = Path(out_dir) / "state.pt", time.time(), 0
+    written = lambda: path.stat().st_mtime_ns if path.exists() else 0
+    before = written()
+    while not ended and written() == before and time.time() - start < patience:
+        time.sleep(0.002)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        time.sleep(later)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return status
 
 
 def test_a_signal_from_outside(cfg):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import model as model_py
 from data import IGNORE_INDEX
 from data.report import activation_bytes
-from model import Transformer, token_loss
+from model import PRESETS, Transformer, token_loss
 from qst import QST
 from quant import pack_activation, unpack_activation
 from side import SideConfig
@@ -140,9 +140,11 @@ def test_a_head_that_learns_is_not_chunked(idx):
     assert whole.head_learns and whole.lm_head.weight.grad.abs().sum() > 0
 
 
-def test_every_saving_saves(tmp_path, capsys):
+def test_every_saving_saves(tmp_path, monkeypatch, capsys):
     """Each makes the total smaller, and all of them together bring LLaMA-2-7B below 4.8 GB."""
-    flags = f"--savings --preset opt-125m --batch_size 4 --sequence_len 384 --out_dir {tmp_path}"
+    shape = small_config(n_embd=256, n_ffn=512, vocab_size=500, max_positions=384)
+    monkeypatch.setitem(PRESETS, "small", shape)
+    flags = f"--savings --preset small --batch_size 4 --sequence_len 384 --out_dir {tmp_path}"
     cfg = parse_args(flags.split())
     reports = main(cfg)
     totals = [row["total_bytes"] for row in reports]
