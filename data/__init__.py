@@ -114,8 +114,10 @@ def prefetch(items):
 
 
 def to_device(tensor, device):
-    """Copy a tensor of a CPU; to a GPU without a wait, from pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """Copy a tensor; from a CPU to a GPU without a wait, which takes pinned memory."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def split(examples, fraction, seed, most=0):
