@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling
+from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
 from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
@@ -241,14 +241,15 @@ class LanguageModel(nn.Module):
     def device(self):
         return next(chain(self.buffers(), self.parameters())).device
 
-    def loss(self, idx, targets):
+    def loss(self, idx, targets, hidden=None):
         """Mean loss of (B, T): only the tokens that have a target reach the head.
 
+        hidden: what to call in place of `self.hidden`, such as what it compiles to
         With targets on the CPU, wherever idx is, the host does not wait for the GPU.
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        targets, at = targets.flatten()[at].to(idx.device), at.to(idx.device)
-        h = self.hidden(idx).flatten(0, 1)[at]
+        targets, at = to_device(targets.flatten()[at], idx.device), to_device(at, idx.device)
+        h = (hidden or self.hidden)(idx).flatten(0, 1).index_select(0, at)
         if self.head_learns or not self.chunk_loss:
             return token_loss(self.head(h), targets)
         return _ChunkedLoss.apply(h if torch.is_grad_enabled() else h.detach(), targets, self.head)
@@ -259,6 +260,7 @@ class LanguageModel(nn.Module):
         return torch.cat([idx, *(token.unsqueeze(1) for token in new)], dim=1)
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a layer
 CHUNK = 128  # positions whose logits are held at a time
 
 
@@ -359,7 +361,7 @@ class Transformer(LanguageModel):
         rope = rotary_table(self.config, positions, x.dtype)
         for layer, layer_cache in zip(self.layers, cache):
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, rope, use_reentrant=False)
+                x = checkpoint(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
         return self.final(x)

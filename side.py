@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data.methods import METHODS, of_side
 from data.released import RELEASED
 from data.settings import check, setting
-from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
+from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
 GATES = ("scalar", "channel", "sum")
@@ -202,7 +202,7 @@ class SideNetwork(nn.Module):
         z = first(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._narrow_part, *args, use_reentrant=False)
+            return checkpoint(self._narrow_part, *args, **RECOMPUTE)
         return self._narrow_part(*args)
 
     def _narrow_part(self, i, rest, z, h_g, mask, rope, cache):

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -324,7 +325,9 @@ def fit(model, optimizer, task, cfg, result):
     What --resume goes on from is saved with every evaluation, and when the run is stopped.
     """
     device, out_dir, first = model.device, Path(cfg.out_dir), distributed.rank() == 0
-    loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
+    loss_of = model.loss
+    if cfg.compile:  # up to the loss, which takes as many tokens as have a target
+        loss_of = partial(model.loss, hidden=torch.compile(model.hidden, dynamic=True))
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     held_out = task.held_out[: cfg.eval_examples]

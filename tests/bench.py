@@ -15,6 +15,7 @@ from data.settings import run  # noqa: E402
 from quant import InputError  # noqa: E402
 
 COMMANDS = {  # the function's name: (its file in tests/benchmarks, its arguments, what it does)
+    "gpu": ("gpu", "[--help] ...", "all of it on one GPU: kernels, tokens, steps, memory"),
     "load": ("speed", "", "peak memory of `from_pretrained`"),
     "quant": ("speed", "", "speed of quantizing and dequantizing, beside bitsandbytes"),
     "tokens": ("speed", "", "speed of generating from a 4-bit and from an fp32 base"),
