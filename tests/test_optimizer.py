@@ -56,6 +56,35 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         assert torch.allclose(torch.as_tensor(one), torch.as_tensor(two), atol=1e-4)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("grad_clip", [0.0, 0.01, 100.0])
+def test_the_gradient_is_clipped_to_its_own_norm(grad_clip, scaled):
+    """A gradient that is longer than the limit is cut to it, before fp16's scale or after it alike;
+    a limit of 0 cuts nothing; and a step is as long as its group's learning rate says."""
+    p, x = torch.nn.Parameter(torch.zeros(2)), torch.tensor([3.0, 4.0])  # a gradient of length 5
+    optimizer = torch.optim.SGD([dict(params=[p], factor=2.0)], lr=1.0, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    cfg = TrainConfig(grad_clip=grad_clip)
+    train.train_step(lambda x, _: (p * x).sum(), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg)
+    expected = -0.1 * 2 * x * min(1, (grad_clip or 5) / 5)
+    assert torch.allclose(p, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss_of", [
+    lambda p: p.sqrt().sum(), lambda p: p.sum() + float("inf"), lambda p: p.sum() * float("nan")
+])  # fmt: skip
+def test_a_step_needs_a_finite_loss_and_a_finite_gradient(loss_of):
+    """Where either is infinite the step is left out; the next one is taken."""
+    p, x = torch.nn.Parameter(torch.zeros(2)), torch.zeros(2)
+    optimizer = torch.optim.AdamW([dict(params=[p], factor=1.0)], lr=1.0, fused=True)
+    scaler, cfg = torch.amp.GradScaler("cpu", enabled=False), TrainConfig()
+    for loss, good in ((loss_of, False), (torch.sum, True)):
+        _, taken = train.train_step(
+            lambda *_: loss(p), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg
+        )  # fmt: skip
+        assert bool(taken) == good and p.ne(0).all() == good and p.grad is None
+
+
 def test_adamw_in_8_bits():
     """Its steps are AdamW's within a few percent, decay and the groups' learning rates included."""
     torch.manual_seed(0)

@@ -102,6 +102,19 @@ def test_standardization(base, idx, tmp_path):
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
+def test_each_state_is_standardized_by_its_own_channels(base):
+    """What a step reads has the mean and the scale of the state after its layer, and the start
+    those of the embedding."""
+    side = shaken(QST(base, SideConfig(reduction=4, standardize=True, gate="sum"))).side
+    side.mean.copy_(torch.randn(4, 32))
+    side.scale.copy_(torch.rand(4, 32) + 0.5)
+    h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
+    read = lambda i: side.downsample[i]((h_f - side.mean[i]) * side.scale[i])
+    assert torch.equal(side.start(h_f), read(0))
+    for i in range(3):
+        assert torch.equal(side.step(i, h_f, h_g), side.layers[i](read(i + 1) + h_g))
+
+
 def test_reductions_that_do_not_fit_are_refused():
     """The message says which reductions do."""
     with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,26 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     for model, name in ((untrained, "loss_before"), (trained, "loss_after")):
         loss = train.mean_loss(model, task.held_out, 3)
         assert loss == pytest.approx(result[name], rel=1e-4)
+
+
+@pytest.mark.usefixtures("no_answers")
+def test_the_best_is_kept_and_scored(cfg, tmp_path, monkeypatch):
+    """Of three evaluations, the best in the middle, out_dir and the score have the side network of
+    that one, last/ that of the last one, and the result their losses."""
+    losses, seen, scored = iter([4.0, 3.0, 1.0, 2.0]), [], []
+    values = lambda model: [p.detach().clone() for p in model.parameters()]
+    evaluate = lambda model, *args: seen.append(values(model)) or next(losses)
+    monkeypatch.setattr(train, "mean_loss", evaluate)
+    load_task, score = train.load_task, lambda model: scored.append(values(model)) or {}
+    monkeypatch.setattr(train, "load_task", lambda *args: replace(load_task(*args), score=score))
+    result = train.main(TrainConfig(**cfg | dict(eval_interval=2)))
+    names = "loss_before", "loss_after", "loss_last", "best_iteration"
+    assert [result[name] for name in names] == [4.0, 1.0, 2.0, 4]
+    base, out = from_pretrained(cfg["base"], "nf4", torch.float32), tmp_path / "out"
+    kept, last = (values(QST.from_side(base, folder)) for folder in (out, out / "last"))
+    same = lambda one, two: all(map(torch.equal, one, two))
+    assert same(kept, seen[2]) and same(scored[-1], seen[2])
+    assert same(last, seen[3]) and not same(last, kept)
 
 
 @pytest.mark.usefixtures("no_answers")
