@@ -5,7 +5,7 @@ import torch
 from conftest import small_base
 
 import train
-from data.optim import AdamW8bit
+from data.optim import AdamW8bit, Muon, orthogonalize
 from qst import QST
 from side import SideConfig
 from train import TrainConfig
@@ -65,9 +65,10 @@ def test_the_gradient_is_clipped_to_its_own_norm(grad_clip, scaled):
     optimizer = torch.optim.SGD([dict(params=[p], factor=2.0)], lr=1.0, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     cfg = TrainConfig(grad_clip=grad_clip)
-    train.train_step(lambda x, _: (p * x).sum(), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg)
-    expected = -0.1 * 2 * x * min(1, (grad_clip or 5) / 5)
-    assert torch.allclose(p, expected, rtol=1e-4)
+    for steps in (1, 2):
+        train.train_step(lambda x, _: (p * x).sum(), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg)
+        expected = -0.1 * 2 * x * min(1, (grad_clip or 5) / 5)
+        assert torch.allclose(p, steps * expected, rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss_of", [
@@ -112,3 +113,35 @@ def test_the_8_bit_moments_never_divide_by_zero():
         optimizer.step()
     assert p.isfinite().all() and p.abs().max() < 20 * 0.01 * 1.1
     assert (optimizer.state[p]["root"] > 127).all()
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_orthogonalizing(shape):
+    """Singular values of any size come near 1, and the directions that they belong to stay."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    turned = u.T @ orthogonalize(u * torch.logspace(-1, 1, 12) @ v) @ v.T
+    assert torch.allclose(turned, torch.diag(turned.diag()), atol=1e-4)
+    assert 0.65 < turned.diag().min() and turned.diag().max() < 1.25
+
+
+def test_muons_steps():
+    """A matrix decays and moves by 0.2 sqrt(its longer side) times the rate, along the gradient and
+    0.95 of the momentum, which has it already; a vector takes AdamW's step, and no matrix does."""
+    draw = torch.Generator().manual_seed(0)
+    p, vector = (torch.nn.Parameter(torch.randn(n, generator=draw)) for n in ((6, 9), (5,)))
+    copy = torch.nn.Parameter(vector.detach().clone())
+    groups = [dict(params=[p], muon=True), dict(params=[vector], muon=False)]
+    optimizer = Muon(groups, lr=0.02, weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW([copy], lr=0.02, weight_decay=0.1)
+    expected, momentum = p.detach().clone(), torch.zeros(6, 9)
+    for _ in range(3):
+        p.grad, vector.grad = torch.randn(6, 9, generator=draw), torch.randn(5, generator=draw)
+        copy.grad = vector.grad.clone()
+        momentum = 0.95 * momentum + p.grad
+        step = 0.2 * 3 * orthogonalize(p.grad + 0.95 * momentum)
+        expected = expected * (1 - 0.02 * 0.1) - 0.02 * step
+        optimizer.step()
+        adamw.step()
+        torch.testing.assert_close(p.detach(), expected)
+        torch.testing.assert_close(vector, copy)

@@ -8,6 +8,7 @@ import torch
 from conftest import FIXTURES, TEST_DATA, needs_test_data
 from torch.nn import functional as F
 
+import quant
 from quant import (
     CODEBOOKS, DYNAMIC_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK, InputError, Linear4bit, Quantized4bit,
     dequantize_blockwise, nearest, plain_scales, quantize_4bit, quantize_blockwise,
@@ -171,6 +172,16 @@ def test_layers_share_the_scratch_buffer():
     second(first(x)).sum().backward()
     dense = [layer.weight.dequantize() for layer in (first, second)]
     assert torch.allclose(x.grad, (torch.ones(2, 64) @ dense[1]) @ dense[0], atol=1e-5)
+
+
+def test_chunks_do_not_show(monkeypatch):
+    """A weight that is handled a chunk at a time has the codes, scales and values it has whole."""
+    x = torch.randn(39_999, generator=torch.Generator().manual_seed(0))
+    whole = quantize_4bit(x)
+    expected = [*whole.buffers(), whole.dequantize()]
+    monkeypatch.setattr(quant, "chunk_size", lambda device: 2048)
+    parts = quantize_4bit(x)
+    assert all(map(torch.equal, [*parts.buffers(), parts.dequantize()], expected))
 
 
 def test_dequantize_into_a_buffer():

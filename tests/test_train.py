@@ -52,6 +52,9 @@ def test_what_a_run_leaves(cfg, tmp_path):
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [int(row["iteration"]) for row in rows] == [2, 3, 4, 6]
     assert [bool(row["held_out_loss"]) for row in rows] == [False, True, False, True]
+    for row in rows:
+        rate = train.learning_rate_at(int(row["iteration"]) - 1, train.resolve(TrainConfig(**cfg)))
+        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-3)
     assert float(rows[-1]["held_out_loss"]) == pytest.approx(result["loss_last"], abs=1e-4)
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     for folder in (out, out / "last"):
