@@ -139,6 +139,18 @@ def test_nearest_is_nearest():
         assert torch.equal(chosen, (book - x.unsqueeze(1)).abs().amin(dim=1))
 
 
+def test_a_value_between_two_levels_is_multiplied_by_the_reciprocal():
+    """As bitsandbytes does: a division would bring a tenth of these to the other level."""
+    draw = torch.Generator().manual_seed(0)
+    peak = torch.rand(1000, 1, generator=draw) + 0.5
+    x = F.pad((NF4_CODEBOOK[1:] + NF4_CODEBOOK[:-1]) / 2 * peak, (0, 49))
+    x[:, -1:] = peak
+    codes, _ = quantize_blockwise(x, NF4_CODEBOOK, 64)
+    codes = torch.stack([codes >> 4, codes & 15], dim=1).view(1000, 64)
+    assert torch.equal(codes, nearest(x * (1 / peak), NF4_CODEBOOK))
+    assert (codes != nearest(x / peak, NF4_CODEBOOK)).sum() > 1000
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(64, 128), (33, 130), (5, 7), (300, 1024)])
