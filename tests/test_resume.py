@@ -96,6 +96,7 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
         stop_after(patch, 7)
         stopped = train.main(TrainConfig(**again))
     assert stopped["interrupted"] and stopped["iterations"] == 7
+    assert state.load_state(tmp_path / "again")["log"]["iteration"] == 7  # none is computed twice
     result = train.main(TrainConfig(**again))
     assert not result["interrupted"] and result["iterations"] == 12
     assert left(again["out_dir"]) == expected
