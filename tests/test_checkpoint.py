@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import VARIANTS, as_of_an_older_commit, shaken, small_base, small_config
 
-from data.fingerprint import differences, fingerprint
+from data.fingerprint import alike, differences, fingerprint
 from data.safetensors import read_header, read_safetensors, write_safetensors
 from model import Transformer
 from qst import QST
@@ -57,9 +57,23 @@ def test_the_fingerprint_does_not_depend_on_the_dtype(quant):
     assert len(differences(one, one | {"quant": "fp4"})) == 1
 
 
+def test_what_tells_two_bases_apart():
+    """One packed code, and one of the eight values that are kept of a tensor; the ids of special
+    tokens do not, nor does what fp16, whose least step is 2^-24, makes of small values."""
+    one, packed, value = small_base(), small_base(), small_base()
+    packed.layers[1].mlp.up_proj.weight.codes[0] ^= 1
+    value.norm.weight[18] *= 1.5
+    assert "weights" in differences(fingerprint(one), fingerprint(packed))[0]
+    assert "not quantized" in differences(fingerprint(one), fingerprint(value))[0]
+    assert not differences(fingerprint(one), fingerprint(small_base(eos_id=7)))
+    kept = lambda x: x.bfloat16().view(torch.uint8).numpy().tobytes().hex()
+    small = torch.logspace(-12, -4, 100)
+    assert alike(kept(small), kept(small.half())) and not alike(kept(small), kept(0 * small))
+
+
 def test_a_changed_file_is_refused(tmp_path):
-    """Be it a bit of a tensor, or a setting in the copy; a copy that is of other weights, as a crash
-    may leave it, does not count."""
+    """Be it a bit of a tensor, or a setting in the copy; a copy that is of other weights, as a
+    crash may leave it, does not count."""
     base, path, copy = small_base(), tmp_path / "side.safetensors", tmp_path / "side.json"
     QST(base, SideConfig(reduction=4)).save_side(tmp_path)
     content, text = path.read_bytes(), copy.read_text()

@@ -6,7 +6,7 @@ from conftest import small_base
 
 import train
 from data.optim import AdamW8bit, Muon, orthogonalize
-from qst import QST
+from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
 
@@ -34,6 +34,22 @@ def test_optimizer_groups():
     assert all(p.dim() == 2 for p in groups[1, 0.1])
     assert [id(p) for p in groups[25, 0]] == [id(model.side.alpha)]
     assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("optimizer, bits, kind", [
+    ("adamw", 32, torch.optim.AdamW), ("adamw", 8, AdamW8bit), ("muon", 32, Muon)
+])  # fmt: skip
+def test_each_optimizer_gets_its_settings(optimizer, bits, kind):
+    """The betas are those of the flags. Muon takes matrices that multiply states, and so neither
+    vectors nor the embedding nor the head."""
+    model = tune(small_base("none"), SideConfig(method="full"))
+    cfg = TrainConfig(optimizer=optimizer, optimizer_bits=bits, beta1=0.8, beta2=0.97)
+    made = train.make_optimizer(model, train.resolve(cfg))
+    assert type(made) is kind
+    assert {group["betas"] for group in made.param_groups} == {(0.8, 0.97)}
+    chosen = {id(p) for group in made.param_groups for p in group["params"] if group["muon"]}
+    wanted = {id(p) for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n}
+    assert chosen == (wanted if optimizer == "muon" else set())
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():
