@@ -1,12 +1,15 @@
 """What all tasks share (data/__init__.py): batches, splits, and the logits of next tokens."""
 
+import itertools
+import time
+
 import pytest
 import torch
 from conftest import FAMILIES, shaken, small_base
 
 from data import (
-    IGNORE_INDEX, batches, choice_logits, collate, iteration_batches, label, mean_loss, split,
-    word_ids,
+    IGNORE_INDEX, batches, choice_logits, collate, iteration_batches, label, mean_loss,
+    prefetch, split, word_ids,
 )  # fmt: skip
 from data.glue import ANSWER, FORMS
 from data.tokenizer import load_tokenizer
@@ -57,6 +60,19 @@ def test_each_epoch_has_an_order_of_its_own():
     epoch = lambda: [len(next(stream)[0][0]) for _ in range(8)]  # the shortest of each batch
     one, two = epoch(), epoch()
     assert sorted(one) == sorted(two) != one != two
+
+
+def test_the_next_batch_is_made_while_one_is_in_use():
+    """One ahead, in order, and none left out."""
+    made = []
+    ready = prefetch(made.append(i) or i for i in itertools.count())
+    for i in range(5):
+        assert next(ready) == i
+        for _ in range(1000):
+            if len(made) > i + 1:
+                break
+            time.sleep(0.001)
+        assert made == [*range(i + 2)]
 
 
 def test_the_mean_loss_is_that_of_a_target(base):

@@ -1,8 +1,10 @@
 """data/instruct.py: what is read of an instruction file, what is refused, and what is learned."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import TEST_DATA, needs_test_data, run_script, say
 
 from data import IGNORE_INDEX, instruct
@@ -210,6 +212,34 @@ def test_long_sequences_are_cut(tokenizer):
     ids, targets = instruct.encode(long, tokenizer, PLAIN, 40)
     assert len(ids) == 40 and ids == whole[0][:40] and targets == whole[1][:40]
     assert instruct.encode(long, tokenizer, PLAIN, 5) is None
+
+
+class Echo:
+    """A model of 40 positions that says the last id of its prompt, and remembers the prompt."""
+
+    device, config = "cpu", SimpleNamespace(max_positions=40)
+
+    def generate(self, idx, new, **more):
+        self.seen = idx[0].tolist(), new
+        return torch.cat([idx, idx[:, -1:]], dim=1)
+
+
+def test_a_question_that_is_too_long_loses_its_front(tokenizer):
+    """What is asked ends as it should, leaves room for an answer, and does not hold the answer."""
+    model, one = Echo(), say("user: " + "Tom went to the lake. " * 9, "assistant: lake")
+    instruct.answers(model, tokenizer, PLAIN, [one])
+    whole, _ = PLAIN.encode(one[:-1], tokenizer)
+    assert len(whole) > 40 and model.seen == (whole[-30:], 10)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
+    """Of twenty conversations a tenth, and with --eval_only every one."""
+    found = [say(f"user: Is it {i}?", "assistant: yes") for i in range(20)]
+    cfg = dict(held_out=0.1, seed=1, max_examples=0, sequence_len=60, eval_only=eval_only)
+    task = instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), lambda _, rest: len(rest))
+    sizes = len(task.train), len(task.held_out), task.score(None)
+    assert sizes == ((0, 20, 20) if eval_only else (18, 2, 2))
 
 
 def test_looking_into_a_file(tmp_path, capsys):

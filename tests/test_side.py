@@ -78,6 +78,14 @@ def test_a_factor_near_0_is_not_lost_in_bf16():
     assert torch.allclose(side.mix(h_f, h_g).float(), expected, rtol=0.02, atol=1e-6)
 
 
+def test_the_gradient_of_alpha_fits_into_fp16():
+    """A sum over all channels would not: those of each channel are added up in fp32."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4))
+    h_f, h_g = torch.full((100, 32), 100.0).half(), torch.zeros(100, 8).half()
+    side.mix(h_f, h_g).sum().backward()
+    assert side.alpha.grad == 100 * 100 * 32 > torch.finfo(torch.float16).max
+
+
 def test_standardization(base, idx, tmp_path):
     """Channels of what the downsamplers read have mean 0 and variance 1 over the texts' tokens,
     padding not among them; a saved side network knows them."""
