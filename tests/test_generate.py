@@ -6,6 +6,7 @@ from conftest import FAMILIES, VARIANTS, each_family, shaken, small_base
 
 from data import pad_left
 from data.sampling import KVCache, sample
+from model import positions_and_mask
 from qst import QST
 from quant import InputError
 from side import SideConfig
@@ -69,6 +70,18 @@ def test_generation_with_two_caches(family, changes, idx):
         token = model(expected)[0][:, -1].argmax(dim=-1, keepdim=True)
         expected = torch.cat([expected, token], dim=1)
     assert torch.equal(model.generate(idx, 8), expected)
+
+
+def test_what_a_padded_position_looks_at():
+    """A token looks at the tokens up to it, and nothing but itself where it is padding; no row of
+    the mask is empty, of which torch's attention once made NaN. Positions count tokens alone."""
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for past in (0, 3):
+        positions, mask = positions_and_mask(torch.zeros(2, 5 - past), keep, past)
+        assert positions.tolist() == [[0, 0, 0, 1, 2][past:], [0, 1, 2, 2, 2][past:]]
+        for row, seen in zip(keep.tolist(), mask[:, 0].tolist()):
+            for query, keys in enumerate(seen, past):
+                assert keys == [bool(row[k]) and k <= query or k == query for k in range(5)]
 
 
 @pytest.mark.parametrize("side", [False, True])

@@ -17,6 +17,7 @@ from conftest import ROOT
 
 import train
 from data import state, tiny
+from data.report import TrainingLog
 from quant import InputError
 from train import TrainConfig
 
@@ -96,6 +97,7 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
         stop_after(patch, 7)
         stopped = train.main(TrainConfig(**again))
     assert stopped["interrupted"] and stopped["iterations"] == 7
+    assert state.load_state(tmp_path / "again")["log"]["iteration"] == 7  # none is computed twice
     result = train.main(TrainConfig(**again))
     assert not result["interrupted"] and result["iterations"] == 12
     assert left(again["out_dir"]) == expected
@@ -174,6 +176,42 @@ def test_a_damaged_state(cfg, tmp_path, capsys):
         assert (whole is not None) == goes_on and "state.pt is damaged" in capsys.readouterr().out
         train.main(TrainConfig(**cfg | dict(resume=True)))
         assert left(cfg["out_dir"]) == expected
+
+
+def test_a_state_holds_all_that_a_run_needs(tmp_path):
+    """What learns, its moments, fp16's scale and the log are in another process what they were."""
+    runs = []
+    for scale in (8.0, 2.0):
+        side = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(side.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
+        runs.append(state.RunState(tmp_path, {}, side, optimizer, scaler, log))
+    one, two = runs
+    assert not two.load()
+    one.side(torch.ones(3)).sum().backward()
+    one.optimizer.step()
+    one.log.iteration = 7
+    one.save()
+    assert two.load() and two.log.iteration == 7 and two.scaler.get_scale() == 8
+    for ours, theirs in zip(one.side.parameters(), two.side.parameters()):
+        assert torch.equal(ours, theirs)
+        moments = (run.optimizer.state[p] for run, p in ((one, ours), (two, theirs)))
+        assert all(map(torch.equal, *(state.values() for state in moments)))
+
+
+def test_signals_are_noted():
+    """The first asks the run to stop, and a second Ctrl-C stops it at once; after the run both do
+    what they did before."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with state.stop_signals() as asked:
+        assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_other_settings_are_refused(cfg):
