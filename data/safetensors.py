@@ -123,9 +123,13 @@ def write_safetensors(path, tensors, metadata=None):
 def check_values(tensor, dtype, name):
     """Return a tensor, if `dtype` can hold its values: no NaN, nothing infinite, in fp16 no 1e5.
 
-    tensor: floats, or a `Quantized4bit`, whose scales bound its values; name: for the message
+    tensor: floats, or a `Quantized4bit`, whose few outer scales bound its values: of the codes
+    nothing is read; name: for the message
     """
-    values = tensor.scales() if isinstance(tensor, Quantized4bit) else tensor
+    values = tensor
+    if isinstance(tensor, Quantized4bit):
+        nested = tensor.nested_absmax is not None  # then no scale is larger than these
+        values = tensor.nested_absmax.abs() + tensor.offset.abs() if nested else tensor.absmax
     if values.is_meta or not values.numel():
         return tensor
     low, high = (value.item() for value in values.aminmax())  # of a NaN anywhere, both are NaN
