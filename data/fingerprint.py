@@ -75,8 +75,9 @@ def differences(theirs, ours):
 
     Side checkpoints of older commits have neither codes nor values.
     """
-    keys = ("quant", "codes" if theirs.get("codes") else "weights")
-    found = [f"{k} {theirs[k]} there and {ours[k]} here" for k in keys if theirs[k] != ours[k]]
+    keys = {"quant": "quant", "weights": "codes" if theirs.get("codes") else "weights"}
+    found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
+             if theirs[key] != ours[key]]  # fmt: skip
     if theirs.get("values") and not alike(theirs["values"], ours["values"]):
         found.append("other weights in what is not quantized")
     return found

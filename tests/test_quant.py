@@ -79,16 +79,6 @@ def test_absmax_codes_are_the_nearest():
     assert (error(theirs) - best).max() <= GRID
 
 
-def test_any_number_of_threads_quantizes_alike():
-    """The bytes that tell a base are the same on every machine, as the offset's sum is in fp64."""
-    weight, threads, found = torch.randn(2048, 4096), torch.get_num_threads(), []
-    for number in (1, 2, 3):
-        torch.set_num_threads(number)
-        found.append(list(quantize_4bit(weight).buffers()))
-    torch.set_num_threads(threads)
-    assert all(torch.equal(*pair) for other in found[1:] for pair in zip(found[0], other))
-
-
 LARGER = sorted((TEST_DATA / "oracle/nf4").glob("*.npz"))
 
 

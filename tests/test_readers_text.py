@@ -8,7 +8,7 @@ import torch
 from conftest import FIXTURES, small_base
 from mutants import dump
 from test_glue import LINES
-from test_qst import released_state
+from test_released import released_state
 from test_readers import change, copy, refused
 
 from data import chat, glue, instruct, mt_bench
