@@ -57,7 +57,7 @@ def small_step(changes, dtype):
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name in ("weight", "bias"):
                 setattr(module, name, buffer.to(dtype))
-    model = train.save_memory(tune(base, train.side_config(cfg)), cfg)
+    model = train.prepare(tune(base, train.side_config(cfg)), cfg)
     optimizer = train.make_optimizer(model, cfg)
     scaler = torch.amp.GradScaler(DEVICE.type, init_scale=16.0, enabled=dtype == torch.float16)
     generator = torch.Generator().manual_seed(0)

@@ -90,7 +90,7 @@ def test_gradients_against_numerical_differences(bits, group):
 
     def product(x, scales):
         weight.scales.data.copy_(scales.detach())
-        return quant._FrozenProduct.apply(x, scales, weight, layer.bias)
+        return quant._FrozenLinear.apply(x, scales, weight, layer.bias)
 
     scales = weight.scales.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(product, (x, scales))

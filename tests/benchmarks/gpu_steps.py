@@ -20,7 +20,7 @@ from benchmarks.gpu_common import (
 )  # fmt: skip
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from qst import tune
-from train import make_optimizer, save_memory, side_config, train_step
+from train import make_optimizer, prepare, side_config, train_step
 
 COLUMNS = "model tokens what whose ms tokens_per_s peak_GB account_GB"
 MEMORY_COLUMNS = "model tokens what ms peak_GB workspace_GB account_GB"
@@ -112,7 +112,7 @@ def forward_alone(sizes, config, quant, cfg):
 def our_model(sizes, config, cfg):
     """A model with random weights, and what --method trains."""
     base = random_base(config, cfg.quant, sizes.dtype, sizes.device)
-    return save_memory(tune(base, side_config(cfg)), cfg)
+    return prepare(tune(base, side_config(cfg)), cfg)
 
 
 def our_step(sizes, config, cfg, report, workspace, seconds=3.0):
