@@ -49,15 +49,16 @@ def test_an_index_of_other_types(weight_map, tmp_path):
     refused(from_pretrained, folder, named=str(folder))
 
 
-def test_a_tensor_in_another_file_than_its_index_says(tmp_path):
+@pytest.mark.parametrize("other", [0, 2])
+def test_a_tensor_in_two_files(other, tmp_path):
     """Two files may not both have a tensor, of which the last would count."""
     folder = copy(FIXTURES / "llama_gqa", tmp_path)
     path = folder / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
-    one, other = sorted(set(weight_map.values()))[:2]
-    name = next(n for n, shard in weight_map.items() if shard == one)
-    tensors = {n: read().clone() for n, read in read_safetensors(folder / other).items()}
-    write_safetensors(folder / other, tensors | {name: torch.zeros(2)})
+    shards = sorted(set(weight_map.values()))
+    name = next(n for n, shard in weight_map.items() if shard == shards[1])
+    tensors = {n: read().clone() for n, read in read_safetensors(folder / shards[other]).items()}
+    write_safetensors(folder / shards[other], tensors | {name: torch.zeros(2)})
     assert name in refused(from_pretrained, folder, named=str(path))
 
 
