@@ -19,7 +19,7 @@ from quant import InputError, Quantized4bit
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
 }  # fmt: skip
-LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
+LARGEST_HEADER = 1 << 24  # bytes; a tensor takes some 100
 LARGEST_TENSOR = 1 << 60  # values
 LARGEST_WEIGHT = 1e30  # beyond, the sums of quantization overflow; no model comes near
 PLACE = whole(0, LARGEST_TENSOR)
@@ -36,7 +36,7 @@ def read_header(path):
     size = file_size(path, advice)
     length = int.from_bytes(read_bytes(path, advice, 8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
-        raise bad("the header is longer than the file, or than 100 MB")
+        raise bad("the header is longer than the file, or than any of a model")
     try:
         header = parse_json(read_bytes(path, advice, 8 + length)[8:])
     except ValueError as error:

@@ -59,7 +59,7 @@ def test_a_kill_leaves_the_old_or_the_new_one(tmp_path):
 
 
 def test_the_sum_is_of_the_file(tmp_path):
-    """side.json has the SHA-256 of side.safetensors, and the settings that stand in its metadata."""
+    """side.json has the SHA-256 of side.safetensors, and the settings of its metadata."""
     saved(tmp_path)
     about = json.loads((tmp_path / "side.json").read_text())
     content = (tmp_path / "side.safetensors").read_bytes()
@@ -126,8 +126,10 @@ def test_every_field_of_the_settings_by_every_type(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(rank=1 << 20), dict(reduction=1), dict(n_labels=1 << 20), dict(method="qlora", rank=1 << 20),
-    dict(downsample="lora", rank=8), dict(method="lst", mix="side", downsample="linear", reduction=2),
+    dict(rank=1 << 20), dict(reduction=1), dict(n_labels=1 << 20),
+    dict(method="qlora", rank=1 << 20),
+    dict(downsample="lora", rank=8),
+    dict(method="lst", mix="side", downsample="linear", reduction=2),
 ])  # fmt: skip
 def test_modules_are_not_larger_than_their_file(settings, tmp_path):
     """Settings that would need more memory than the tensors are refused before any is made."""
@@ -168,7 +170,9 @@ def copies(**scaled):
 
 
 @pytest.mark.parametrize("quant", ["none", "nf4"])
-@pytest.mark.parametrize("scaled", [dict(embed=3.0), dict(norm=2.0), dict(bias=1.02), dict(lm_head=1.1)])
+@pytest.mark.parametrize("scaled", [
+    dict(embed=3.0), dict(norm=2.0), dict(bias=1.02), dict(lm_head=1.1)
+])  # fmt: skip
 def test_another_finetune_is_another_base(quant, scaled, tmp_path):
     """Weights of the same signs, and the same codes, are not the same weights."""
     QST(copies()(quant, torch.float32), SideConfig(reduction=4)).save_side(tmp_path)

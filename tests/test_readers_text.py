@@ -20,7 +20,9 @@ ALPACA = {"instruction": "q", "output": "a"}
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "generation_config.json"])
-@pytest.mark.parametrize("value", ["two", -2, [1, "2"], [[1]], 1e300, {"content": ["x"]}, True, [2**64]])
+@pytest.mark.parametrize("value", [
+    "two", -2, [1, "2"], [[1]], 1e300, {"content": ["x"]}, True, [2**64]
+])  # fmt: skip
 def test_ends_that_are_no_ids(file, value, tmp_path):
     """A token or an id of another type, or out of range, is refused by its file and field."""
     folder = copy(TOKENIZERS / "qwen2", tmp_path)
@@ -41,12 +43,18 @@ def put(*keys, value):
 
 
 @pytest.mark.parametrize("named, broken", [
-    ("model.vocab['!']", put("model", "vocab", "!", value=0.5)), ("same id", put("model", "vocab", "!", value=7)),
-    ("model.vocab['!']", put("model", "vocab", "!", value=-1)), ("merge 1", put("model", "merges", 0, value=7)),
-    ("merge 1", put("model", "merges", 0, value=[["a"], {}])), ("ignore_merges", put("model", "ignore_merges", value="no")),
-    ("unk_token", put("model", "unk_token", value=[])), ("added_tokens", put("added_tokens", value={"a": 1})),
-    ("added_tokens", put("added_tokens", 0, value="x")), ("content", put("added_tokens", 0, "content", value="")),
-    ("special", put("added_tokens", 0, "special", value="no")), ("otherwise", put("added_tokens", 0, "id", value=5)),
+    ("model.vocab['!']", put("model", "vocab", "!", value=0.5)),
+    ("same id", put("model", "vocab", "!", value=7)),
+    ("model.vocab['!']", put("model", "vocab", "!", value=-1)),
+    ("merge 1", put("model", "merges", 0, value=7)),
+    ("merge 1", put("model", "merges", 0, value=[["a"], {}])),
+    ("ignore_merges", put("model", "ignore_merges", value="no")),
+    ("unk_token", put("model", "unk_token", value=[])),
+    ("added_tokens", put("added_tokens", value={"a": 1})),
+    ("added_tokens", put("added_tokens", 0, value="x")),
+    ("content", put("added_tokens", 0, "content", value="")),
+    ("special", put("added_tokens", 0, "special", value="no")),
+    ("otherwise", put("added_tokens", 0, "id", value=5)),
     ("use_regex", put("pre_tokenizer", "pretokenizers", 1, "use_regex", value=10**9)),
     ("letters", put("added_tokens", 4, "content", value="a" * 10**6)),
 ])  # fmt: skip
@@ -87,7 +95,9 @@ def test_a_sentencepiece_piece_that_is_no_text(tiny_model, tmp_path):
         refused(load_tokenizer, tmp_path, named=str(path))
 
 
-@pytest.mark.parametrize("template", [7, {"a": "b"}, ["x"], [{"name": ["default"], "template": "x"}], [{}], "x" * 10**6])
+@pytest.mark.parametrize("template", [
+    7, {"a": "b"}, ["x"], [{"name": ["default"], "template": "x"}], [{}], "x" * 10**6
+])  # fmt: skip
 def test_a_chat_template_of_other_types(template, tmp_path):
     """A template is a text of a reasonable length, or a list of named ones."""
     path = tmp_path / "tokenizer_config.json"
@@ -107,7 +117,9 @@ def test_ratings_out_of_range(rating, tmp_path):
     refused(glue.read, tmp_path / "dev.tsv", glue.FORMS["stsb"], named="line 2")
 
 
-@pytest.mark.parametrize("corpus, ids", [("", ""), (LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(LINES["mrpc"]), "")])
+@pytest.mark.parametrize("corpus, ids", [
+    ("", ""), (LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(LINES["mrpc"]), "")
+])  # fmt: skip
 def test_mrpc_without_examples(corpus, ids, tmp_path):
     """Nothing is written of a corpus that holds none of the pairs that its list names."""
     (tmp_path / "msr_paraphrase_train.txt").write_text(corpus)
@@ -120,31 +132,40 @@ def message(id, parent, role="assistant", **more):
     return dict(message_id=id, parent_id=parent, role=role, text="t") | more
 
 
+def tree(**reply):
+    reply = dict(role="assistant", text="a") | reply
+    return {"prompt": {"role": "prompter", "text": "q", "replies": [reply]}}
+
+
 RECORDS = {
     "known role": [{"messages": [{"role": ["user"], "content": "x"}]}],
     'not text in "input"': [ALPACA | {"input": 0}],
     'in "input"': [{"messages": [{"role": "user", "content": "x", "input": [1]}]}],
-    '"rank" [1]': [{"prompt": {"role": "prompter", "text": "q", "replies": [{"role": "assistant", "text": "a", "rank": [1]}]}}],
-    '"deleted" \'no\'': [{"prompt": {"role": "prompter", "text": "q", "replies": [{"deleted": "no"}]}}],
+    '"rank" [1]': [tree(rank=[1])],
+    '"deleted" \'no\'': [tree(deleted="no")],
     '"replies"': [{"prompt": {"role": "prompter", "text": "q", "replies": {"a": 1}}}],
     '"tree_state"': [{"prompt": {"role": "prompter", "text": "q"}, "tree_state": ["x"]}],
     '"message_id" [1]': [message([1], None)],
     '"parent_id" {}': [message("a", {})],
-    "line 3 has the \"message_id\" 'b' of another": [message("a", None, "prompter"), message("b", "a"), message("b", "a")],
-    "b, c answer each other in a ring": [message("a", None, "prompter"), message("b", "c"), message("c", "b")],
+    "line 3 has the \"message_id\" 'b' of another": [
+        message("a", None), message("b", "a"), message("b", "a")
+    ],
+    "b, c answer each other in a ring": [
+        message("a", None), message("b", "c"), message("c", "b")
+    ],
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("told", RECORDS)
 def test_records_of_other_types(told, tmp_path):
-    """Roles, ids, ranks and flags may be anything; no message is lost, or followed, because of it."""
+    """Roles, ids, ranks and flags may be anything; no message is lost, or taken, because of it."""
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(map(json.dumps, RECORDS[told])))
     assert told in refused(instruct.read_instructions, path, named=str(path))
 
 
 def test_halves_of_surrogate_pairs(tmp_path):
-    """JSON can spell half a character, as web texts have it; the text is then one that can be shown."""
+    """JSON can spell half a character, and web texts have it; what is read can be shown."""
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"instruction": "a\ud800", "input": "\udfff", "output": "b\udc00b"}))
     (one,) = instruct.read_instructions(path)
@@ -153,7 +174,8 @@ def test_halves_of_surrogate_pairs(tmp_path):
 
 def test_a_long_conversation_is_read_in_no_time(tmp_path):
     """A hundred thousand messages before the first question are cut off at once."""
-    turns = [{"from": "gpt", "value": "a"}] * 200_000 + [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    answer, question = {"from": "gpt", "value": "a"}, {"from": "human", "value": "q"}
+    turns = [answer] * 200_000 + [question, answer]
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"conversations": turns}))
     start = time.monotonic()
@@ -162,7 +184,8 @@ def test_a_long_conversation_is_read_in_no_time(tmp_path):
 
 
 @pytest.mark.parametrize("record", [
-    {"question_id": [1]}, {"question_id": True}, {"question_id": "\ud800"}, {"turns": [1]}, {"category": []}, {"question_id": 7},
+    {"question_id": [1]}, {"question_id": True}, {"question_id": "\ud800"}, {"turns": [1]},
+    {"category": []}, {"question_id": 7},
 ])  # fmt: skip
 def test_questions_of_other_types(record, tmp_path):
     """A question's id is a number or a text, of no other question, and its turns are texts."""
@@ -172,7 +195,9 @@ def test_questions_of_other_types(record, tmp_path):
     refused(mt_bench.read_questions, path, named="line 2")
 
 
-@pytest.mark.parametrize("line", ['{"question_id": [1], "model_id": "me", "choices": 1}', '{"question_id": ' + "[" * 99999, "7"])
+@pytest.mark.parametrize("line", [
+    '{"question_id": [1], "model_id": "me", "choices": 1}', '{"question_id": ' + "[" * 99999, "7"
+])  # fmt: skip
 def test_answers_of_other_types(line, tmp_path):
     """What is not an answer is refused, and left as it is."""
     path = tmp_path / "me.jsonl"
@@ -186,10 +211,14 @@ def test_answers_of_other_types(line, tmp_path):
 
 
 @pytest.mark.parametrize("file, content", [
-    ("qst_z_parameters.pt", 7), ("qst_z_parameters.pt", [torch.zeros(8)]), ("qst_z_parameters.pt", {0: torch.zeros(8)}),
-    ("qst_z_parameters.pt", {str(i): torch.zeros(8 + i) for i in range(3)}), ("lm_head_z_path.pt", {"a": 1}),
-    ("qst_z_parameters.pt", {str(i): torch.zeros(0) for i in range(3)}), ("lm_head_z_path.pt", torch.full((32,), torch.nan)),
-    ("lm_head_z_path.pt", torch.zeros(32, dtype=torch.uint8)), ("qst_downsample_parameters.pt", {"0.adapter_A.weight": torch.tensor(1.0)}),
+    ("qst_z_parameters.pt", 7), ("qst_z_parameters.pt", [torch.zeros(8)]),
+    ("qst_z_parameters.pt", {0: torch.zeros(8)}),
+    ("qst_z_parameters.pt", {str(i): torch.zeros(8 + i) for i in range(3)}),
+    ("lm_head_z_path.pt", {"a": 1}),
+    ("qst_z_parameters.pt", {str(i): torch.zeros(0) for i in range(3)}),
+    ("lm_head_z_path.pt", torch.full((32,), torch.nan)),
+    ("lm_head_z_path.pt", torch.zeros(32, dtype=torch.uint8)),
+    ("qst_downsample_parameters.pt", {"0.adapter_A.weight": torch.tensor(1.0)}),
 ])  # fmt: skip
 def test_released_files_of_other_types(file, content, tmp_path):
     """Each of the six files may hold anything; what is no checkpoint is refused by the folder."""
