@@ -123,6 +123,13 @@ def test_each_state_is_standardized_by_its_own_channels(base):
         assert torch.equal(side.step(i, h_f, h_g), side.layers[i](read(i + 1) + h_g))
 
 
+def test_a_channel_that_never_changes_has_a_finite_scale(base):
+    """Of one token every variance is 0."""
+    model = QST(base, SideConfig(reduction=4, standardize=True))
+    model.calibrate([[5]])
+    assert model.side.scale.isfinite().all()
+
+
 def test_standardizing_is_in_fp32():
     """A mean that is rounded to 16 bits would move all that is near it."""
     side = SideNetwork(small_config(), SideConfig(reduction=4, standardize=True))
