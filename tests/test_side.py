@@ -146,6 +146,8 @@ def test_reductions_that_do_not_fit_are_refused():
         SideNetwork(small_config(), SideConfig(reduction=3))
     with pytest.raises(InputError, match="--downsample .sum. is unknown"):
         SideConfig(downsample="sum")
+    with pytest.raises(InputError, match="--rank 33 is more than the base's 32 channels"):
+        QST(small_base(), SideConfig(reduction=4, rank=33))
     SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
     with pytest.raises(InputError, match="rotary"):
         SideNetwork(small_config(), SideConfig(reduction=8))
