@@ -106,6 +106,11 @@ def test_settings_must_be_those_of_the_tensors(tmp_path):
         write_safetensors(path, tensors, metadata | dict(side=side))
         with pytest.raises(InputError, match=message):
             QST.from_side(base, tmp_path)
+    swap = {f"downsample.{i}.down.weight": f"downsample.{3 - i}.down.weight" for i in (0, 3)}
+    write_safetensors(path, {swap.get(n, n): tensor for n, tensor in tensors.items()}, metadata)
+    with pytest.raises(InputError, match="is damaged"):  # two tensors under each other's name
+        QST.from_side(base, tmp_path)
+    write_safetensors(path, tensors, metadata)
     as_of_an_older_commit(tmp_path, config=about["config"] | dict(attention="own"))
     QST.from_side(base, tmp_path)
     as_of_an_older_commit(tmp_path, config=about["config"] | dict(attention="borrowed"))

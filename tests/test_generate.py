@@ -21,6 +21,8 @@ def test_sampling():
     assert counts(draw(top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert counts(draw(top_p=0.75)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert counts(draw(top_p=0.1)) == [1, 0, 0, 0]
+    assert sample(logits.flip(1), 1.0, top_p=0.1).eq(3).all()
+    assert len(sample(torch.zeros(99, 2), 1.0, top_p=0.5).unique()) == 1  # one half is enough
     assert torch.equal(draw(), draw()) and sample(logits).eq(0).all()
     cold = sample(logits, 0.1, generator=torch.Generator().manual_seed(0))
     assert cold.eq(0).float().mean() > 0.98

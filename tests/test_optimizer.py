@@ -5,7 +5,7 @@ import torch
 from conftest import small_base
 
 import train
-from data.optim import AdamW8bit, Muon, orthogonalize
+from data.optim import AdamW8bit, Muon, load_optimizer, orthogonalize
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
@@ -129,6 +129,22 @@ def test_the_8_bit_moments_never_divide_by_zero():
         optimizer.step()
     assert p.isfinite().all() and p.abs().max() < 20 * 0.01 * 1.1
     assert (optimizer.state[p]["root"] > 127).all()
+
+
+def test_8_bit_moments_are_loaded_as_such():
+    """torch's own load_state_dict would make fp32 of them, four times as large."""
+    made = []
+    for _ in range(2):
+        p = torch.nn.Parameter(torch.ones(300))
+        made.append((p, AdamW8bit([dict(params=[p])], lr=0.01)))
+    (p, optimizer), (again, loaded) = made
+    p.grad = torch.randn(300)
+    optimizer.step()
+    load_optimizer(loaded, optimizer.state_dict())
+    for name, moment in optimizer.state[p].items():
+        kept = loaded.state[again][name]
+        assert kept == moment if name == "step" else torch.equal(kept, moment)
+    assert loaded.state[again]["mean"].dtype == torch.uint8
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])

@@ -204,6 +204,6 @@ def test_activation_bytes_counts_each_storage_once():
             h = idx @ self.weight
             return (h * h).sum() + (h * 2).sin().sum()
 
-    x = torch.randn(4, 8)
-    # kept: x for the weight's gradient, h twice for the square, and 2 h for the sine
+    x = torch.randn(4, 8, requires_grad=True)  # for whose gradient the weight is kept
+    # and x for the weight's gradient, h twice for the square, and 2 h for the sine
     assert activation_bytes(Square(), x, None) == 3 * 4 * 8 * 4

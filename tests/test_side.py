@@ -146,12 +146,31 @@ def test_each_state_is_standardized_by_its_own_channels(base):
         assert torch.equal(side.step(i, h_f, h_g), side.layers[i](read(i + 1) + h_g))
 
 
+def test_a_channel_that_never_changes_has_a_finite_scale(base):
+    """Of one token every variance is 0."""
+    model = QST(base, SideConfig(reduction=4, standardize=True))
+    model.calibrate([[5]])
+    assert model.side.scale.isfinite().all()
+
+
+def test_standardizing_is_in_fp32():
+    """A mean that is rounded to 16 bits would move all that is near it."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4, standardize=True))
+    side.mean.fill_(300.7)
+    side.scale.fill_(1.003)
+    h_f = (300 + torch.randn(5, 32)).bfloat16()
+    expected = ((h_f.float() - 300.7) * 1.003).bfloat16()
+    assert torch.equal(side.standardized(1, h_f), expected)
+
+
 def test_reductions_that_do_not_fit_are_refused():
     """The message says which reductions do."""
     with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):
         SideNetwork(small_config(), SideConfig(reduction=3))
     with pytest.raises(InputError, match="--downsample .sum. is unknown"):
         SideConfig(downsample="sum")
+    with pytest.raises(InputError, match="--rank 33 is more than the base's 32 channels"):
+        QST(small_base(), SideConfig(reduction=4, rank=33))
     SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
     with pytest.raises(InputError, match="rotary"):
         SideNetwork(small_config(), SideConfig(reduction=8))

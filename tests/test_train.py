@@ -134,6 +134,29 @@ def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
 
 
 @pytest.mark.usefixtures("no_answers")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_a_run_counts(dtype, cfg, monkeypatch):
+    """The tokens of all batches of an iteration; and steps left out, which end a run only where ten
+    of them are in a row. In fp16 alone the loss is scaled."""
+    sent, counted, stepped = [], [], train.TrainingLog.stepped
+
+    def step(loss_of, optimizer, scaler, batches, *args):
+        assert scaler.is_enabled() == (dtype == "fp16")
+        sent.append(sum(idx.numel() for idx, *_ in batches))
+        return torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0)
+
+    def count(log, loss, taken, tokens, wait):
+        counted.append(tokens)
+        return stepped(log, loss, taken, tokens, wait)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.TrainingLog, "stepped", count)
+    more = dict(dtype=dtype, max_iters=24, eval_interval=12, gradient_accumulation_steps=3)
+    assert train.main(TrainConfig(**cfg | more))["skipped_iterations"] == 22
+    assert counted == sent and len(sent) == 24
+
+
+@pytest.mark.usefixtures("no_answers")
 def test_half_precision(cfg):
     """Training computes in bf16 and fp16 too, to nearly the same loss."""
     losses = {}
