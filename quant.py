@@ -110,12 +110,17 @@ def chunk_size(device):
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
+@cache  # a copy to a GPU, each time, would wait for it
+def bounds_on(codebook, device):
+    """What lies between a code book's levels in their order, and the code of each level."""
+    levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
+    return ((levels[1:] + levels[:-1]) / 2).to(device), order.to(device, torch.uint8)
+
+
 def nearest(values, codebook):
     """Index of the level nearest to each value, (n,), in [-1, 1]; on a tie, the lower one."""
-    levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
-    bounds = (levels[1:] + levels[:-1]) / 2
-    index = torch.bucketize(values, bounds.to(values.device), out_int32=True)
-    return order.to(values.device, torch.uint8)[index]
+    bounds, order = bounds_on(codebook, values.device)
+    return order[torch.bucketize(values, bounds, out_int32=True)]
 
 
 def quantize_blockwise(values, codebook, block_size):

@@ -139,6 +139,8 @@ def machine(device):
 
 def conclude(report):
     """Print every target once more: how many of them were reached, and those that were missed."""
+    if any(part.get("machine", {}).get("name") == "cpu" for part in report["parts"].values()):
+        print("\nTiny shapes on a CPU: this tries the code, and the figures mean nothing.")
     print_table("Targets", "part", "reached", "missed", "seconds")
     for name, part in report["parts"].items():
         targets = [target for row in part["rows"] for target in row.get("targets", ())]

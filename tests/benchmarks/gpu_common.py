@@ -132,7 +132,7 @@ def timed(function, device, seconds=3.0, warm_up=2, most=15):
     calls = max(3, min(most, int(seconds / (time.perf_counter() - start + 1e-9))))
     if device.type != "cuda":
         times = []
-        for _ in range(calls):
+        for _ in range(3):
             start = time.perf_counter()
             function()
             times.append(time.perf_counter() - start)
