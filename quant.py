@@ -233,10 +233,9 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     if kind not in CODEBOOKS:
         raise InputError(f"4-bit type {kind!r} is unknown: choose one of {', '.join(CODEBOOKS)}.")
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
-    # The sum, infinite also where that of finite values is, in a precision in which it comes out alike
-    # on every device: a side network knows its base by such numbers.
+    # In fp64 it comes out alike on every device, and a side network knows its base by such numbers.
     offset = absmax.mean(dtype=torch.float32 if absmax.is_mps else torch.float64).float()
-    if not weight.is_meta and not (offset * len(absmax)).isfinite():
+    if not weight.is_meta and not (offset * len(absmax)).isfinite():  # their sum
         raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
     if not double_quant:
         return Quantized4bit(codes, absmax, None, None, weight.shape, kind)
@@ -559,7 +558,7 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     for rows in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):  # whole bytes
         groups = rows.float().unflatten(1, (-1, group_size or columns))
         low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
-        # Divided by a tensor: by a number, CUDA multiplies with the reciprocal, and rounds otherwise.
+        # By a tensor: with a number, CUDA multiplies by the reciprocal, which rounds otherwise.
         scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / torch.full_like(low, top)
         scale = torch.where(scale == 0, 1.0, scale)  # of nothing but zeros
         zero = (-low / scale).round()
