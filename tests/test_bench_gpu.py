@@ -1,4 +1,4 @@
-"""`bench.py gpu`: every part runs on a CPU with tiny shapes, and what fails takes nothing with it."""
+"""`bench.py gpu`: every part runs on a CPU with tiny shapes, and what fails ends alone."""
 
 import json
 import subprocess
@@ -35,7 +35,9 @@ def test_every_part_has_its_rows(report):
     assert len(rows["steps_7b"]) == 2 * len(rows["steps_70b"]) == 16
     assert {"as written", "h_f in 4 bits", "full", "qlora, checkpoint"} <= set(rows["memory"])
     assert rows["default"] == ["the base, once, on the CPU", "fp32"]
-    errors = [row["error"] for part in report["parts"].values() for row in part["rows"] if "error" in row]
+    errors = [
+        row["error"] for part in report["parts"].values() for row in part["rows"] if "error" in row
+    ]  # fmt: skip
     assert all(error.startswith("needs ") for error in errors)  # the libraries of theirs
 
 

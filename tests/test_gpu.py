@@ -83,7 +83,7 @@ def test_dequantize(kind, double_quant, dtype):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", CODEBOOKS)
 def test_matvec(kind, double_quant, dtype):
-    """With any number of rows the product is within the rounding of an fp32 sum and of the result."""
+    """With any number of rows the product is within the rounding of an fp32 sum and its own."""
     for shape in SHAPES:
         q, on_gpu = make(shape, kind, double_quant)
         weight = q.dequantize(dtype).to(DEVICE)
@@ -118,7 +118,7 @@ def test_quantized_on_the_gpu():
 
 @needs_memory
 def test_more_than_2_to_the_31_values():
-    """The last blocks of such a weight are computed where they are, and stored where they belong."""
+    """The last blocks of such a weight are read where they are, and stored where they belong."""
     columns, rows = (1 << 16, (1 << 15) + 3) if GPU else (1 << 10, 67)
     numel = rows * columns
     codes = torch.empty(numel // 2, dtype=torch.uint8, device=DEVICE).random_(0, 256)
@@ -138,7 +138,7 @@ def test_more_than_2_to_the_31_values():
 
 @needs_gpu
 def test_on_a_side_stream():
-    """The kernels run on the current stream: after what was queued there, and before what follows."""
+    """The kernels run on the current stream: after what is queued there, before what follows."""
     q, on_gpu = make((4096, 4096))
     expected, stream = q.dequantize(torch.bfloat16), torch.cuda.Stream()
     busy = torch.randn(4096, 4096, device=DEVICE)

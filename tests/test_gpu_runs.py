@@ -1,4 +1,4 @@
-"""Training, generating and saving on a GPU; see test_gpu.py, whose device and dry run these have."""
+"""Training, generating and saving on a GPU; the device and the dry run are test_gpu.py's."""
 
 import contextlib
 import json
@@ -138,8 +138,8 @@ def test_the_embedded_default_learns(dtype, tmp_path):
 @pytest.mark.parametrize("changes", [{}, dict(dtype="fp16"), dict(optimizer="muon", variant="fast"),
                                      dict(optimizer_bits=8, h_f_bits=4)], ids=str)  # fmt: skip
 def test_resume(changes, cfg, tmp_path):
-    """A run that has ended on the GPU goes on there, to about the loss of one without an end; and on
-    the CPU too."""
+    """A run that has ended on the GPU goes on there, to about the loss of one without an end; and
+    on the CPU too."""
     whole = train.main(TrainConfig(**cfg | changes))
     parts = cfg | changes | dict(out_dir=str(tmp_path / "parts"))
     train.main(TrainConfig(**parts | dict(max_iters=4)))
@@ -193,5 +193,6 @@ def test_a_dtype_is_kept_throughout(cfg):
     seen = []
     for module in (*model.base.layers, *model.side.layers):
         module.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    model.loss(torch.ones(1, 8, dtype=torch.long, device=DEVICE), torch.ones(1, 8, dtype=torch.long))
+    idx = torch.ones(1, 8, dtype=torch.long)
+    model.loss(idx.to(DEVICE), idx)
     assert len(seen) == 6 and set(seen) == {torch.bfloat16}

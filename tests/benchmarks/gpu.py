@@ -40,7 +40,7 @@ def gpu(*words):
     parser = Parser("bench.py gpu", description=gpu.__doc__)
     parser.add_argument("--out", default="out-gpu", help="the folder of gpu.json")
     parser.add_argument("--small", action="store_true", help="the same code on a CPU, tiny shapes")
-    parser.add_argument("--minutes", type=float, default=8, help="parts that would end later are cut")
+    parser.add_argument("--minutes", type=float, default=8, help="parts are cut off then")
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, help="these parts alone, in this process, and beside "
         "what OUT/gpu.json holds of others"
@@ -67,7 +67,9 @@ def in_processes(args, end):
         command += ["--out", args.out] + ["--small"] * args.small
         left = min(seconds, end - time.time())
         try:
-            code = subprocess.run(command, timeout=max(left, 1)).returncode if left > 0 else "no time"
+            code = "no time left"
+            if left > 0:
+                code = subprocess.run(command, timeout=left).returncode
         except subprocess.TimeoutExpired:
             code = f"cut off after {left:.0f} s"
         report = read(Path(args.out))

@@ -49,7 +49,8 @@ class Sizes:
         grouped = ModelConfig(**shape | dict(n_head=4, n_embd=128, n_kv_head=2))
         return cls(
             torch.device("cpu"), torch.float32, ((64, 128), (128, 64)), ModelConfig(**shape),
-            grouped, ModelConfig(**shape), steps=((1, 16), (2, 16)), copy_bytes=1 << 16, new_tokens=3,
+            grouped, ModelConfig(**shape), steps=((1, 16), (2, 16)), copy_bytes=1 << 16,
+            new_tokens=3,
         )  # fmt: skip
 
     @property
@@ -118,18 +119,18 @@ def forget(device):
         torch.cuda.empty_cache()
 
 
-def timed(function, device, seconds=3.0, warm_up=2, most=15):
+def timed(function, device, seconds=3.0, most=15):
     """Median seconds of a call: of CUDA events on a GPU, which is not waited for in between.
 
-    seconds: about how long to measure, at least three calls
+    seconds: about how long to measure: three calls at least, or one of those that take as long
     """
-    for _ in range(warm_up):
-        function()
+    function()
     wait(device)
     start = time.perf_counter()
     function()
     wait(device)
-    calls = max(3, min(most, int(seconds / (time.perf_counter() - start + 1e-9))))
+    once = time.perf_counter() - start
+    calls = 1 if once > seconds else max(3, min(most, int(seconds / (once + 1e-9))))
     if device.type != "cuda":
         times = []
         for _ in range(3):

@@ -15,7 +15,7 @@ ROWS = (1, 2, 4, 8)
 
 
 def per_call(functions, device):
-    """Seconds of a call, of functions that do the same on different buffers, one after the other."""
+    """Seconds of a call, of functions that do the same on different buffers."""
 
     def all_of_them():
         for function in functions:
@@ -39,16 +39,25 @@ def in_bitsandbytes(q, dtype):
 
 
 def theirs(weights, name, arguments, dtype):
-    """Functions of bitsandbytes that do the same, once they are seen to; none without it."""
+    """Functions of bitsandbytes that do the same; none without it, or the reason in words."""
     try:
-        import bitsandbytes as bnb
+        return checked(weights, name, arguments, dtype)
     except ImportError:
         return []
+    except Exception as error:  # ours are measured all the same
+        return f"{type(error).__name__}: {error}"
+
+
+def checked(weights, name, arguments, dtype):
+    """Functions of bitsandbytes, once they are seen to do the same."""
+    import bitsandbytes as bnb
+
     functions = []
     for q, argument in zip(weights, arguments):
         codes, state = in_bitsandbytes(q, dtype)
         if name == "dequantize":
-            call = lambda c=codes, s=state: bnb.functional.dequantize_4bit(c, s)
+            out = dict(out=argument) if argument.is_cuda else {}
+            call = lambda c=codes, s=state, o=out: bnb.functional.dequantize_4bit(c, s, **o)
         else:
             call = lambda c=codes, s=state, x=argument: bnb.matmul_4bit(x, c, s)
         functions.append(call)
@@ -106,6 +115,8 @@ def row(what, shape, rows, ours, other, traffic, copy, bandwidth, time, device):
         GB_per_s=traffic / seconds / 1e9, of_a_copy=share,
         targets=[target("of a copy", share, bandwidth)],
     )  # fmt: skip
+    if isinstance(other, str):
+        return result | dict(error=f"bitsandbytes: {other}".splitlines()[0])
     if other:
         try:
             result["theirs_us"] = 1e6 * per_call(other, device)
@@ -122,11 +133,11 @@ def tokens(sizes):
         forget(sizes.device)
         base = random_base(sizes.large, quant, sizes.dtype, sizes.device)
         prompt = torch.arange(5, 21, device=sizes.device).unsqueeze(0)
-        several = lambda n: timed(lambda: base.generate(prompt, n), sizes.device, 5, 1)
+        several = lambda n: timed(lambda: base.generate(prompt, n), sizes.device)
         # Without the first token, whose prompt is read at once.
         seconds = (several(sizes.new_tokens + 1) - several(1)) / sizes.new_tokens
         rate[name] = 1 / max(seconds, 1e-9)
-        alone[name] = timed(as_graph(one_token(base, prompt), sizes.device), sizes.device, 1)
+        alone[name] = timed(as_graph(one_token(base, prompt), sizes.device), sizes.device, 1.0)
         result = dict(what=name, ms_per_token=1e3 / rate[name], tokens_per_s=rate[name])
         yield result | dict(graph_ms=1000 * alone[name])
         del base

@@ -1,5 +1,5 @@
-"""Training steps on a GPU: seconds and peak memory, beside the forward pass alone, other methods, the
-account, and QLoRA of peft and bitsandbytes.
+"""Training steps on a GPU: seconds and peak memory, beside the forward pass alone, other methods,
+the account, and QLoRA of peft and bitsandbytes.
 
 A step is train.py's `train_step`, of every position with a target. Its memory is measured where
 gradients accumulate, as the account has it. The workspaces of cuBLAS, which the account leaves out,
@@ -29,7 +29,8 @@ QLORA = (("qlora", "--checkpoint false"), ("qlora, checkpoint", "--checkpoint tr
 
 def parse(sizes, tokens, flags):
     B, T = tokens
-    return parse_args([*sizes.flags, "--batch_size", str(B), "--sequence_len", str(T), *flags.split()])
+    shape = ["--batch_size", str(B), "--sequence_len", str(T)]
+    return parse_args([*sizes.flags, *shape, *flags.split()])
 
 
 def steps_7b(sizes):
@@ -124,7 +125,7 @@ def our_step(sizes, config, cfg, report, workspace, seconds=3.0):
     model = our_model(sizes, config, cfg)
     figures = costs(sizes, model, model.loss, config, cfg, seconds)
     ratio = report["total_bytes"] / 1e9 / max(1e-9, figures["peak_GB"] - workspace / 1e9)
-    beside = [target("account / peak", ratio, ">= 0.97"), target("account / peak", ratio, "<= 1.03")]
+    beside = [target("account / peak", ratio, bound) for bound in (">= 0.97", "<= 1.03")]
     about = dict(account_GB=report["total_bytes"] / 1e9, workspace_GB=workspace / 1e9)
     return figures | about | dict(targets=beside)
 

@@ -9,7 +9,7 @@ LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate")
 def their_qlora(sizes, config, cfg):
     """A model as `from_pretrained(load_in_4bit)` and `get_peft_model` leave it, and its loss.
 
-    It computes as transformers' Trainer does with bf16=True: in autocast, the low-rank pairs in fp32.
+    It computes as transformers' Trainer does with bf16=True: in autocast, the pairs stored in fp32.
     A layer is made at a time, so that 70B needs no copy in 16 bits.
     """
     from peft import LoraConfig, get_peft_model
@@ -50,10 +50,11 @@ def made_in_4_bits(layer, sizes):
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     options = dict(compress_statistics=True, quant_type="nf4")
+    more = options | dict(compute_dtype=sizes.dtype, device="meta")
     for name, module in list(layer.named_modules()):
         if isinstance(module, nn.Linear):
             width = module.in_features, module.out_features
-            new = Linear4bit(*width, bias=False, compute_dtype=sizes.dtype, device="meta", **options)
+            new = Linear4bit(*width, bias=False, **more)
             weight = torch.empty(*width[::-1], dtype=sizes.dtype, device=sizes.device)
             weight.normal_(std=0.02)
             new.weight = Params4bit(weight, requires_grad=False, module=new, **options)

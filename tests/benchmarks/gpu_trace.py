@@ -56,7 +56,7 @@ def named_parts(model):
 
 
 def trace(sizes):
-    """A step of QST: milliseconds of kernels in each part, their share of the step, and the gaps."""
+    """A step of QST: milliseconds of kernels in each part, their share, and the gaps."""
     cfg = settings_of_step(parse(sizes, sizes.steps[0], "--method qst"))
     model = our_model(sizes, sizes.large, cfg)
     optimizer, idx = make_optimizer(model, cfg), random_ids(sizes.large, cfg)
@@ -164,7 +164,7 @@ def untrained(tokenizer):
 
 
 def default(sizes):
-    """`python train.py` as it is, in bf16 and in fp16: its score, its seconds in all, and a step's."""
+    """`python train.py` as it is, in bf16 and in fp16: its score, and its seconds."""
     small = sizes.device.type == "cpu"
     flags = "--max_iters 2 --eval_examples 4 --batch_size 2" if small else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -175,13 +175,15 @@ def default(sizes):
             tiny.base_folder(untrained if small else train_tiny_base, save_pretrained)
             yield dict(what="the base, once, on the CPU", seconds=time.time() - start)
             for dtype in ("fp32",) if small else ("bf16", "fp16"):
-                command = [sys.executable, str(ROOT / "train.py"), "--out_dir", f"{folder}/{dtype}",
-                           "--dtype", dtype, "--device", sizes.device.type, *flags.split()]  # fmt: skip
+                own = f"--dtype {dtype} --device {sizes.device.type} {flags}".split()
+                command = [sys.executable, str(ROOT / "train.py"), *own]
+                command += ["--out_dir", f"{folder}/{dtype}"]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     yield dict(what=dtype, error=done.stderr.strip().rpartition("\n")[2])
                     continue
                 result = json.loads(Path(folder, dtype, "result.json").read_text())
                 score = result["exact_match_after"]
-                row = dict(what=dtype, score=score, seconds=result["seconds"], step_ms=result["step_ms"])
-                yield row | dict(targets=[target("exact", score, ">= 1")])
+                row = {name: result[name] for name in ("seconds", "step_ms")}
+                exact = target("exact", score, ">= 1")
+                yield dict(what=dtype, score=score, targets=[exact]) | row
