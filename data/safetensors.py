@@ -11,7 +11,7 @@ import mmap
 import torch
 
 from data.fields import (
-    TABLE, TEXT, field, first_few, list_of, one_of, shown, table_of, whole,
+    TABLE, TEXT, field, first_few, list_of, one_of, reason, shown, table_of, whole,
 )  # fmt: skip
 from data.files import file_size, parse_json, read_bytes, write_atomically
 from quant import InputError, Quantized4bit
@@ -83,10 +83,12 @@ def map_tensor(path, dtype, shape, offset):
         return torch.empty(shape, dtype=dtype)
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     nbytes = math.prod(shape) * dtype.itemsize
-    with open(path, "rb") as file:
-        view = mmap.mmap(
-            file.fileno(), offset - start + nbytes, access=mmap.ACCESS_COPY, offset=start
-        )
+    length, access = offset - start + nbytes, mmap.ACCESS_COPY
+    try:
+        with open(path, "rb") as file:
+            view = mmap.mmap(file.fileno(), length, access=access, offset=start)
+    except (OSError, ValueError) as error:  # it is no longer there, or the machine is too small
+        raise InputError(f"{path} cannot be read ({reason(error)}): close what you can.") from None
     raw = torch.frombuffer(view, dtype=torch.uint8, offset=offset - start)
     if offset % dtype.itemsize:
         raw = raw.clone()

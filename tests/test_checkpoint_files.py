@@ -68,11 +68,12 @@ def test_the_sum_is_of_the_file(tmp_path):
 
 
 def test_damaged_weights_are_refused(tmp_path):
-    """One bit of a tensor, or the name of one, is not what was saved."""
+    """One bit of a tensor, or the names of two that were swapped, are not what was saved."""
     saved(tmp_path)
     path = tmp_path / "side.safetensors"
     content = path.read_bytes()
-    swapped = content.replace(b'"gamma"', b'"_____"').replace(b'"alpha"', b'"gamma"')
+    swapped = content.replace(b"q_proj", b"______").replace(b"k_proj", b"q_proj")
+    swapped = swapped.replace(b"______", b"k_proj")
     for bad in (content[:-5] + bytes([content[-5] ^ 4]) + content[-4:], swapped):
         path.write_bytes(bad)
         refused(QST.from_side, small_base(), tmp_path, named=str(path))

@@ -39,6 +39,18 @@ def test_headers_of_other_types(header, tmp_path):
     assert time.monotonic() - start < 1
 
 
+def test_empty_tensors_of_any_size(tmp_path):
+    """A shape with a 0 needs no bytes, and the other sizes may still be too large to be a tensor."""
+    path = tmp_path / "x.safetensors"
+    for shape, fits in (([0, 3], True), ([0, 2**60, 2**60], False)):
+        text = json.dumps(entry(shape=shape, data_offsets=[0, 0])).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        if fits:
+            assert list(read_safetensors(path)["a"]().shape) == shape
+        else:
+            assert "too large" in refused(read_safetensors, path, named=str(path))
+
+
 @pytest.mark.parametrize("weight_map", [
     "x", {"a": ["b"]}, {"a": "/etc/passwd"}, {"a": "config.json"}, {"a": "..", "b": 1}, None
 ])  # fmt: skip
