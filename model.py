@@ -1,13 +1,13 @@
 """The frozen LLM: one `DecoderLayer` for LLaMA and OPT, its weights buffers; `from_pretrained`.
 
-Reading order: the config, the layer, the model with its loss, and how the weights get in: one tensor
-at a time, quantized on the way.
+Reading order: the config, the layer, the model with its loss, and how the weights get in: one
+tensor at a time, quantized on the way.
 
     B, T  batch and length        C = n_embd        V = vocab_size        D = head_dim
 
-Modules are named like the tensors of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...),
-with LLaMA's names where the two families differ; data/hub.py has the few other names of OPT. The same
-`DecoderLayer`, narrower, makes the side network in side.py.
+Modules are named like the tensors of Hugging Face's checkpoints (`q_proj`, `input_layernorm`,
+...), with LLaMA's names where the two families differ; data/hub.py has the few other names of OPT.
+The same `DecoderLayer`, narrower, makes the side network in side.py.
 
 Run `python model.py` to see what some models weigh in 16 and in 4 bits, and `python model.py
 quantize IN OUT` to write a folder in 4 bits.
@@ -230,7 +230,7 @@ def positions_and_mask(idx, keep=None, past=0):
 
 
 class LanguageModel(nn.Module):
-    """Loss and generation, for any model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
+    """Loss and generation of a model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
 
     chunk_loss: whether the loss of a frozen head holds only some of the logits at a time
     """
@@ -414,8 +414,8 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
     device: one for all, or a function of a tensor's name (data/placement.py)
-    Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized is
-    taken as it is, straight from the memory map.
+    Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized
+    is taken as it is, straight from the memory map.
     """
     config = read_config(folder)
     tensors = hub.open_files(folder, config)

@@ -17,6 +17,7 @@ import torch
 from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
 from data.fingerprint import differences, fingerprint, quant_kind
 from data.hub import save_pretrained
+from data.methods import SIDE_METHODS, check_quant
 from data.safetensors import copy_into
 from data.settings import Parser, pick_device, pick_dtype, run
 from data.tokenizer import copy_tokenizer, load_tokenizer
@@ -25,12 +26,10 @@ from model import (
     token_loss,
 )  # fmt: skip
 from quant import InputError, Linear4bit, Quantized
-from side import (
-    IN_BASE_METHODS, METHODS, RELEASED, SIDE_METHODS, LoRALinear, SideConfig, SideNetwork,
-)  # fmt: skip
+from side import IN_BASE_METHODS, RELEASED, LoRALinear, SideConfig, SideNetwork
 
 class Tuned(LanguageModel):
-    """A frozen base, and in `side` what a method trains inside it; `QST` trains a network beside it.
+    """A frozen base, and in `side` what a method trains inside it; in `QST`, beside it.
 
     base: a frozen `Transformer`; config: a `SideConfig`
     """
@@ -55,7 +54,7 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            labels = config.n_labels  # of a task with labels, a classifier takes the LM head's place
+            labels = config.n_labels  # if there are any, a classifier takes the LM head's place
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
         return side
@@ -177,13 +176,6 @@ class QST(Tuned):
             self.side.scale.copy_((variance + 1e-6).rsqrt())
 
 
-def check_quant(method, quant):
-    """Refuse a base that is not stored as the method needs it."""
-    if quant.partition("-")[0] not in METHODS[method]:
-        kinds = " or ".join(METHODS[method])
-        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
-
-
 @torch.no_grad()
 def full_weight(module):
     """The weight of a linear layer of any kind as one matrix in fp32."""
@@ -269,8 +261,8 @@ def import_command(args):
 
 
 def merge_command(args):
-    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder of
-    plain weights, in bf16 if --dtype does not say otherwise."""
+    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder
+    of plain weights, in bf16 if --dtype does not say otherwise."""
     if any(Path(args.out).glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)

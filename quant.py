@@ -15,15 +15,15 @@ How it works
 
 How memory is laid out, for a weight of n values (row-major, rows are outputs)
     codes          uint8 (ceil(n / 2),)        two codes a byte, the first in the high nibble
-    absmax         uint8 (ceil(n / 64),)       index into the 8-bit code book; fp32 without double quant
+    absmax         uint8 (ceil(n / 64),)       8-bit codes; fp32 itself without double quantization
     nested_absmax  fp32  (ceil(n / 64 / 256),) scale of each block of absmax codes
     offset         fp32  ()                    the mean that was subtracted
     The bytes are those of the library bitsandbytes, which is what checkpoints on the Hub contain.
 
 What we do differently from it
     - Weights are buffers of an ordinary module and the product is `F.linear`: no tensor subclass.
-    - The frozen model runs layer by layer and keeps no graph, so one buffer, as large as the largest
-      weight, holds whichever weight is in use.
+    - The frozen model runs layer by layer and keeps no graph, so one buffer, as large as the
+      largest weight, holds whichever weight is in use.
     - Absmax codes are the true nearest entries. bitsandbytes searches a grid of 65,536 points on
       the CPU and is off by one step in up to 0.3 % of them; the code it *reads* is the same.
 What we give up: other block sizes, 8-bit weights, storage types other than bytes.
@@ -49,8 +49,8 @@ class InputError(ValueError):
 # --------------------------------------------------------------------------------------
 # Code books
 
-# Quantiles of the normal distribution at equal steps of probability: 8 from offset = 0.9677083 down
-# to 1/2, 7 from 1 - offset up to it, and an exact 0, over the largest (QLoRA §3; derived in tests/).
+# Quantiles of the normal distribution at equal steps of probability, 8 from 0.9677083 down to 1/2
+# and 7 from 1 - 0.9677083 up to it, and an exact 0 (QLoRA §3); tests/test_quant.py derives them.
 NF4_CODEBOOK = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -104,7 +104,7 @@ def chunk_size(device):
 
 
 def nearest(values, codebook):
-    """Index of the level nearest to each of the values, (n,), in [-1, 1]; on a tie, the lower one."""
+    """Index of the level nearest to each value, (n,), in [-1, 1]; on a tie, the lower one."""
     levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
     bounds = (levels[1:] + levels[:-1]) / 2
     index = torch.bucketize(values, bounds.to(values.device), out_int32=True)
@@ -124,7 +124,7 @@ def quantize_blockwise(values, codebook, block_size):
     absmax = torch.empty(-(-n // block_size), device=values.device)
     if values.is_meta:  # the loop below would only take its time
         return codes, absmax
-    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # there are 8 arrays in between
+    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # of arrays in between
     for start in range(0, n, step):
         chunk = values[start : start + step].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
@@ -154,8 +154,8 @@ unpack_buffers = {}  # {(dtype, device): one buffer, as large as the largest wei
 
 
 def unpack_buffer(numel, dtype, device):
-    """The one buffer that all weights are unpacked into: good until the next call. Fresh memory costs
-    more than the arithmetic that fills it."""
+    """The one buffer that all weights are unpacked into: good until the next call. On a CPU, fresh
+    memory costs more than the arithmetic that fills it."""
     buffer = unpack_buffers.get((dtype, device))
     if buffer is None or buffer.numel() < numel:
         buffer = unpack_buffers[dtype, device] = torch.empty(numel, dtype=dtype, device=device)
@@ -337,7 +337,9 @@ if triton:
         """Decode a tile of blocks and store it: one pass over the memory."""
         # 64 bits from the first product on: a weight may have more than 2^31 values.
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-        weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes)
+        weight = decode(
+            codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
+        )
         at = block[:, None] * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + at, weight.to(out.dtype.element_ty), mask=at < n)
 
@@ -403,8 +405,8 @@ if triton:
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where the
-    scales of integers learn."""
+    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where
+    the scales of integers learn."""
 
     @staticmethod
     def forward(ctx, x, scales, weight, bias):
@@ -445,7 +447,7 @@ class Linear4bit(nn.Module):
         return self.weight.product(x, bias)
 
     def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.weight.kind}"
+        return f"{self.in_features} -> {self.out_features}, {self.weight.kind}"
 
 
 # --------------------------------------------------------------------------------------
@@ -478,8 +480,8 @@ def unpack_activation(packed, shape, bits, dtype):
 # --------------------------------------------------------------------------------------
 # Integers with scales that can learn (PEQA, arXiv 2305.14152 §3)
 #
-# Of the weights of an output channel, or of a group of `group_size` neighbours in it, we keep a step
-# `scale`, the integer `zero` that stands for 0, and of each weight an integer of b bits:
+# Of the weights of an output channel, or of a group of neighbours in it, we keep a step `scale`,
+# the integer `zero` that stands for 0, and of each weight an integer of b bits:
 #
 #     code = clamp(round(W / scale) + zero, 0, 2^b - 1)            W ~ scale * (code - zero)
 #
@@ -502,7 +504,8 @@ def pack(codes, bits):
 def unpack_codes(packed, bits):
     """Undo `pack`: int32 (n,), n a multiple of 8."""
     order = torch.arange(8, dtype=torch.int32, device=packed.device)
-    words = (packed.view(-1, bits).int() << 8 * order[:bits]).sum(1, keepdim=True, dtype=torch.int32)
+    shifted = packed.view(-1, bits).int() << 8 * order[:bits]
+    words = shifted.sum(dim=1, keepdim=True, dtype=torch.int32)
     return (words >> bits * order & 2**bits - 1).view(-1)
 
 
@@ -526,9 +529,11 @@ class QuantizedInt(Quantized):
 
     @torch.no_grad()
     def dequantize(self, dtype=torch.float32, out=None):
-        """Return the weights, rounded once to `dtype`; out: optional buffer of so many values."""
+        """Return the weights, rounded once to `dtype`; out: optional buffer for them."""
         weight = self.steps().mul_(self.scales.unsqueeze(-1)).view(self.shape)
-        return weight.to(dtype) if out is None else out.view(-1)[: weight.numel()].view_as(weight).copy_(weight)
+        if out is None:
+            return weight.to(dtype)
+        return out.view(-1)[: weight.numel()].view(self.shape).copy_(weight)
 
     def grad_of_scales(self, x, grad):
         """dL/dscale = the sum of dL/dW * (code - zero) over the group."""
@@ -544,10 +549,8 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     """
     columns, top = weight.shape[1], 2**bits - 1
     if columns % (group_size or columns):
-        raise InputError(
-            f"--quant int{bits}-{group_size}: {group_size} does not divide the {columns} columns of "
-            f"{name}; powers of two do, up to {columns & -columns}."
-        )
+        message = f"--quant int{bits}-{group_size} does not divide the {columns} columns of {name}"
+        raise InputError(f"{message}; powers of two do, up to {columns & -columns}.")
     parts = []
     for rows in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):  # whole bytes
         groups = rows.float().unflatten(1, (-1, group_size or columns))
@@ -556,15 +559,15 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
         scale = torch.where(scale == 0, 1.0, scale)  # of nothing but zeros
         zero = (-low / scale).round()
         codes = ((groups / scale).round() + zero).clamp(0, top).to(torch.uint8)
-        parts.append((pack(codes.view(-1), bits), scale.squeeze(-1), zero.squeeze(-1).to(torch.uint8)))
+        parts.append((pack(codes.view(-1), bits), scale.squeeze(-1), zero.squeeze(-1)))
     codes, scales, zeros = map(torch.cat, zip(*parts))
     if not weight.is_meta and not scales.isfinite().all():
         raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
-    return QuantizedInt(codes, scales, zeros, weight.shape, bits)
+    return QuantizedInt(codes, scales, zeros.to(torch.uint8), weight.shape, bits)
 
 
 def quantize(weight, kind, name="the weight"):
-    """Quantize a matrix to "nf4" or "fp4", double-quantized, or to integers, "int4" or "int3-64"."""
+    """Quantize a matrix to "nf4" or "fp4", always doubly, or to integers: "int4", "int3-64"."""
     if numbers := parse_int(kind):
         return quantize_int(weight, *numbers, name=name)
     return quantize_4bit(weight, kind, name=name)
@@ -576,7 +579,7 @@ def main():
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     rows = {kind: quantize_4bit(weight, kind, double_quant=False) for kind in CODEBOOKS}
     rows |= {f"{kind}, double quantization": quantize_4bit(weight, kind) for kind in CODEBOOKS}
-    rows |= {kind: quantize_int(weight, *parse_int(kind)) for kind in ("int4", "int4-64", "int3-64")}
+    rows |= {kind: quantize(weight, kind) for kind in ("int4", "int4-64", "int3-64")}
     print("4096 x 4096 weights, N(0, 1)       mean |error|   bits per weight")
     for label, q in rows.items():
         error = (q.dequantize() - weight).abs().mean()

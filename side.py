@@ -18,33 +18,22 @@ Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 
 from collections import OrderedDict
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.methods import METHODS, of_side
 from data.released import RELEASED
 from data.settings import check, setting
 from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
-# How the base may be stored for each method; the first is the default. "int4" means "int4-64" too.
-METHODS = {
-    "qst": ("nf4", "fp4", "none"),
-    "lst": ("none", "nf4", "fp4"),
-    "qlora": ("nf4", "fp4"),
-    "lora": ("none",),
-    "adapter": ("none", "nf4", "fp4"),
-    "peqa": ("int4", "int3"),
-    "full": ("none",),
-}
-SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
+GATES = ("scalar", "channel", "sum")
+MIXES = ("alpha", "released", "residual", "side")
 DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
-
-of_side = partial(setting, of=SIDE_METHODS)
 
 
 @dataclass
@@ -58,13 +47,8 @@ class SideConfig:
     standardize: bool = of_side(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = of_side(False, "a LayerNorm after each downsampler")
     share_first: bool = of_side(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side(
-        "scalar", "a scalar from 0, a vector from 0.5, or a plain sum", ("scalar", "channel", "sum")
-    )
-    mix: str = of_side(
-        None, "a scalar from 1, the default; a vector; a sum; the side network alone, for lst",
-        ("alpha", "released", "residual", "side"),
-    )  # fmt: skip
+    gate: str = of_side("scalar", "a scalar from 0, a vector from 0.5, or a plain sum", GATES)
+    mix: str = of_side(None, "a scalar from 1; a vector; a sum; the side alone (for lst)", MIXES)
     upsample_bias: bool = of_side(False, "whether the upsampler has a bias")
     final_norm: bool = of_side(False, "a norm before the upsampler")
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
@@ -245,8 +229,8 @@ class SideNetwork(nn.Module):
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha is
-        # a scalar, whose gradient, a sum over all channels, is too large for fp16.
+        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha
+        # is a scalar, whose gradient, a sum over all channels, is too large for fp16.
         weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 

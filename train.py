@@ -19,36 +19,32 @@ from pathlib import Path
 import torch
 
 from data import (
-    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches, mean_loss,
-    mmlu, placement, prefetch, text, tiny, to_device,
+    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
+    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
-from data.optim import AdamW8bit, Muon, load_optimizer
+from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
+from data.optim import AdamW8bit, Muon
 from data.report import (
     TrainingLog, conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes,
 )  # fmt: skip
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
-from data.state import (
-    check_same, load_state, only_run_in, remove_earlier_run, save_state, stop_signals,
-)  # fmt: skip
+from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
-from qst import QST, check_quant, read_side, tune
+from qst import QST, read_side, tune
 from quant import InputError
-from side import (
-    IN_BASE_METHODS, METHODS, SIDE_METHODS, VARIANTS, SideConfig, of_side,
-)  # fmt: skip
+from side import IN_BASE_METHODS, VARIANTS, SideConfig
 
 TASKS = {
     "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
     **dict.fromkeys(glue.FORMS, glue.load),
 }  # fmt: skip
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclass
@@ -74,10 +70,10 @@ class TrainConfig(SideConfig):
         "default with --base), or the base's layers (other methods)")  # fmt: skip
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
-    optimizer: str = setting("adamw", "muon: Muon for matrices, AdamW for the rest", ("adamw", "muon"))
+    optimizer: str = setting("adamw", "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
-    quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3, int4-64 "
-        "(groups of 64), ...; default: by the method, or as --side was trained")  # fmt: skip
+    quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
+        " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
     dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
@@ -89,7 +85,7 @@ class TrainConfig(SideConfig):
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer", at_least=1)
     learning_rate: float = setting(None, "of AdamW", above=0, below=math.inf)
     alpha_lr_factor: float = setting(25.0, "alpha learns so many times faster", above=0)
-    lr_schedule: str = setting(None, "of the learning rate, after the warm-up", SCHEDULES)
+    lr_schedule: str = setting(None, "after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the rate rises from 0", at_least=0)
     weight_decay: float = setting(0.0, "of AdamW, on matrices only", at_least=0)
     beta1: float = setting(0.9, "of AdamW", above=0, below=1)
@@ -101,9 +97,7 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(
-        1337, "of the weights, the split and the order of examples", at_least=0, below=2**63
-    )
+    seed: int = setting(1337, "of weights, split and order of examples", at_least=0, below=2**63)
 
     def __post_init__(self):
         """What depends on other settings stays None until `resolve`."""
@@ -141,7 +135,7 @@ def resolve(cfg):
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
-        (cfg.instructions and task != "mmlu", f"--instructions is of --task mmlu, and not of {task}"),
+        (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
         (cfg.method == "lst" and cfg.mix not in (None, "side"),
          "--method lst predicts from the side network alone: leave out --mix"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
@@ -313,7 +307,7 @@ def make_model(cfg, base, task):
 
 
 def save_memory(model, cfg):
-    """Set what backward keeps, and in how many bits, put each part where it runs, and return the model."""
+    """Set what backward keeps, and put each part where it runs; returns the model."""
     if cfg.devices:
         placement.follow(model)
     model.chunk_loss = cfg.chunk_loss
@@ -333,38 +327,18 @@ def fit(model, optimizer, task, cfg, result):
     loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
-    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
     held_out = task.held_out[: cfg.eval_examples]
     log = TrainingLog(out_dir if first else None, cfg, device)
+    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
+    state = RunState(out_dir, about, model.side, optimizer, scaler, log)
 
     def evaluate():
         """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
         if log.evaluated(mean_loss(model, held_out, cfg.batch_size)) and first:
             model.save_side(out_dir)
-        stop_if(not math.isfinite(log.held_out_loss))
+        log.end_if(not math.isfinite(log.held_out_loss))
 
-    def stop_if(lost):
-        """End the run if its loss is no number any more, for good."""
-        kept = f"{out_dir} holds the side network of iteration {log.best_iteration}"
-        if lost:
-            raise InputError(
-                f"The loss is not a number at iteration {log.iteration}: lower --learning_rate, or try "
-                f"--dtype bf16 or fp32. {kept if log.best_iteration else 'No side network is kept'}."
-            )
-
-    def save():
-        learners = dict(side=model.side, optimizer=optimizer, scaler=scaler)
-        state = {name: learner.state_dict() for name, learner in learners.items()}
-        if first:
-            save_state(out_dir, state | dict(about=about, log=log.state()))
-
-    if state := load_state(out_dir) if cfg.resume else None:
-        check_same(about, state["about"], out_dir)
-        model.side.load_state_dict(state["side"])
-        load_optimizer(optimizer, state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        log.go_on(state["log"])
-    else:
+    if not (cfg.resume and state.load()):
         evaluate()
         if first:
             remove_earlier_run(out_dir)
@@ -382,10 +356,10 @@ def fit(model, optimizer, task, cfg, result):
                 evaluate()
             if read:
                 log.write(learning_rate)
-                stop_if(log.failures >= 10)
+                log.end_if(log.failures >= 10)
             ends = read and any(distributed.join([bool(stopped)]))
             if due or ends:
-                save()
+                state.save()
             if ends:
                 break
     interrupted = log.iteration < cfg.max_iters

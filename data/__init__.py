@@ -58,7 +58,7 @@ def pad_left(prompts, pad_id=0, device=None):
 
 
 def batches(examples, batch_size, seed):
-    """Yield lists of examples for ever: each epoch in a new order, with similar lengths together."""
+    """Yield lists of examples for ever: each epoch in a new order, similar lengths together."""
     rng = random.Random(seed)
     pool = 32 * batch_size
     while True:
@@ -115,7 +115,9 @@ def prefetch(items):
 
 def to_device(tensor, device):
     """Copy a tensor of a CPU; to a GPU without a wait, from pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def split(examples, fraction, seed, most=0):
@@ -186,7 +188,8 @@ def word_ids(tokenizer, words, before):
     for word in words:
         whole = tokenizer.encode(f"{before} {word}")
         if whole[: len(start)] != start or len(whole) == len(start):
-            raise InputError(f'The tokenizer joins "{before}" and " {word}": this task cannot be asked.')
+            joined = f'The tokenizer joins "{before}" and " {word}"'
+            raise InputError(f"{joined}: this task cannot be asked.")
         ids.append(whole[len(start)])
     if len(set(ids)) < len(ids):
         raise InputError(f"The tokenizer begins several of {', '.join(words)} alike.")

@@ -68,7 +68,7 @@ def read_weight(where, codes, mine, quant):
         if theirs.dtype != ours.dtype or not torch.equal(theirs, ours):
             raise refuse("has another code book than ours")
     nested_absmax = tensors.get("nested_absmax")
-    return Quantized4bit(codes.view(-1), tensors["absmax"], nested_absmax, offset, shape, kind)
+    return Quantized4bit(codes.reshape(-1), tensors["absmax"], nested_absmax, offset, shape, kind)
 
 
 def read_state(where, tensor, table):

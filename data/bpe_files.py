@@ -13,7 +13,6 @@ from data.fields import (
 from data.files import read_json, read_text
 from quant import InputError
 
-MOST_ADDED = 1 << 14  # tokens that are looked for in every text
 ID = whole(0, (1 << 24) - 1)
 REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's: we read no other")
 MODEL = {  # what we read of a model in tokenizer.json is this, or not there
@@ -37,8 +36,8 @@ def read_vocab_and_merges(folder):
     made = {left + right for left, right in merges}
     special = {token: id for token, id in vocab.items() if len(token) > 1 and token not in made}
     strange = [token for token in special if not token.isascii()]
-    if strange or len(special) > MOST_ADDED:
-        names = first_few(strange or list(special))
+    if strange:
+        names = first_few(strange)
         raise InputError(f"{path} has no merge for {names} of vocab.json: get the whole file.")
     return dict(vocab=vocab, merges=merges, words=[bpe.GPT2_WORDS], special=special, added={})
 
@@ -93,7 +92,7 @@ def checked_merges(path, merges, vocab):
 def read_added_tokens(path, spec, nfc, vocab):
     """The special tokens and the other added ones: two dicts {text: id}."""
     kinds, owners = ({}, {}), {id: token for token, id in vocab.items()}
-    for token in field(path, spec, "added_tokens", list_of(TABLE, most=MOST_ADDED), []):
+    for token in field(path, spec, "added_tokens", list_of(TABLE), []):
         for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
             field(path, token, f"added_tokens.{flag}", one_of(False), False)
         text = field(path, token, "added_tokens.content", WORD)
@@ -101,7 +100,7 @@ def read_added_tokens(path, spec, nfc, vocab):
         special = field(path, token, "added_tokens.special", TRUE_OR_FALSE, False)
         twice = text in {**kinds[0], **kinds[1]}
         if twice or owners.setdefault(id, text) != text or vocab.get(text, id) != id:
-            raise InputError(f"{path}: the added token {shown(text)}, {id}, is there otherwise too.")
+            raise InputError(f"{path}: the added token {shown(text)}, {id}, is there otherwise.")
         kinds[not special][text] = id
     return kinds
 

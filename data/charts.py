@@ -1,4 +1,4 @@
-"""Pictures as SVG, written by hand: curves, and stacked bars. They show on a Hub page as they are."""
+"""Pictures as SVG, written by hand: curves, and stacked bars. They show on a Hub page as it is."""
 
 import math
 from html import escape
@@ -37,7 +37,7 @@ def line_chart(path, title, x_label, lines):
 
 
 def bar_chart(path, title, bars):
-    """Draw a stacked bar a row, with its sum. bars: {name: {part: value}}, each with the same parts"""
+    """Draw a stacked bar a row, with its sum. bars: {name: {part: value}}, all with equal parts"""
     left, right, row = 190, 80, 28
     top = max(sum(parts.values()) for parts in bars.values())
     shapes, y = [], TOP
@@ -80,6 +80,7 @@ def write_svg(path, title, names, shapes, height):
     style = 'font-family="sans-serif" font-size="12" fill="#2d3748"'
     text = "\n".join([
         f'{head} {style}>', '<rect width="100%" height="100%" fill="white"/>',
-        f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>', *legend, *shapes, "</svg>\n",
+        f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
+        *legend, *shapes, "</svg>\n",
     ])  # fmt: skip
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -154,8 +154,8 @@ def markers(tokenizer, *texts):
     for text in texts:
         if text not in tokenizer.special:
             raise InputError(
-                f"The chat template needs {text}, which the tokenizer lacks: copy all of the"
-                " model's tokenizer files, of one model."
+                f"The chat template of {tokenizer.folder} needs {text}, which its tokenizer lacks:"
+                " copy all of the model's tokenizer files there, of one model."
             )
     return [tokenizer.special[text] for text in texts]
 

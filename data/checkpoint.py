@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.download import checksum
-from data.fields import NEEDED, TABLE, TEXT, Kind, field, one_of
+from data.fields import NAME, NEEDED, TABLE, TEXT, Kind, field, one_of
 from data.files import parse_json, read_json, write_json
 from data.safetensors import read_header, read_safetensors, tensor_bytes, write_safetensors
 from data.settings import from_table
@@ -28,7 +28,6 @@ ADVICE = "give the --out_dir of a run of train.py"
 ADDED = ("method", "standardize", "n_labels", "task")  # settings that older files do not have,
 REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
-NAME = Kind("a short name", lambda v: type(v) is str and re.fullmatch(r"[\w-]{1,40}", v))
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))
 BASE = {"quant": (NAME, NEEDED), "weights": (NAME, NEEDED), "values": (HEX, None)}
 
@@ -51,7 +50,7 @@ def digest(text, tensors):
 
 
 def read(folder, kind):
-    """Read the settings: a `kind`, the dataclass, and what tells the base, {"quant", "weights", ...}.
+    """Read the settings: a `kind`, the dataclass, and what tells the base, {"quant", "weights"}.
 
     The tensors are not read, but their shapes must be those of the settings that size modules.
     """

@@ -1,11 +1,11 @@
 """Several processes that train one side network, started by torchrun: who computes what, and sums.
 
 Each process holds the whole frozen base and computes its part of every batch. What travels is the
-gradient of what is trained, once an iteration, in one piece. A run of one process needs nothing of it:
-its rank is 0, its size 1, and every function returns what it was given.
+gradient of what is trained, once an iteration, in one piece. A run of one process needs nothing of
+it: its rank is 0, its size 1, and every function returns what it was given.
 
-Why not DistributedDataParallel: it wraps a module's forward, sends the frozen base's buffers around,
-and divides by the number of processes where we weigh every token the same.
+Why not DistributedDataParallel: it wraps a module's forward, sends the frozen base's buffers
+around, and divides by the number of processes where we weigh every token the same.
 """
 
 import os
@@ -19,7 +19,7 @@ from quant import InputError
 
 
 def start(device):
-    """Join the processes that torchrun has started, if it has; only the first prints from now on."""
+    """Join the processes that torchrun has started, if it has; only the first prints then."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -44,7 +44,8 @@ def others_alive():
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0][:80]
         raise InputError(
-            f"Another process of this run has ended ({reason}): see what it says, and go on with --resume."
+            f"Another process of this run has ended ({reason}): see what it says, and go on with "
+            "--resume."
         ) from None
 
 

@@ -169,6 +169,7 @@ def unpack(path):
                 archive.extractall(path.parent, filter="data")
         elif path.suffix == ".gz":
             with gzip.open(path) as source:
-                write_atomically(path.with_suffix(""), lambda file: shutil.copyfileobj(source, file))
+                write = lambda file: shutil.copyfileobj(source, file)
+                write_atomically(path.with_suffix(""), write)
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None

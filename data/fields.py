@@ -70,6 +70,7 @@ def table_of(kind):
 HALF = re.compile("[\ud800-\udfff]")
 TEXT = Kind("a text", lambda v: type(v) is str and not HALF.search(v))
 WORD = Kind("a text that is not empty", lambda v: v != "" and TEXT.fits(v))
+NAME = Kind("a short name", lambda v: type(v) is str and re.fullmatch(r"[\w.-]{0,80}", v))
 TRUE_OR_FALSE = Kind("true or false", lambda v: type(v) is bool)
 TABLE = Kind("a table", lambda v: type(v) is dict)
 LIST = Kind("a list", lambda v: type(v) is list)
@@ -93,7 +94,7 @@ def field(where, record, name, kind, absent=NEEDED):
 
 
 def misfit(name, value, kind):
-    """The first part of a value that does not fit: its name, itself, and the kind that it must be."""
+    """The first part of a value that does not fit: its name, itself, and what it must be."""
     if kind.each and type(value) in (list, dict):
         for key, part in value.items() if type(value) is dict else enumerate(value, 1):
             if not kind.each.fits(part):

@@ -136,7 +136,7 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        message = f"{path} could not be written ({error.strerror}); nothing was lost."
+        message = f"{path} could not be written ({error.strerror}); what was there is whole."
         raise InputError(message) from None
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """What tells one frozen base from another: a side network must not be put beside a base that it was
 not trained on.
 
-What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are rounded
-to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No hash can be
-the same for all of them: it would have to be blind to every step from one 16-bit number to the next,
-and so to everything but the sign. Hence a few values are kept as they are, and compared up to rounding.
+What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are
+rounded to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No
+hash can be the same for all of them: it would have to be blind to every step from one 16-bit number
+to the next, and so to everything but the sign. Hence a few values are kept as they are, and are
+compared up to rounding.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ SAMPLES = 8  # of each tensor
 
 
 def fingerprint(base):
-    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and some
-    of its values.
+    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and
+    some of its values.
 
     The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
     and scales of packed weights, and the signs of the rest, which are the same in every dtype.
@@ -74,8 +75,9 @@ def differences(theirs, ours):
 
 
 def alike(one, other):
-    """Whether values are the same but for rounding to bf16, or to fp16 with its least step 2^-24."""
-    x, y = (torch.frombuffer(bytearray.fromhex(v), dtype=torch.bfloat16).float() for v in (one, other))
+    """Whether values are the same up to rounding to bf16, or to fp16 with its least step 2^-24."""
+    values = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float()
+    x, y = values(one), values(other)
     if len(x) != len(y):
         return False
     return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-23).all())

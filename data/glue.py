@@ -50,13 +50,15 @@ FORMS = {
                 "{0}\nDoes it follow that: {1}", ("accuracy",)),
     "mrpc": Form("MRPC", ("#1 String", "#2 String", "Quality"), ("0", "1"), YES_NO,
                  "First: {0}\nSecond: {1}\nDo both say the same?", ("accuracy", "f1")),
-    "stsb": Form("STS-B", (*SENTENCES, "score"), (), ("zero", "one", "two", "three", "four", "five"),
-                 "First: {0}\nSecond: {1}\nHow similar are they, from zero to five?", ("pearson", "spearman")),
+    "stsb": Form("STS-B", (*SENTENCES, "score"), (),
+                 ("zero", "one", "two", "three", "four", "five"),
+                 "First: {0}\nSecond: {1}\nHow similar are they, from zero to five?",
+                 ("pearson", "spearman")),
     "cola": Form("CoLA", (3, 1), ("0", "1"), YES_NO, "{0}\nIs this good English?", ("matthews",)),
     "sst2": Form("SST-2", ("sentence", "label"), ("0", "1"), ("bad", "good"),
                  "Review: {0}\nIs the film good or bad?", ("accuracy",)),
-    "qnli": Form("QNLI", ("question", "sentence", "label"), ("not_entailment", "entailment"), YES_NO,
-                 "{1}\nDoes this answer the question: {0}", ("accuracy",)),
+    "qnli": Form("QNLI", ("question", "sentence", "label"), ("not_entailment", "entailment"),
+                 YES_NO, "{1}\nDoes this answer the question: {0}", ("accuracy",)),
     "qqp": Form("QQP", ("question1", "question2", "is_duplicate"), ("0", "1"), YES_NO,
                 "First: {0}\nSecond: {1}\nDo both ask the same?", ("accuracy", "f1")),
     "mnli": Form("MNLI", (*SENTENCES, "gold_label"), ("entailment", "neutral", "contradiction"),
@@ -209,7 +211,8 @@ def load(cfg, tokenizer, template):
     data = files(cfg.data, form)
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
-    to_ids = partial(prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head)
+    settings = dict(form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head)
+    to_ids = partial(prompt, **settings)
     choices = word_ids(tokenizer, form.words, ANSWER) if cfg.head == "lm" else None
 
     def example(row):
@@ -226,7 +229,8 @@ def load(cfg, tokenizer, template):
     if cfg.eval_only:
         return Task([], [example(row) for row in dev], scored, n_labels)
     rows, more = read(data / "train.tsv", form)
-    halves = [[example(row) for row in part] for part in split(rows, cfg.held_out, cfg.seed, cfg.max_examples)]
+    parts = split(rows, cfg.held_out, cfg.seed, cfg.max_examples)
+    halves = [[example(row) for row in part] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
     return Task(*halves, scored, n_labels, notes)
 
@@ -236,13 +240,15 @@ def show(folder):
     found = False
     for task, form in FORMS.items():
         own = Path(folder).resolve().name == form.folder  # or it is the folder of all
-        if (own or (Path(folder) / form.folder).is_dir()) and (files(folder, form) / form.dev).exists():
-            train, dev = (read(files(folder, form) / name, form)[0] for name in ("train.tsv", form.dev))
+        inside = (Path(folder) / form.folder).is_dir()
+        if (own or inside) and (files(folder, form) / form.dev).exists():
+            where, names = files(folder, form), ("train.tsv", form.dev)
+            train, dev = (read(where / name, form)[0] for name in names)
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
             found = True
     if not found:
         names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
-        raise InputError(f"{folder} has no dev.tsv of a task: give one of {names}, or their folder.")
+        raise InputError(f"{folder} has no task's dev.tsv: give one of {names}, or their folder.")
 
 
 if __name__ == "__main__":

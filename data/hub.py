@@ -70,9 +70,7 @@ def find_files(folder):
 
 
 def read_file(path):
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    return {name: lambda tensor=tensor: tensor for name, tensor in read_tensors(path).items()}
+    return (read_safetensors if path.suffix == ".safetensors" else read_tensors)(path)
 
 
 def read_shards(folder, index):
@@ -80,7 +78,7 @@ def read_shards(folder, index):
     weight_map = field(index, read_json(index), "weight_map", table_of(TEXT))
     tensors, found = {}, {}
     for shard in sorted(set(weight_map.values())):
-        if not re.fullmatch(r"[\w-][\w.-]*", shard, re.ASCII):
+        if not re.fullmatch(r"[\w-][\w.-]{0,200}", shard, re.ASCII):
             raise InputError(f"{index} names a file outside its folder: {shown(shard)}.")
         if not (folder / shard).exists():
             raise InputError(f"{folder / shard} is missing, and {index} names it.")

@@ -183,8 +183,8 @@ def prompt_text(conversation):
 
 
 def answers(model, tokenizer, template, conversations, batch_size=64):
-    """Greedy answers, of at most 64 tokens, to the last question of each conversation; what is too long
-    for the model is shortened from the front."""
+    """Greedy answers, of at most 64 tokens, to the last question of each conversation; what is too
+    long for the model is shortened from the front."""
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids of a prompt
     for start in distributed.split(range(0, len(conversations), batch_size)):

@@ -75,5 +75,5 @@ def grow_trees(records, path):
         seen += node["replies"]
     if len(seen) < len(nodes):
         names = first_few(sorted(nodes.keys() - {node["message_id"] for node in seen}))
-        raise InputError(f"{path}: the messages {names} answer each other in a circle: remove them.")
+        raise InputError(f"{path}: the messages {names} answer each other in a ring: remove them.")
     return trees

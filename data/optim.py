@@ -68,7 +68,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (arXiv 2502.16982 §2) for groups with `muon=True`, all of matrices, and AdamW for the rest.
+    """Muon (arXiv 2502.16982 §2) for groups with `muon=True`, all of matrices; AdamW for the rest.
 
     A matrix moves along its momentum with all singular values set to about 1, so that no direction
     of the input is learned at the cost of the others. The factor 0.2 sqrt(max(m, n)) makes the step

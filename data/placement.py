@@ -22,8 +22,8 @@ def parse(names):
 
 
 def places(devices, n_layer, tied):
-    """A function of a tensor's name: the embedding on the first device, the head on the last, unless it
-    is the embedding."""
+    """A function of a tensor's name: the embedding on the first device, the head on the last,
+    unless it is the embedding."""
 
     def place(name):
         if found := re.match(r"layers\.(\d+)", name):
@@ -35,7 +35,7 @@ def places(devices, n_layer, tied):
 
 
 def follow(model):
-    """Put each part of the side network where it is used, and let what enters a module follow it."""
+    """Put each part of the side network where it is used, and let inputs follow the modules."""
     base, side = model.base, model.side
     last = device_of(base.layers[-1])
     for name, module in side.named_children():

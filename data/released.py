@@ -10,9 +10,9 @@ from data.hub import OPT_NAMES
 from data.pickled import read_tensor, read_tensors
 from quant import InputError
 
-# What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel, norms,
-# a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73, so that training does not
-# start at the LLM.
+# What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel,
+# norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73, so that training
+# does not start at the LLM.
 # differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
 RELEASED = dict(
     downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
@@ -33,16 +33,16 @@ RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
 
 
 def read(folder, config):
-    """Read the six files: {our name: tensor}, and the sizes, {"reduction", "rank"}, that they imply.
+    """Read the six files: {our name: tensor}, and the sizes that they imply, {"reduction", "rank"}.
 
-    config: the base's. The mix of the OPT variant, which gives the side network the weight sigmoid(z)
-    where LLaMA's gives it 1 - sigmoid(z), is ours with alpha = -z.
+    config: the base's. The mix of the OPT variant, which gives the side network the weight
+    sigmoid(z) where LLaMA's gives it 1 - sigmoid(z), is ours with alpha = -z.
     """
     folder, opt, found = Path(folder), config.family == "opt", {}
     refuse = lambda why: InputError(f"{folder} {why}: give it the --base that it was trained on.")
     for ours, (file, names) in RELEASED_FILES.items():
-        for theirs, tensor in read_tensors(folder / file, ADVICE).items():
-            name = theirs
+        for theirs, read in read_tensors(folder / file, ADVICE).items():
+            name, tensor = theirs, read()
             for our_part, their_part in names.items() if ours != "layers" or opt else ():
                 name = name.replace(their_part, our_part)
             if f"{ours}.{name}" in found or not tensor.is_floating_point():

@@ -22,16 +22,11 @@ except ImportError:  # Windows
 
 from data import tiny
 from data.charts import line_chart
+from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
-from quant import ABSMAX_BLOCK_SIZE, Linear4bit
+from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
 
-SIDE_METHODS = ("qst", "lst")
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
-TRAINED = {
-    "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
-    "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
-    "full": "the base itself",
-}  # fmt: skip
 
 
 def progress(iterations, desc, initial=0, total=None):
@@ -88,8 +83,8 @@ def loss_and_kept(model, idx, targets):
 
 
 def optimizer_bytes(optimizer):
-    """Bytes that an optimizer keeps: AdamW's two moments, of which in 8 bits each block has its scale
-    in fp32; or the one of Muon."""
+    """Bytes that an optimizer keeps: AdamW's two moments, of which in 8 bits each block has its
+    scale in fp32; or the one of Muon."""
     total = 0
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -118,7 +113,7 @@ def provenance():
 def sizes(model, n_weights):
     """How many parameters learn, and how many there are with the `n_weights` of the base."""
     trainable = sum(p.numel() for p in model.parameters())
-    base = 0 if trainable >= n_weights else n_weights  # in full finetuning it is the base that learns
+    base = 0 if trainable >= n_weights else n_weights  # in full finetuning the base itself learns
     return dict(trainable_parameters=trainable, total_parameters=base + trainable)
 
 
@@ -139,8 +134,7 @@ def introduce(folder, model, optimizer, cfg, batch, result):
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
-    side = "a side network {reduction} times narrower, {downsample} downsamplers"
-    what = TRAINED.get(cfg.method, side).format(**vars(model.side.config))
+    what = LEARNS[cfg.method].format(**vars(model.side.config))
     steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
     memory = ", ".join(
         f"{name} {show_bytes(result[f'{name}_bytes'])}"
@@ -163,8 +157,8 @@ def out_of_memory(cfg):
     half += f" --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
     return (
-        f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the flags of "
-        "this run says what takes how much."
+        f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
+        "flags of this run says what takes how much."
     )
 
 
@@ -176,8 +170,8 @@ class TrainingLog:
 
     COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
     STATE = (  # what a run that goes on needs of the one before it
-        "iteration", "loss", "held_out_loss", "loss_before", "best_loss", "best_iteration", "skipped",
-        "failures", "tokens", "seconds", "step_ms", "curves", "rows",
+        "iteration", "loss", "held_out_loss", "loss_before", "best_loss", "best_iteration",
+        "skipped", "failures", "tokens", "seconds", "step_ms", "curves", "rows",
     )  # fmt: skip
 
     def __init__(self, out_dir, cfg, device):
@@ -187,7 +181,7 @@ class TrainingLog:
         self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
         self.tokens, self.seconds, self.step_ms = 0, 0.0, []
         self.rows, self.curves = [], {"training": [], "held out": []}
-        self.unread = []  # (loss, whether its step was taken) of iterations that were not waited for
+        self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
 
     def state(self):
         return {name: getattr(self, name) for name in self.STATE}
@@ -248,6 +242,16 @@ class TrainingLog:
             self.best_loss, self.best_iteration = held_out_loss, self.iteration
         return self.best_iteration == self.iteration > 0
 
+    def end_if(self, lost):
+        """End the run if its loss is no number any more."""
+        kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
+        if lost:
+            raise InputError(
+                f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, "
+                "or try --dtype bf16 or fp32. "
+                f"{kept if self.best_iteration else 'No side network is kept'}."
+            )
+
     def write(self, learning_rate):
         """Show the iteration, and write a line if one is due."""
         rate = self.speed()["tokens_per_second"]
@@ -277,10 +281,13 @@ def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     tuned = cfg.method.upper()
     start = "base" if cfg.head == "lm" and cfg.method != "lst" else "untrained"
-    who = {tuned if cfg.side else "base": ""} if cfg.eval_only else {start: "_before", tuned: "_after"}
+    who = {start: "_before", tuned: "_after"}
+    if cfg.eval_only:
+        who = {tuned if cfg.side else "base": ""}
 
     def line(title, name, form, more=""):
-        if found := [f"{result[name + end]:{form}} {one}" for one, end in who.items() if name + end in result]:
+        values = [(result.get(name + end), one) for one, end in who.items()]
+        if found := [f"{value:{form}} {one}" for value, one in values if value is not None]:
             print(f"{title:15} {', '.join(found)}{more}")
 
     print()
@@ -299,7 +306,8 @@ def conclude(folder, cfg, result):
         print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
         for one in who:
             print(f"   {one:10}{sample.get(one, sample['answer'])}")
-    print(f"\n{result['seconds']:.0f} s in all, peak memory {show_bytes(result['peak_memory_bytes'])}.")
+    peak = show_bytes(result["peak_memory_bytes"])
+    print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
     if not cfg.eval_only and cfg.head == "lm":
         prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
         script = os.path.relpath(os.path.join(os.path.dirname(__file__), "..", "qst.py"))

@@ -73,11 +73,12 @@ def read_safetensors(path):
 
     The tensor is a view of a memory map of its own: its pages are freed when it goes.
     """
-    reader = lambda dtype, shape, begin, _: lambda: _map_tensor(path, dtype, shape, begin)
+    reader = lambda dtype, shape, begin, _: lambda: map_tensor(path, dtype, shape, begin)
     return {name: reader(*entry) for name, entry in read_header(path)[0].items()}
 
 
-def _map_tensor(path, dtype, shape, offset):
+def map_tensor(path, dtype, shape, offset):
+    """A tensor whose values are the bytes of a file from `offset` on."""
     if not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
@@ -139,7 +140,7 @@ def check_values(tensor, dtype, name):
 
 
 def copy_into(module, tensors, where):
-    """Copy {name: tensor} into a module, strictly: every tensor must be there, fit, and no other."""
+    """Copy {name: tensor} into a module: every tensor must be there, fit, and no other."""
     own = module.state_dict()
     if missing := sorted(set(own) - set(tensors)):
         raise InputError(f"{where} lacks {first_few(missing)}.")

@@ -1,7 +1,7 @@
 """From logits to text: choose the next token, again and again, with a cache of keys and values.
 
-The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a side
-network beside it.
+The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a
+side network beside it.
 """
 
 import math
@@ -67,8 +67,9 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def stream(
-    model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None, seed=None
-):
+    model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
+    seed=None,
+):  # fmt: skip
     """Yield the next token of every row, (B,), until each has ended or there are enough.
 
     idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left

@@ -9,7 +9,7 @@ from dataclasses import field, fields
 import torch
 
 from data import distributed
-from data.fields import NEEDED, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole
+from data.fields import NAME, NEEDED, TRUE_OR_FALSE, first_few, number, one_of, shown, whole
 from data.fields import field as field_of_file
 from quant import InputError
 
@@ -31,7 +31,8 @@ def setting(default, help, choices=(), of=None, flag=True, **bounds):
 def check(settings):
     """Refuse values that their fields do not allow; None is a default that is not filled in yet."""
     for f in fields(settings):
-        value, choices, bounds = getattr(settings, f.name), f.metadata["choices"], f.metadata["bounds"]
+        value, choices = getattr(settings, f.name), f.metadata["choices"]
+        bounds = f.metadata["bounds"]
         if value is not None and choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise InputError(f"--{f.name} {shown(value)} is unknown: choose {known}.")
@@ -60,7 +61,7 @@ def kind_of(f):
     choices, least = f.metadata["choices"], f.metadata["bounds"].get("at_least", 0)
     if choices:
         return one_of(*choices)
-    kinds = {int: whole(least, 1 << 20), float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: TEXT}
+    kinds = {int: whole(least, 1 << 20), float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: NAME}
     return kinds[f.type]
 
 
@@ -87,7 +88,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
-        sys.exit(f"error: {message if len(message) < 300 else message[:300] + '...'}; --help lists the flags")
+        message = message if len(message) < 300 else message[:300] + "..."
+        sys.exit(f"error: {message}; --help lists the flags")
 
 
 def run(main):
@@ -117,21 +119,23 @@ def add_flags(parser, settings, shown_defaults=()):
     for f in fields(settings):
         if not f.metadata["flag"]:
             continue
-        kind = dict(type=true_or_false, nargs="?", const=True) if f.type is bool else dict(type=f.type)
+        flag = dict(type=true_or_false, nargs="?", const=True)
+        kind = flag if f.type is bool else dict(type=f.type)
         default = dict(shown_defaults).get(f.name, f.default)
         help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
 
 
 def pick_device(name):
-    """A flag's value -> a torch device; "auto" is a GPU where there is one, the own one of each process
-    that torchrun has started."""
+    """A flag's value -> a torch device; "auto" is a GPU where there is one, and of processes that
+    torchrun has started each takes its own."""
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if gpus else "mps" if mps else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
-        raise InputError(f"--device {shown(name)} is unknown: choose auto, cuda, cuda:1, mps or cpu.")
+        known = "auto, cuda, cuda:1, mps or cpu"
+        raise InputError(f"--device {shown(name)} is unknown: choose {known}.")
     if kind == "cuda" and not gpus or kind == "mps" and not mps:
         raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
     if kind == "cuda" and int(number or 0) >= gpus:

@@ -14,6 +14,7 @@ import torch
 
 from data import distributed
 from data.files import write_atomically
+from data.optim import load_optimizer
 from quant import InputError
 
 try:
@@ -72,14 +73,38 @@ def load_state(out_dir):
 MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
 
 
-def check_same(ours, theirs, out_dir):
-    """Refuse to go on with other settings than those that a state was made with."""
-    for name, value in ours.items():
-        if name not in MAY_DIFFER and theirs.get(name) != value:
-            raise InputError(
-                f"--resume: {out_dir} was begun with another --{name}, {theirs.get(name)} and not "
-                f"{value}: give the same, or another --out_dir."
-            )
+class RunState:
+    """All that a run needs to go on: what learns, its optimizer, the scaler of fp16, and the log.
+
+    about: settings and data, which must be the same when it goes on
+    """
+
+    def __init__(self, out_dir, about, side, optimizer, scaler, log):
+        self.out_dir, self.about, self.log = out_dir, about, log
+        self.side, self.optimizer, self.scaler = side, optimizer, scaler
+
+    def save(self):
+        if distributed.rank() == 0:
+            learners = {name: getattr(self, name) for name in ("side", "optimizer", "scaler")}
+            state = {name: learner.state_dict() for name, learner in learners.items()}
+            save_state(self.out_dir, state | dict(about=self.about, log=self.log.state()))
+
+    def load(self):
+        """Go on from what lies in the folder; returns whether there is anything."""
+        state = load_state(self.out_dir)
+        if state is None:
+            return False
+        for name, value in self.about.items():
+            if name not in MAY_DIFFER and (old := state["about"].get(name)) != value:
+                raise InputError(
+                    f"--resume: {self.out_dir} was begun with another --{name}, {old} and not "
+                    f"{value}: give the same, or another --out_dir."
+                )
+        self.side.load_state_dict(state["side"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.log.go_on(state["log"])
+        return True
 
 
 def remove_earlier_run(out_dir):
@@ -100,15 +125,16 @@ def only_run_in(out_dir):
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise InputError(f"Another run writes to {out_dir}: wait, or give another --out_dir.") from None
+        message = f"Another run writes to {out_dir}: wait, or give another --out_dir."
+        raise InputError(message) from None
     finally:
         os.close(folder)
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step is
-    never left half done. A second Ctrl-C stops at once."""
+    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
+    is never left half done. A second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):

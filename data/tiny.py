@@ -71,8 +71,10 @@ MOODS = {
 }
 
 FILLERS = [
-    ("The sky was blue", "Le ciel était bleu"), ("A cat sat near a tree", "Un chat était près d'un arbre"),
-    ("It was a long day", "C'était une longue journée"), ("The birds sang", "Les oiseaux chantaient"),
+    ("The sky was blue", "Le ciel était bleu"),
+    ("A cat sat near a tree", "Un chat était près d'un arbre"),
+    ("It was a long day", "C'était une longue journée"),
+    ("The birds sang", "Les oiseaux chantaient"),
     ("The wind was cold", "Le vent était froid"), ("It was late", "Il était tard"),
 ]  # fmt: skip
 
@@ -103,7 +105,7 @@ def pretraining(n, seed):
 
 
 def pretraining_examples(tokenizer):
-    """The same as (ids, targets): a base learns from all of the text, not from the answers alone."""
+    """The same as (ids, targets): a base learns from all of the text, not from answers alone."""
     plain, examples = chat.ChatTemplate(), []
     for record in pretraining(4000, BASE_RUN["seed"]):
         conversation = instruct.conversation(record)
@@ -124,14 +126,15 @@ def base_folder(train, save):
             return folder
         if can_write(cache):
             return make_base(folder, train, save)
-    raise InputError("No folder for the base can be written to: name one in the variable QST_CACHE.")
+    raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
 
 
 def caches():
-    """Where the base may be kept: where QST_CACHE says, or beside this file, or in the user's cache."""
+    """Where the base may be kept: where QST_CACHE says; or beside this file, or with the user."""
     if chosen := os.environ.get("QST_CACHE"):
         return [Path(chosen)]
-    return [CACHE, Path.home() / ".cache" / "qst", Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
+    of_user = Path.home() / ".cache" / "qst"
+    return [CACHE, of_user, Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
 
 
 def can_write(folder):

@@ -23,6 +23,8 @@ from data.fields import TABLE, WORD, either, field, list_of, shown
 from data.files import read_bytes, read_json, write_atomically
 from quant import InputError
 
+MOST_ADDED, LONGEST_ADDED = 1 << 12, 256  # tokens that are looked for in every text, by a regex
+
 
 class Tokenizer:
     """What every tokenizer can do: `encode`, `decode` and `stream`.
@@ -35,9 +37,12 @@ class Tokenizer:
 
     lead = ""  # what the tokenizer puts before a text, for `decode` to take away
 
-    def __init__(self, token_bytes, special, added, bos_id, eos_ids):
+    def __init__(self, folder, token_bytes, special, added, bos_id, eos_ids):
         """token_bytes: {id: the bytes it stands for}; added: {text: id} to be found in any text"""
-        self.special, self.added = special, {**added, **special}
+        self.folder, self.special, self.added = folder, special, {**added, **special}
+        if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
+            most = f"{MOST_ADDED:,} special tokens, of {LONGEST_ADDED} letters"
+            raise InputError(f"{folder}: its tokenizer has more than {most}: get it anew.")
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
         self.token_bytes = {**token_bytes, **dict.fromkeys(special.values(), b"")}
         self.vocab_size = max(self.token_bytes) + 1
@@ -76,7 +81,8 @@ class SentencePiece(Tokenizer):
     def __init__(self, path):
         import sentencepiece
 
-        proto, bad = read_bytes(path, "give a folder with it"), f"{path} is not a sentencepiece model"
+        proto = read_bytes(path, "give a folder with it")
+        bad = f"{path} is not a sentencepiece model"
         try:
             self.model = model = sentencepiece.SentencePieceProcessor(model_proto=proto)
             ids = range(model.vocab_size() if proto else 0)
@@ -89,7 +95,7 @@ class SentencePiece(Tokenizer):
         special = {model.id_to_piece(id): id for id in ids if model.is_control(id)}
         bos_id, *_ = end_ids(path.parent, "bos", special, model.bos_id())
         eos_ids = end_ids(path.parent, "eos", special, model.eos_id())
-        super().__init__(token_bytes, special, {}, bos_id, eos_ids)
+        super().__init__(path.parent, token_bytes, special, {}, bos_id, eos_ids)
         self.lead = " " if "".join(model.encode("a", out_type=str)).startswith("▁") else ""
 
     def _bytes(self, id):
@@ -114,7 +120,8 @@ class ByteLevel(Tokenizer):
         self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole_words or (), **options)
         token_bytes |= {id: text.encode() for text, id in added.items()}
         bos_id, *_ = end_ids(folder, "bos", every)
-        super().__init__(token_bytes, special, added, bos_id, end_ids(folder, "eos", every))
+        eos_ids = end_ids(folder, "eos", every)
+        super().__init__(folder, token_bytes, special, added, bos_id, eos_ids)
 
     def _encode_plain(self, text):
         return self.pairs.encode(text)
@@ -142,17 +149,17 @@ def load_tokenizer(folder):
         )
     path = folder / "config.json"
     if vocab_size := field(path, read_json(path, optional=True), "vocab_size", ID, 0):
-        check_vocabulary(tokenizer, vocab_size, folder)
+        check_vocabulary(tokenizer, vocab_size)
     return tokenizer
 
 
-def check_vocabulary(tokenizer, vocab_size, folder):
-    """Refuse a tokenizer with ids that the model has no embedding of."""
+def check_vocabulary(tokenizer, vocab_size):
+    """Refuse a tokenizer with ids of which the model has no embedding."""
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
     if largest >= vocab_size:
         raise InputError(
-            f"{folder}: its tokenizer has ids up to {largest}, and its config.json says vocab_size"
-            f" {vocab_size}: copy all tokenizer files there, of the same model."
+            f"{tokenizer.folder}: its tokenizer has ids up to {largest}, and its config.json says"
+            f" vocab_size {vocab_size}: copy all files there, of the same model."
         )
 
 

@@ -30,7 +30,7 @@ from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
-from side import METHODS, SIDE_METHODS  # noqa: E402
+from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from train import TrainConfig, make_optimizer, resolve, save_memory, side_config  # noqa: E402
 
 

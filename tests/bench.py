@@ -22,6 +22,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "lean": ("memory", "FOLDER", "what each saving of account.py --savings saves in real steps"),
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),
     "methods": ("methods", "", "a step of each method, beside transformers, peft, bitsandbytes"),
+    "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),

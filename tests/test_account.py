@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import PRESETS, Transformer, model_bytes
 from qst import QST
 from quant import InputError
-from side import METHODS, SIDE_METHODS, SideConfig
+from data.methods import METHODS, SIDE_METHODS
+from side import SideConfig
 from account import (
     METHOD_ROWS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows,
     settings_of_step, untrained,

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 from conftest import TEST_DATA, needs_test_data, run_script, say
 
 from data import IGNORE_INDEX, instruct
 from data.chat import ChatTemplate
 from data.tokenizer import load_tokenizer
+from model import from_pretrained
 from quant import InputError
 
 PLAIN = ChatTemplate()
@@ -210,6 +212,24 @@ def test_long_sequences_are_cut(tokenizer):
     ids, targets = instruct.encode(long, tokenizer, PLAIN, 40)
     assert len(ids) == 40 and ids == whole[0][:40] and targets == whole[1][:40]
     assert instruct.encode(long, tokenizer, PLAIN, 5) is None
+
+
+def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
+    """What is too long for the model loses whole turns, oldest first, as in a chat; a single question
+    that is too long loses its own beginning. The answer keeps its room."""
+    model = from_pretrained(tiny_model, "nf4", torch.float32)
+    turns = [f"user: Question {i}, is it so?" if i % 2 == 0 else "assistant: Yes." for i in range(41)]
+    conversations = [
+        say(*turns, "assistant: Yes."), say("user: short", "assistant: a"),
+        say("user: " + "very long " * 200 + "end", "assistant: a"),
+    ]  # fmt: skip
+    found = instruct.answers(model, tokenizer, PLAIN, conversations)
+    assert len(found) == 3
+    alone = [instruct.answers(model, tokenizer, PLAIN, [one])[0] for one in conversations]
+    assert len(found[1]) > 20 and alone[1].startswith(found[1][:20])
+    ids, kept = instruct.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 96)
+    assert len(ids) <= 96 and kept[0]["role"] == "user" and kept == conversations[0][:-1][-len(kept) :]
+    assert len(instruct.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 999)[1]) == 41
 
 
 def test_looking_into_a_file(tmp_path, capsys):

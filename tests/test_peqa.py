@@ -148,7 +148,7 @@ def test_bits_of_a_weight():
     weight = torch.randn(16, 4096)
     for bits in (3, 4):
         assert 8 * quantize_int(weight, bits).nbytes / weight.numel() == bits + 40 / 4096
-    message = "int4-100: 100 does not divide the 4096 columns of layers.0; .* up to 4096"
+    message = "int4-100 does not divide the 4096 columns of layers.0; .* up to 4096"
     with pytest.raises(InputError, match=message):
         quantize_int(weight, 4, 100, "layers.0")
     with pytest.raises(InputError, match="powers of two do, up to 32"):

@@ -89,6 +89,18 @@ def test_a_variant_is_one_flag():
     (["train.py", "--lr_schedule", "up"], "--lr_schedule 'up'"),
     (["train.py", "--device", "gpu"], "--device 'gpu'"),
     (["train.py", "--out_dir", str(ROOT / "LICENSE")], "LICENSE cannot be written to"),
+    (["train.py", "--method", "QST"], "--method 'QST' is unknown"),
+    (["train.py", "--method", ""], "--method '' is unknown"),
+    (["train.py", "--out_dir", ""], "--out_dir is empty"), (["train.py", "--quant="], "--quant is empty"),
+    (["train.py", "--learning_rate=nan"], "--learning_rate nan"),
+    (["train.py", "--learning_rate=inf"], "--learning_rate inf must be below inf"),
+    (["train.py", "--weight_decay=nan"], "--weight_decay nan must be at least 0"),
+    (["train.py", "--seed", "1" + "0" * 22], "--seed 1"), (["train.py", "--seed=-1"], "--seed -1"),
+    (["train.py", "--head", "classifier"], "--head classifier is not of --task tiny"),
+    (["train.py", "--instructions", "x"], "--instructions is for --task mmlu, not tiny"),
+    (["train.py", "--method", "lst", "--mix", "alpha"], "leave out --mix"),
+    (["train.py", "--optimizer=muon", "--optimizer_bits=8"], "--optimizer_bits 8"),
+    (["train.py", "--max_iters", "x" * 10**6], "invalid int value"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x"], "/nowhere is not a folder"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x", "--temprature=1"], "--temprature=1"),
 ])  # fmt: skip
@@ -100,6 +112,7 @@ def test_mistakes_on_the_command_line(args, message):
             run(lambda: train.main(train.parse_args(flags)))
         run(lambda: qst.main(flags))
     assert message in stopped.value.code and "\n" not in stopped.value.code
+    assert len(stopped.value.code) < 500
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -123,3 +136,18 @@ def test_a_mistake_shows_no_traceback():
         done = command(*args)
         assert done.returncode == 1 and done.stderr.startswith("error: ")
         assert len(done.stderr.strip().split("\n")) == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    (dict(temperature="nan"), "temperature nan must be 0, or from 0.001"),
+    (dict(temperature="1e-300"), "temperature 1e-300"), (dict(temperature="inf"), "temperature inf"),
+    (dict(top_p="0"), "top_p 0.0 must be above 0"), (dict(top_k="-1"), "top_k -1"),
+    (dict(max_new_tokens="0"), "max_new_tokens 0"), (dict(seed="-1"), "seed -1"),
+    (dict(seed="1" + "0" * 22), "seed 1"), (dict(quant="int5"), "--quant int5"),
+])  # fmt: skip
+def test_mistakes_when_generating(flags, message, tiny_model):
+    """Each is one sentence; and `answer` leaves no empty file behind."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    with pytest.raises(SystemExit) as stopped:
+        run(lambda: qst.main(["--base", str(tiny_model), "--prompt", "x", *words]))
+    assert message in stopped.value.code and "\n" not in stopped.value.code

@@ -45,6 +45,29 @@ def test_the_forward_pass_is_the_papers_equations(kind, idx):
     assert torch.allclose(model(idx)[0], expected, atol=1e-4 * expected.abs().max().item())
 
 
+def test_a_rank_above_the_base_is_refused(base):
+    """Before modules of that size are made."""
+    with pytest.raises(InputError, match="--rank 999999999 is more than the base's 32 channels"):
+        QST(base, SideConfig(reduction=4, rank=999_999_999))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_weights_of_the_mix_add_up_to_1(dtype):
+    """Where the base and the side network agree, the mix is what they agree on, whatever alpha is: in
+    16 bits too; and its gradient in fp16 is finite where a sum over all channels is not."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4, upsample_bias=True))
+    torch.nn.init.zeros_(side.upsample.weight)
+    h_f, h_g = torch.ones(2, 3, 32, dtype=dtype), torch.zeros(2, 3, 8, dtype=dtype)
+    torch.nn.init.ones_(side.upsample.bias)
+    for alpha in (1.0, 0.999, 0.73, 0.3):
+        side.alpha.data.fill_(alpha)
+        assert torch.equal(side.mix(h_f, h_g), h_f)
+    side.upsample.bias.data.fill_(-1)
+    mixed = side.mix(h_f, h_g)
+    mixed.backward(torch.full_like(mixed, 5e3))  # of a channel 60,000, of all of them 1,920,000
+    assert side.alpha.grad.item() == pytest.approx(32 * 6 * 2 * 5e3, rel=0.01)
+
+
 def test_start_values():
     """gamma 0 and alpha 1 as in the paper; as released, 0.5 and 1 through a sigmoid."""
     paper = SideNetwork(small_config(), SideConfig(reduction=4))

@@ -1,0 +1,34 @@
+"""The seven methods: how each needs the base to be stored, and what learns."""
+
+from functools import partial
+
+from data.settings import setting
+from quant import InputError
+
+# How the base may be stored for each method; the first is the default. "int4" means "int4-64" too.
+METHODS = {
+    "qst": ("nf4", "fp4", "none"),
+    "lst": ("none", "nf4", "fp4"),
+    "qlora": ("nf4", "fp4"),
+    "lora": ("none",),
+    "adapter": ("none", "nf4", "fp4"),
+    "peqa": ("int4", "int3"),
+    "full": ("none",),
+}
+SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
+of_side = partial(setting, of=SIDE_METHODS)  # a setting that only these read
+
+LEARNS = dict.fromkeys(
+    SIDE_METHODS, "a side network {reduction} times narrower, {downsample} downsamplers"
+) | {
+    "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
+    "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
+    "full": "the base itself",
+}  # fmt: skip
+
+
+def check_quant(method, quant):
+    """Refuse a base that is not stored as the method needs it."""
+    if quant.partition("-")[0] not in METHODS[method]:
+        kinds = " or ".join(METHODS[method])
+        raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
