@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling
+from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
 from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
@@ -108,8 +108,8 @@ def rotary_frequencies(config, device):
     # context, are slowed down by the factor; fast ones stay; in between, a linear blend.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return blend * inv_freq + (1 - blend) * inv_freq / scaling["factor"]
 
 
 def rotary_table(config, positions, dtype):
@@ -172,7 +172,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(n_ffn, C, bias=bias)
 
     def forward(self, x):
-        inplace = not torch.is_grad_enabled()  # two arrays of (B, T, n_ffn) and not three
+        # Without a graph, overwrite: two arrays of (B, T, n_ffn) instead of three.
+        inplace = not torch.is_grad_enabled()
         if self.gate_proj is None:
             return self.down_proj(F.relu(self.up_proj(x), inplace))
         gate = F.silu(self.gate_proj(x), inplace)
@@ -183,7 +184,7 @@ class DecoderLayer(nn.Module):
     """Attention, then MLP, each with a norm and a residual.
 
     x: (B, T, C)
-    mask: bool (B, 1, T, S), True where a query may look, or None for plain causal attention
+    mask: bool (B or 1, 1, T, S), S = past + T, True where a query may look; None: plain causal
     rope: what `rotary_table` returned
     cache: this layer's `KVCache`, or None
     """
@@ -211,13 +212,13 @@ class DecoderLayer(nn.Module):
 def positions_and_mask(idx, keep=None, past=0):
     """Where each token stands, and what it may look at.
 
-    idx: (B, T) ids, of which `past` others went before
+    idx: (B, T) ids; past: number of tokens that are in the cache already
     keep: (B, past + T) 1 for a token and 0 for padding, on either side; None: no padding
     returns positions (B or 1, T), and a mask for `DecoderLayer`
     """
     T, device = idx.shape[1], idx.device
     positions = torch.arange(past, past + T, device=device).unsqueeze(0)
-    if keep is None and (past == 0 or T == 1):
+    if keep is None and (past == 0 or T == 1):  # one new token may see everything
         return positions, None
     query = torch.arange(past, past + T, device=device).unsqueeze(1)
     key = torch.arange(past + T, device=device)
@@ -241,14 +242,16 @@ class LanguageModel(nn.Module):
     def device(self):
         return next(chain(self.buffers(), self.parameters())).device
 
-    def loss(self, idx, targets):
-        """Mean loss of (B, T): only the tokens that have a target reach the head.
+    def loss(self, idx, targets, hidden=None):
+        """Mean loss of idx and targets (B, T): only the tokens that have a target reach the head.
 
-        With targets on the CPU, wherever idx is, the host does not wait for the GPU.
+        targets[b, t] is the id that follows idx[b, t], or IGNORE_INDEX. Pass them on the CPU,
+        wherever idx is: `nonzero` of a GPU's tensor would make the CPU wait for the GPU.
+        hidden: what to call in place of `self.hidden`, such as what it compiles to
         """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        targets, at = targets.flatten()[at].to(idx.device), at.to(idx.device)
-        h = self.hidden(idx).flatten(0, 1)[at]
+        targets, at = to_device(targets.flatten()[at], idx.device), to_device(at, idx.device)
+        h = (hidden or self.hidden)(idx).flatten(0, 1).index_select(0, at)
         if self.head_learns or not self.chunk_loss:
             return token_loss(self.head(h), targets)
         return _ChunkedLoss.apply(h if torch.is_grad_enabled() else h.detach(), targets, self.head)
@@ -259,6 +262,7 @@ class LanguageModel(nn.Module):
         return torch.cat([idx, *(token.unsqueeze(1) for token in new)], dim=1)
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a layer
 CHUNK = 128  # positions whose logits are held at a time
 
 
@@ -278,7 +282,8 @@ class _ChunkedLoss(torch.autograd.Function):
     """`token_loss(head(h), targets)` of a frozen head, without all of the logits at once.
 
     h: (n, C). Its gradient is formed chunk by chunk in forward, while a chunk's logits are there:
-    nothing is computed twice. It is that of the sum, so that it does not vanish in 16 bits.
+    nothing is computed twice. What is kept is the gradient of the *sum* of the losses, since that
+    of the mean would vanish in fp16; backward, which may run once, divides it by n.
     """
 
     @staticmethod
@@ -298,8 +303,8 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (of_sum,) = ctx.saved_tensors
-        return of_sum.mul_(grad / len(of_sum)), None, None
+        (grad_of_sum,) = ctx.saved_tensors
+        return grad_of_sum.mul_(grad / len(grad_of_sum)), None, None
 
 
 class Transformer(LanguageModel):
@@ -359,7 +364,7 @@ class Transformer(LanguageModel):
         rope = rotary_table(self.config, positions, x.dtype)
         for layer, layer_cache in zip(self.layers, cache):
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, rope, use_reentrant=False)
+                x = checkpoint(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
         return self.final(x)
@@ -373,7 +378,7 @@ class Transformer(LanguageModel):
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
         read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
         is; default: this model's weights. Only one module's tensors are in memory at a time.
-        device: one, or a function of a tensor's name; where: what stands before it in a message
+        device: one, or a function of a tensor's name; where: the start of messages, as "folder: "
         """
         if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
             raise InputError(
@@ -422,9 +427,10 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
     with torch.device("meta"):
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    weights, packed = hub.choose_weights(folder, config, tensors, shapes, quant)
-    kind, read = "none" if packed else quant, lambda name: weights[name]()
-    return model.freeze(kind, dtype, device, read, f"{folder}: ")
+    weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
+    if in_4_bits:  # nothing is left to quantize
+        quant = "none"
+    return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
 
 def read_config(folder):

@@ -40,7 +40,7 @@ class Tuned(LanguageModel):
             message = "The base is not frozen, or holds another method's modules: load it anew."
             raise InputError(message)
         check_quant(config.method, quant_kind(base))
-        self.base, self.config = base, base.config
+        self.base, self.config = base, base.config  # a ModelConfig; side.config is the SideConfig
         # Computed first: the method may modify the base.
         self.fingerprint = None if base.device.type == "meta" else fingerprint(base)
         self.side = self.make_side(config)
@@ -110,8 +110,8 @@ class Tuned(LanguageModel):
 
         It must have been trained on this base; every tensor must be there, and no other.
         """
-        config, base = read_side(folder)
-        if different := differences(base, self.fingerprint):
+        config, trained_on = read_side(folder)
+        if different := differences(trained_on, self.fingerprint):
             raise InputError(f"{folder} was trained on another base: {', '.join(different)}.")
         if config != self.side.config:
             if not {config.method, self.side.config.method} <= set(SIDE_METHODS):
@@ -161,7 +161,7 @@ class QST(Tuned):
         return side.mix(h_f, h_g)
 
     def new_cache(self, max_len):
-        """The base's caches, and then the side's."""
+        """The base's caches, and then the side's: a cache takes its width from its first key."""
         return self.base.new_cache(max_len) + self.base.new_cache(max_len)
 
     def calibrate(self, prompts):
@@ -187,7 +187,7 @@ def full_weight(module):
 
 
 def tune(base, config):
-    """A base with what a method trains: a side network (qst, lst), or modules inside the base."""
+    """Add what a method trains to a base: a side network (`QST`), or modules in it (`Tuned`)."""
     return (QST if config.method in SIDE_METHODS else Tuned)(base, config)
 
 
@@ -224,7 +224,7 @@ def load_model(args):
     return model, tokenizer
 
 
-def generate(args):
+def prompt_command(args):
     """Answer one prompt, or go on with it."""
     template = chat.ChatTemplate() if args.raw else chat.load_template(args.base)
     framed = not args.raw and (args.side or template.name != "plain")
@@ -290,7 +290,7 @@ FLAGS = {
 BASE = "base quant dtype device"
 SAMPLE, ANSWER = " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
 COMMANDS = {  # name: (function, its flags); the first is the default
-    "generate": (generate, f"{BASE} side {SAMPLE} prompt raw"),
+    "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
     "answer": (answer_command, f"{BASE} side {SAMPLE} out {ANSWER}"),
     "merge": (merge_command, f"{BASE} side out"),

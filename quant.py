@@ -49,8 +49,9 @@ class InputError(ValueError):
 # --------------------------------------------------------------------------------------
 # Code books
 
-# Quantiles of the normal distribution at equal steps of probability, 8 from 0.9677083 down to 1/2
-# and 7 from 1 - 0.9677083 up to it, and an exact 0 (QLoRA §3); tests/test_quant.py derives them.
+# Quantiles of N(0, 1) at equal steps of probability: eight from 0.9677083 down to 1/2, seven from
+# 1 - 0.9677083 up to 1/2, both without 1/2 itself; an exact 0; and all divided by the largest
+# (QLoRA §3). tests/test_quant.py derives them.
 NF4_CODEBOOK = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -86,12 +87,18 @@ DYNAMIC_CODEBOOK = dynamic_codebook()
 
 
 @cache
-def codebooks_on(kind, device):
-    """The code books of weights and of absmax values on a device, and the two levels that each byte
-    stands for, as one 64-bit word: int64 (256,)."""
+def codebook_on(kind, device):
+    """A code book on a device: "nf4", "fp4", or "dynamic", that of absmax values."""
+    return (DYNAMIC_CODEBOOK if kind == "dynamic" else CODEBOOKS[kind]).to(device)
+
+
+@cache
+def byte_table(kind, device):
+    """For each byte the levels of its two codes, as one 64-bit word: int64 (256,). So one look-up
+    decodes two weights, and `.view(torch.float32)` separates them."""
     byte = torch.arange(256)
-    pairs = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)].view(torch.int64).view(256)
-    return CODEBOOKS[kind].to(device), DYNAMIC_CODEBOOK.to(device), pairs.to(device)
+    levels = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)]  # (256, 2)
+    return levels.view(torch.int64).view(256).to(device)
 
 
 # --------------------------------------------------------------------------------------
@@ -99,16 +106,21 @@ def codebooks_on(kind, device):
 
 
 def chunk_size(device):
-    """Weights to handle at a time: on a CPU, what is in between should stay in the cache."""
+    """Weights to process at a time: on a CPU so few that the temporaries fit into its cache."""
     return 1 << 20 if device.type == "cpu" else 1 << 26
+
+
+@cache  # a copy to a GPU, each time, would wait for it
+def bounds_on(codebook, device):
+    """What lies between a code book's levels in their order, and the code of each level."""
+    levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
+    return ((levels[1:] + levels[:-1]) / 2).to(device), order.to(device, torch.uint8)
 
 
 def nearest(values, codebook):
     """Index of the level nearest to each value, (n,), in [-1, 1]; on a tie, the lower one."""
-    levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
-    bounds = (levels[1:] + levels[:-1]) / 2
-    index = torch.bucketize(values, bounds.to(values.device), out_int32=True)
-    return order.to(values.device, torch.uint8)[index]
+    bounds, order = bounds_on(codebook, values.device)
+    return order[torch.bucketize(values, bounds, out_int32=True)]
 
 
 def quantize_blockwise(values, codebook, block_size):
@@ -124,16 +136,16 @@ def quantize_blockwise(values, codebook, block_size):
     absmax = torch.empty(-(-n // block_size), device=values.device)
     if values.is_meta:  # the loop below would only take its time
         return codes, absmax
-    step = chunk_size(values.device) // (8 if values.is_cpu else 32)  # of arrays in between
-    for start in range(0, n, step):
-        chunk = values[start : start + step].float()
+    size = chunk_size(values.device) // (8 if values.is_cpu else 32)  # there are many temporaries
+    for start in range(0, n, size):
+        chunk = values[start : start + size].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
         # Times the reciprocal, as in bitsandbytes: dividing breaks exact ties another way.
         index = nearest((blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1), codebook)
         if per_byte == 2:  # of an odd n, the last nibble is padding and stands for 0
-            index = index[::2] << 4 | index[1::2]
-        part = codes[start // per_byte : (start + step) // per_byte]
+            index = (index[::2] << 4) | index[1::2]
+        part = codes[start // per_byte : (start + size) // per_byte]
         part.copy_(index[: len(part)])
         absmax[start // block_size :][: len(peak)] = peak
     return codes, absmax
@@ -154,8 +166,8 @@ unpack_buffers = {}  # {(dtype, device): one buffer, as large as the largest wei
 
 
 def unpack_buffer(numel, dtype, device):
-    """The one buffer that all weights are unpacked into: good until the next call. On a CPU, fresh
-    memory costs more than the arithmetic that fills it."""
+    """The one buffer that all weights are unpacked into. On a CPU, fresh memory costs more than the
+    arithmetic that fills it."""
     buffer = unpack_buffers.get((dtype, device))
     if buffer is None or buffer.numel() < numel:
         buffer = unpack_buffers[dtype, device] = torch.empty(numel, dtype=dtype, device=device)
@@ -180,7 +192,8 @@ class Quantized(nn.Module):
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def unpack(self, dtype):
-        """The tensor in the buffer that all have."""
+        """Dequantize into the buffer that all weights share: valid until the next unpack. The
+        subclasses define `dequantize(dtype, out)`."""
         return self.dequantize(dtype, unpack_buffer(self.shape.numel(), dtype, self.codes.device))
 
     def product(self, x, bias=None):
@@ -190,6 +203,8 @@ class Quantized(nn.Module):
 
 class Quantized4bit(Quantized):
     """A tensor of 4-bit codes; the buffers are described at the top of this file."""
+
+    scales = None  # that can be trained: only integers have them
 
     def __init__(self, codes, absmax, nested_absmax, offset, shape, kind="nf4"):
         tensors = dict(codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset)
@@ -211,7 +226,8 @@ class Quantized4bit(Quantized):
         return buffer.view(-1)[:n].view(self.shape)
 
     def product(self, x, bias=None):
-        """The same; of few rows of x, W is never written to memory."""
+        """The same. On a GPU, for a few rows of x, one kernel decodes and multiplies: there the
+        unpacked W is never in memory."""
         rows = x.numel() // self.shape[1]
         if rows > MAX_ROWS:
             return super().product(x, bias)
@@ -245,23 +261,22 @@ def plain_scales(absmax, nested_absmax, offset):
     """Each block's absmax in fp32, (blocks,)."""
     if nested_absmax is None:
         return absmax
-    _, dynamic, _ = codebooks_on("nf4", absmax.device)
-    return dequantize_blockwise(absmax, dynamic, nested_absmax, ABSMAX_BLOCK_SIZE).add_(offset)
+    codebook = codebook_on("dynamic", absmax.device)
+    return dequantize_blockwise(absmax, codebook, nested_absmax, ABSMAX_BLOCK_SIZE).add_(offset)
 
 
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
     """Unpack a weight into `out`, (number of values,), which sets the dtype to round to.
 
-    A byte at a time, as the two levels that it stands for; a chunk at a time, so that what is in
-    between stays in a CPU's cache.
+    A look-up decodes a whole byte, which is two levels.
     """
     scales = plain_scales(absmax, nested_absmax, offset)
-    (*_, pairs), step = codebooks_on(kind, codes.device), chunk_size(codes.device)
-    for start in range(0, out.numel(), step):
-        part = out[start : start + step]
-        byte = codes[start // 2 : (start + step) // 2].int()
-        levels = pairs.index_select(0, byte).view(torch.float32)
-        scale = scales[start // BLOCK_SIZE : (start + step) // BLOCK_SIZE].unsqueeze(1)
+    table, size = byte_table(kind, codes.device), chunk_size(codes.device)
+    for start in range(0, out.numel(), size):
+        part = out[start : start + size]
+        byte = codes[start // 2 : (start + size) // 2].int()
+        levels = table.index_select(0, byte).view(torch.float32)
+        scale = scales[start // BLOCK_SIZE : (start + size) // BLOCK_SIZE].unsqueeze(1)
         if len(part) % BLOCK_SIZE == 0:
             torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=part.view(-1, BLOCK_SIZE))
         else:  # the last block is short
@@ -372,10 +387,11 @@ if triton:
 
 
 def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    tile, (codebook, dynamic, _) = tile_blocks(out.dtype), codebooks_on(kind, codes.device)
+    tile = tile_blocks(out.dtype)
+    codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
     with torch.cuda.device_of(codes):  # Triton launches on the current device, not on the tensors'
         dequantize_kernel[(triton.cdiv(len(absmax), tile),)](
-            codes, absmax, nested_absmax, offset, codebook, dynamic, out, out.numel(), len(absmax),
+            codes, absmax, nested_absmax, offset, *codebooks, out, out.numel(), len(absmax),
             len(codes), BLOCKS=tile, **LAUNCH,
         )  # fmt: skip
     # The buffer has new contents: autograd must not take it for what it was.
@@ -383,12 +399,12 @@ def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
 
 
 def launch_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
-    tile, (codebook, dynamic, _) = tile_blocks(x.dtype), codebooks_on(kind, codes.device)
-    rows, in_features = x.shape
+    codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
+    tile, (rows, in_features) = tile_blocks(x.dtype), x.shape
     y = x.new_empty(rows, out_features)
     with torch.cuda.device_of(codes):
         matvec_kernel[(out_features,)](
-            x.contiguous(), codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows,
+            x.contiguous(), codes, absmax, nested_absmax, offset, *codebooks, y, rows,
             in_features, out_features, len(absmax), len(codes),
             ROWS=triton.next_power_of_2(rows), BLOCKS=tile, **LAUNCH,
         )  # fmt: skip
@@ -404,9 +420,12 @@ if triton:
 # A frozen linear layer
 
 
-class _FrozenProduct(torch.autograd.Function):
-    """x @ W.T that keeps no weight for backward, which simply unpacks it again; and x only where
-    the scales of integers learn."""
+class _FrozenLinear(torch.autograd.Function):
+    """`F.linear` of a packed weight. Backward unpacks the weight a second time, so that no unpacked
+    copy is kept; x is kept only if the scales are trained.
+
+    scales: `weight.scales`, an argument of its own so that autograd sees it
+    """
 
     @staticmethod
     def forward(ctx, x, scales, weight, bias):
@@ -418,11 +437,13 @@ class _FrozenProduct(torch.autograd.Function):
     def backward(ctx, grad):
         (x,), weight = ctx.saved_tensors, ctx.weight
         grad_x = grad @ weight.unpack(grad.dtype) if ctx.needs_input_grad[0] else None
-        return grad_x, None if x is None else weight.grad_of_scales(x, grad), None, None
+        grad_scales = weight.grad_of_scales(x, grad) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_scales, None, None
 
 
 class Linear4bit(nn.Module):
-    """A frozen linear layer of 4-bit weights, or of integers (`QuantizedInt`).
+    """A linear layer whose weight is frozen: `Quantized4bit`, or integers of 3 or 4 bits, of which
+    PEQA trains the scales.
 
     x: (..., in_features), any float dtype, in which the product is computed and returned
     """
@@ -439,11 +460,10 @@ class Linear4bit(nn.Module):
         return cls(quantize_4bit(linear.weight.detach(), kind, double_quant, name), linear.bias)
 
     def forward(self, x):
-        scales = getattr(self.weight, "scales", None)  # of integers, which may be a Parameter
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        learns = x.requires_grad or scales is not None and scales.requires_grad
+        scales, bias = self.weight.scales, None if self.bias is None else self.bias.to(x.dtype)
+        learns = x.requires_grad or (scales is not None and scales.requires_grad)
         if torch.is_grad_enabled() and learns:
-            return _FrozenProduct.apply(x, scales, self.weight, bias)
+            return _FrozenLinear.apply(x, scales, self.weight, bias)
         return self.weight.product(x, bias)
 
     def extra_repr(self):
@@ -491,7 +511,7 @@ def unpack_activation(packed, shape, bits, dtype):
 def parse_int(kind):
     """"int4" or "int3-64" -> bits and group size, 0 for a whole channel; None for other kinds."""
     found = re.fullmatch(r"int([34])(?:-([1-9]\d*))?", kind)
-    return found and (int(found[1]), int(found[2] or 0))
+    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def pack(codes, bits):
@@ -517,28 +537,29 @@ class QuantizedInt(Quantized):
     """
 
     def __init__(self, codes, scales, zeros, shape, bits):
-        kind = f"int{bits}" + f"-{shape[1] // scales.shape[1]}" * (scales.shape[1] > 1)
+        groups = scales.shape[1]
+        kind = f"int{bits}-{shape[1] // groups}" if groups > 1 else f"int{bits}"
         super().__init__(shape, kind, codes=codes, scales=scales, zeros=zeros)
         self.bits = bits
 
-    def steps(self):
+    def centred(self):
         """code - zero, in the scales' dtype: (rows, groups, group_size)."""
         codes = unpack_codes(self.codes, self.bits)[: self.shape.numel()]
-        steps = codes.view(*self.zeros.shape, -1) - self.zeros.unsqueeze(-1)
-        return steps.to(self.scales.dtype)
+        centred = codes.view(*self.zeros.shape, -1) - self.zeros.unsqueeze(-1)
+        return centred.to(self.scales.dtype)
 
     @torch.no_grad()
     def dequantize(self, dtype=torch.float32, out=None):
         """Return the weights, rounded once to `dtype`; out: optional buffer for them."""
-        weight = self.steps().mul_(self.scales.unsqueeze(-1)).view(self.shape)
+        weight = self.centred().mul_(self.scales.unsqueeze(-1)).view(self.shape)
         if out is None:
             return weight.to(dtype)
         return out.view(-1)[: weight.numel()].view(self.shape).copy_(weight)
 
     def grad_of_scales(self, x, grad):
         """dL/dscale = the sum of dL/dW * (code - zero) over the group."""
-        steps, grad_weight = self.steps(), grad.flatten(0, -2).T @ x.flatten(0, -2)
-        return steps.mul_(grad_weight.view_as(steps)).sum(dim=-1)
+        centred, grad_weight = self.centred(), grad.flatten(0, -2).T @ x.flatten(0, -2)
+        return centred.mul_(grad_weight.view_as(centred)).sum(dim=-1)
 
 
 def quantize_int(weight, bits=4, group_size=0, name="the weight"):
@@ -552,10 +573,12 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
         message = f"--quant int{bits}-{group_size} does not divide the {columns} columns of {name}"
         raise InputError(f"{message}; powers of two do, up to {columns & -columns}.")
     parts = []
-    for rows in weight.split(max(8, chunk_size(weight.device) // columns // 8 * 8)):  # whole bytes
+    eights = max(1, chunk_size(weight.device) // columns // 8)  # 8 rows are whole bytes
+    for rows in weight.split(8 * eights):
         groups = rows.float().unflatten(1, (-1, group_size or columns))
         low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
-        scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / top
+        # By a tensor: by a number, CUDA multiplies with the reciprocal, and rounds otherwise.
+        scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / torch.full_like(low, top)
         scale = torch.where(scale == 0, 1.0, scale)  # of nothing but zeros
         zero = (-low / scale).round()
         codes = ((groups / scale).round() + zero).clamp(0, top).to(torch.uint8)

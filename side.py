@@ -7,7 +7,7 @@ QST (arXiv 2401.07159 §3.2), with N layers in both networks:
 
     h_g_0 = downsample_0(h_f_0)                               h_f_0: the embedding
     h_g_i = layer_i((1 - beta_i) * downsample_i(h_f_i) + beta_i * h_g_{i-1})
-            with beta_i = sigmoid(gamma_i)
+            with beta_i = sigmoid(gamma_i): a beta near 1 keeps h_g
     h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)     to the frozen LM head
 
 Other gates, mixes and downsamplers are settings of the same `SideNetwork`. The second half of this
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from data.methods import METHODS, of_side
 from data.released import RELEASED
 from data.settings import check, setting
-from model import PRESETS, DecoderLayer, LayerNorm, Linear, make_norm
+from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit, pack_activation, unpack_activation
 
 GATES = ("scalar", "channel", "sum")
@@ -42,13 +42,13 @@ class SideConfig:
 
     method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
-    rank: int = setting(16, "of lora and adapter downsamplers, LoRA and Adapter", at_least=1)
-    downsample: str = of_side(None, "default: adapter; for lst linear", DOWNSAMPLERS)
+    rank: int = setting(16, "inner width of lora, adapter (downsamplers, methods)", at_least=1)
+    downsample: str = of_side(None, "to h_g's width; default: adapter, lst linear", DOWNSAMPLERS)
     standardize: bool = of_side(False, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = of_side(False, "a LayerNorm after each downsampler")
     share_first: bool = of_side(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side("scalar", "a scalar from 0, a vector from 0.5, or a plain sum", GATES)
-    mix: str = of_side(None, "a scalar from 1; a vector; a sum; the side alone (for lst)", MIXES)
+    gate: str = of_side("scalar", "gamma, from 0; a vector, from 0.5; none: z + h_g", GATES)
+    mix: str = of_side(None, "alpha, from 1; a vector; h_f + up; up alone (lst)", MIXES)
     upsample_bias: bool = of_side(False, "whether the upsampler has a bias")
     final_norm: bool = of_side(False, "a norm before the upsampler")
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
@@ -80,7 +80,8 @@ def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
 
 
 class _PackedInputFunction(torch.autograd.Function):
-    """`F.linear` of an input without a gradient, which is kept for the weight's in few bits."""
+    """`F.linear` whose input needs no gradient. Backward needs the input for dL/dweight alone, and
+    so it is kept in `bits` bits."""
 
     @staticmethod
     def forward(ctx, h_f, weight, bits):
@@ -95,8 +96,8 @@ class _PackedInputFunction(torch.autograd.Function):
 
 
 class PackedInputLinear(Linear):
-    """The first matrix of a downsampler. In backward only its gradient needs h_f, which it keeps in
-    `bits` bits: 8, 4, or 16, which means unchanged."""
+    """The first matrix of a downsampler, the only module that reads h_f. It keeps h_f for backward
+    in `bits` bits: 4, 8, or 16, which means unchanged."""
 
     bits = 16
 
@@ -131,8 +132,8 @@ def side_model_config(config, reduction):
     rotary = config.family != "opt"  # which turns channels in pairs
 
     def fits(r):
-        D = config.n_embd / (r * config.n_head)
-        return D % (2 if rotary else 1) == 0 and config.n_ffn >= r
+        head_dim, rest = divmod(config.n_embd, r * config.n_head)
+        return rest == 0 and not (rotary and head_dim % 2) and config.n_ffn >= r
 
     if not fits(reduction):
         choices = ", ".join(str(r) for r in range(1, config.n_embd + 1) if fits(r))
@@ -141,9 +142,9 @@ def side_model_config(config, reduction):
             f"{config.n_head} heads{', an even number each (rotary pairs)' * rotary}: "
             f"choose one of {choices}."
         )
-    C = config.n_embd // reduction
+    c = config.n_embd // reduction
     return replace(
-        config, n_embd=C, embed_dim=C, n_ffn=config.n_ffn // reduction, head_dim=C // config.n_head
+        config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, head_dim=c // config.n_head
     )
 
 
@@ -167,8 +168,8 @@ class SideNetwork(nn.Module):
             self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
         self.gamma = self.alpha = None
         if config.gate != "sum":
-            channel = config.gate == "channel"
-            self.gamma = nn.Parameter(torch.full((N, c), 0.5) if channel else torch.zeros(N))
+            scalar = config.gate == "scalar"
+            self.gamma = nn.Parameter(torch.zeros(N) if scalar else torch.full((N, c), 0.5))
         self.layers = nn.ModuleList(DecoderLayer(self.model_config) for _ in range(N))
         self.norm = make_norm(self.model_config) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
@@ -196,13 +197,13 @@ class SideNetwork(nn.Module):
         return self.downsample[0](self.standardized(0, h_f))
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
-        """One step, i = 0 ... N-1: from h_f after base layer i, and h_g before side layer i, to
-        h_g after it. The other arguments are those of `DecoderLayer`."""
-        first, *rest = self.downsample[i if self.config.share_first else i + 1]
-        z = first(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
+        """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
+        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. Others: see `DecoderLayer`."""
+        reads_h_f, *rest = self.downsample[i if self.config.share_first else i + 1]
+        z = reads_h_f(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._narrow_part, *args, use_reentrant=False)
+            return checkpoint(self._narrow_part, *args, **RECOMPUTE)
         return self._narrow_part(*args)
 
     def _narrow_part(self, i, rest, z, h_g, mask, rope, cache):
@@ -229,8 +230,8 @@ class SideNetwork(nn.Module):
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha in fp32: rounded to bf16, an alpha just below 1 is 1. A vector also where alpha
-        # is a scalar, whose gradient, a sum over all channels, is too large for fp16.
+        # 1 - alpha is computed in fp32: in bf16 an alpha just below 1 rounds to 1. A scalar becomes
+        # a vector before the cast: its gradient, a sum over all channels, overflows in fp16.
         weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 
@@ -244,7 +245,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, rank):
         super().__init__()
-        self.linear, self.scaling = linear, 16 / rank
+        self.linear, self.scaling = linear, 16 / rank  # LoRA's own alpha is 16 here
         self.pair = low_rank(linear.in_features, linear.out_features, rank)
 
     def forward(self, x):

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,7 +77,7 @@ class TrainConfig(SideConfig):
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
-    dtype: str = setting("auto", "fp32, bf16 or fp16 to compute in; auto: fp32 on a CPU, else bf16")
+    dtype: str = setting("auto", "fp32, bf16, fp16 to compute in; auto: bf16 on NVIDIA, else fp32")
     sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
     max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
     held_out: float = setting(0.1, "fraction of the examples to hold out", above=0, below=1)
@@ -100,7 +101,7 @@ class TrainConfig(SideConfig):
     seed: int = setting(1337, "of weights, split and order of examples", at_least=0, below=2**63)
 
     def __post_init__(self):
-        """What depends on other settings stays None until `resolve`."""
+        """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
 
 
 DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded default)
@@ -136,8 +137,8 @@ def resolve(cfg):
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
         (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
-        (cfg.method == "lst" and cfg.mix not in (None, "side"),
-         "--method lst predicts from the side network alone: leave out --mix"),
+        (cfg.method == "lst" and (cfg.mix not in (None, "side") or cfg.variant == "released"),
+         "--method lst predicts from the side network alone: leave out --mix, --variant released"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
         (cfg.head == "classifier" and no_classifier,
@@ -153,9 +154,8 @@ def resolve(cfg):
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )  # fmt: skip
-    paper = SideConfig()
-    variant = VARIANTS[cfg.variant].items()
-    variant = {k: v for k, v in variant if getattr(cfg, k) == getattr(paper, k)}
+    given = {f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+    variant = {k: v for k, v in VARIANTS[cfg.variant].items() if k not in given}
     missing = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **missing | variant)
     if not cfg.eval_only:  # a base may be evaluated in any form
@@ -165,15 +165,15 @@ def resolve(cfg):
 
 def settings_of_side(cfg):
     """The settings with those of --side, which flags must not contradict."""
-    side, base = read_side(cfg.side)
+    side, trained_on = read_side(cfg.side)
     if cfg.method not in (side.method, "qst"):
         raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
-    own = vars(side) | dict(method=side.method, task=cfg.task, variant="paper")
+    own = vars(side) | dict(task=cfg.task, variant="paper")
     for f in fields(cfg):
-        value = getattr(cfg, f.name)
-        if f.name != "method" and value not in (f.default, own.get(f.name, value)):
+        given = getattr(cfg, f.name)
+        if f.name in own and f.name != "method" and given != f.default and given != own[f.name]:
             raise InputError(f"--{f.name}: --side {cfg.side} has its own; leave it out.")
-    return replace(cfg, **own, quant=cfg.quant or base.get("quant"))
+    return replace(cfg, **own, quant=cfg.quant or trained_on.get("quant"))
 
 
 def side_config(cfg):
@@ -204,8 +204,8 @@ def make_optimizer(model, cfg):
         if parameter.requires_grad:
             factor = cfg.alpha_lr_factor if name.endswith("alpha") else 1.0
             matrix = parameter.dim() == 2 and name.endswith("weight")
-            looked_up = "embed" in name or "lm_head" in name  # not a matrix that multiplies states
-            muon = cfg.optimizer == "muon" and matrix and not looked_up
+            table = "embed" in name or "lm_head" in name  # a row a token: not for Muon
+            muon = cfg.optimizer == "muon" and matrix and not table
             kind = dict(factor=factor, weight_decay=cfg.weight_decay * matrix, muon=muon)
             groups.setdefault(tuple(kind.items()), []).append(parameter)
     groups = [dict(kind, params=parameters) for kind, parameters in groups.items()]
@@ -237,7 +237,9 @@ def train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg):
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
     taken = (total + norm).isfinite()
-    if not scaler.is_enabled():  # it is how a scaler tells an optimizer, on a GPU without a wait
+    if not scaler.is_enabled():
+        # Fused optimizers skip a step where `found_inf` is 1. For fp16 a scaler sets it, for other
+        # dtypes we do; it stays on the GPU, and nobody waits for it.
         optimizer.grad_scale, optimizer.found_inf = None, 1 - taken.float()
     scaler.step(optimizer)
     scaler.update()
@@ -293,7 +295,7 @@ def make_model(cfg, base, task):
         new = dict(n_labels=task.n_labels, task=cfg.task if task.n_labels else "")
         model = tune(base, replace(side_config(cfg), **new))
         model.calibrate([ids for ids, _ in task.train[:64]])
-        return save_memory(model, cfg)
+        return prepare(model, cfg)
     model = QST.from_side(base, cfg.side)
     labels, learned = model.side.config.n_labels, model.side.config.task
     refuse_if(
@@ -303,10 +305,10 @@ def make_model(cfg, base, task):
         (learned and learned.removesuffix("-mm") != cfg.task.removesuffix("-mm"),
          f"--side {cfg.side} is a classifier for --task {learned}, and not {cfg.task}"),
     )  # fmt: skip
-    return save_memory(model, cfg)
+    return prepare(model, cfg)
 
 
-def save_memory(model, cfg):
+def prepare(model, cfg):
     """Set what backward keeps, and put each part where it runs; returns the model."""
     if cfg.devices:
         placement.follow(model)
@@ -324,7 +326,9 @@ def fit(model, optimizer, task, cfg, result):
     What --resume goes on from is saved with every evaluation, and when the run is stopped.
     """
     device, out_dir, first = model.device, Path(cfg.out_dir), distributed.rank() == 0
-    loss_of = torch.compile(model.loss, dynamic=True) if cfg.compile else model.loss
+    loss_of = model.loss
+    if cfg.compile:  # up to the loss, which takes as many tokens as have a target
+        loss_of = partial(model.loss, hidden=torch.compile(model.hidden, dynamic=True))
     half = model.base.embed_tokens.weight.dtype == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     held_out = task.held_out[: cfg.eval_examples]
@@ -339,7 +343,7 @@ def fit(model, optimizer, task, cfg, result):
         log.end_if(not math.isfinite(log.held_out_loss))
 
     if not (cfg.resume and state.load()):
-        evaluate()
+        evaluate()  # the start, which is never kept
         if first:
             remove_earlier_run(out_dir)
     rows = iteration_batches(
@@ -351,16 +355,16 @@ def fit(model, optimizer, task, cfg, result):
             loss, taken = train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg)
             tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
-            read = log.stepped(loss, taken, tokens, wait=due)
+            known = log.stepped(loss, taken, tokens, wait=due)  # False: the GPU is still at it
             if due:
                 evaluate()
-            if read:
+            if known:
                 log.write(learning_rate)
                 log.end_if(log.failures >= 10)
-            ends = read and any(distributed.join([bool(stopped)]))
-            if due or ends:
+            stop = known and any(distributed.join([bool(stopped)]))
+            if due or stop:
                 state.save()
-            if ends:
+            if stop:
                 break
     interrupted = log.iteration < cfg.max_iters
     if first:

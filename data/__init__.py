@@ -114,8 +114,8 @@ def prefetch(items):
 
 
 def to_device(tensor, device):
-    """Copy a tensor of a CPU; to a GPU without a wait, from pinned memory."""
-    if device.type == "cuda":
+    """Copy a tensor; from a CPU to a GPU without a wait, which takes pinned memory."""
+    if device.type == "cuda" and tensor.is_cpu:
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 

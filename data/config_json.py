@@ -115,7 +115,7 @@ def check_sizes(path, config):
     for id in (config["bos_id"], config["eos_id"]):
         ids += id if isinstance(id, list) else [] if id is None else [id]
     if head_dim % (1 if config["family"] == "opt" else 2):  # rotary positions turn pairs
-        wrong = f"num_attention_heads {heads} do not divide hidden_size {width} into such heads"
+        wrong = f"head_dim, or hidden_size {width} over num_attention_heads {heads}, is odd"
     elif heads % kv_heads:
         wrong = f"num_key_value_heads {kv_heads} do not divide num_attention_heads {heads}"
     elif max(ids, default=0) >= config["vocab_size"]:

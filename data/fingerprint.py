@@ -20,22 +20,30 @@ SAMPLES = 8  # of each tensor
 
 
 def fingerprint(base):
-    """{"quant", "weights", "values"}: how a base is stored, a hash of its shape and weights, and
-    some of its values.
+    """{"quant", "codes", "weights", "values"}: how a base is stored, two hashes of its shape and
+    weights, and some of its values.
 
-    The hash is of some 1,000 values of every tensor, so that a 70B model takes a moment: the codes
-    and scales of packed weights, and the signs of the rest, which are the same in every dtype.
+    The hashes are of some 1,000 values of every tensor, so that a 70B model takes a moment: the
+    codes of packed weights, and the signs of the rest, which are the same in every dtype. "weights",
+    all that older files have, is of the scales too, in which a sum may be rounded in another way on
+    another device.
     """
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
-    digest = hashlib.sha256(json.dumps(shape).encode())
+    codes = hashlib.sha256(json.dumps(shape).encode())
+    weights = codes.copy()
     for module in base.modules():
-        packed = module.weight.buffers() if isinstance(module, Linear4bit) else ()
-        parts = [some(tensor) for tensor in packed]
-        parts += [some(tensor).signbit() for tensor in unpacked(module)]
-        for part in parts:
-            digest.update(part.cpu().numpy().tobytes())
-    weights = digest.hexdigest()[:16]
-    return {"quant": quant_kind(base), "weights": weights, "values": sample(base)}
+        packed = module.weight.named_buffers() if isinstance(module, Linear4bit) else ()
+        for name, tensor in packed:
+            part = some(tensor).cpu().numpy().tobytes()
+            weights.update(part)
+            if name == "codes":
+                codes.update(part)
+        for tensor in unpacked(module):
+            part = some(tensor).signbit().cpu().numpy().tobytes()
+            weights.update(part)
+            codes.update(part)
+    hashes = {"codes": codes.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+    return {"quant": quant_kind(base)} | hashes | {"values": sample(base)}
 
 
 def some(tensor):
@@ -63,11 +71,12 @@ def sample(base):
 
 
 def differences(theirs, ours):
-    """In what two bases differ, in words: {"quant", "weights", "values"} of a file and of a base.
+    """In what two bases differ, in words: what `fingerprint` returns, of a file and of a base.
 
-    Side checkpoints of older commits have no values.
+    Side checkpoints of older commits have neither codes nor values.
     """
-    found = [f"{key} {theirs[key]} there and {ours[key]} here" for key in ("quant", "weights")
+    keys = {"quant": "quant", "weights": "codes" if theirs.get("codes") else "weights"}
+    found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
              if theirs[key] != ours[key]]  # fmt: skip
     if theirs.get("values") and not alike(theirs["values"], ours["values"]):
         found.append("other weights in what is not quantized")

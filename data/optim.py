@@ -5,7 +5,7 @@ import math
 import torch
 
 from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebooks_on, dequantize_blockwise, quantize_blockwise,
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
         grad = parameter.grad.float().flatten()
         t = state["step"] = state.get("step", 0) + 1
-        _, codebook, _ = codebooks_on("nf4", grad.device)
+        codebook = codebook_on("dynamic", grad.device)
         moments = []
         for name in ("mean", "root"):
             if t == 1:

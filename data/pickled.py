@@ -20,6 +20,7 @@ from data.safetensors import LARGEST_TENSOR, map_tensor
 from quant import InputError
 
 ADVICE = "save it anew with torch.save, as a table of names and tensors"
+LARGEST_PROGRAM = 1 << 21  # bytes; a tensor takes some 200
 PLACE = whole(0, LARGEST_TENSOR)
 PLACES = list_of(PLACE, most=8)
 
@@ -148,6 +149,8 @@ def open_archive(path, refuse):
             if any(info.compress_type or info.flag_bits & 1 for info in infos):
                 raise ValueError("its members are compressed or encrypted")
             (program,) = [info for info in infos if info.filename.endswith("/data.pkl")]
+            if program.file_size > LARGEST_PROGRAM:
+                raise ValueError("its pickle is too long")
             root = program.filename.removesuffix("data.pkl")
             for info in infos:
                 file.seek(info.header_offset + 26)  # the lengths of a name and of what follows it

@@ -14,12 +14,12 @@ from data.fields import (
     TABLE, TEXT, field, first_few, list_of, one_of, shown, table_of, whole,
 )  # fmt: skip
 from data.files import file_size, parse_json, read_bytes, write_atomically
-from quant import InputError, Quantized4bit, plain_scales
+from quant import InputError, Quantized4bit
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
 }  # fmt: skip
-LARGEST_HEADER = 100_000_000  # bytes, as in the format's own library
+LARGEST_HEADER = 1 << 24  # bytes; a tensor takes some 100
 LARGEST_TENSOR = 1 << 60  # values
 LARGEST_WEIGHT = 1e30  # beyond, the sums of quantization overflow; no model comes near
 PLACE = whole(0, LARGEST_TENSOR)
@@ -36,7 +36,7 @@ def read_header(path):
     size = file_size(path, advice)
     length = int.from_bytes(read_bytes(path, advice, 8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
-        raise bad("the header is longer than the file, or than 100 MB")
+        raise bad("the header is longer than the file, or than any of a model")
     try:
         header = parse_json(read_bytes(path, advice, 8 + length)[8:])
     except ValueError as error:
@@ -123,9 +123,13 @@ def write_safetensors(path, tensors, metadata=None):
 def check_values(tensor, dtype, name):
     """Return a tensor, if `dtype` can hold its values: no NaN, nothing infinite, in fp16 no 1e5.
 
-    tensor: floats, or a `Quantized4bit`, whose scales bound its values; name: for the message
+    tensor: floats, or a `Quantized4bit`, whose few outer scales bound its values: of the codes
+    nothing is read; name: for the message
     """
-    values = plain_scales(*tensor.op_args[1:4]) if isinstance(tensor, Quantized4bit) else tensor
+    values = tensor
+    if isinstance(tensor, Quantized4bit):
+        nested = tensor.nested_absmax is not None  # then no scale is larger than these
+        values = tensor.nested_absmax.abs() + tensor.offset.abs() if nested else tensor.absmax
     if values.is_meta or not values.numel():
         return tensor
     low, high = (value.item() for value in values.aminmax())  # of a NaN anywhere, both are NaN

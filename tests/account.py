@@ -31,7 +31,7 @@ from model import PRESETS, Transformer, count_weights, model_bytes, read_config 
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
 from data.methods import METHODS, SIDE_METHODS  # noqa: E402
-from train import TrainConfig, make_optimizer, resolve, save_memory, side_config  # noqa: E402
+from train import TrainConfig, make_optimizer, prepare, resolve, side_config  # noqa: E402
 
 
 @dataclass
@@ -165,7 +165,7 @@ def untrained(cfg, config, dtype, device):
     """A model with random weights: the base, frozen, and what --method trains."""
     with torch.device(device):
         base = Transformer(config)
-    return save_memory(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
+    return prepare(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
 
 
 def config_of(cfg):

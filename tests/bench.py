@@ -18,6 +18,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "load": ("speed", "", "peak memory of `from_pretrained`"),
     "quant": ("speed", "", "speed of quantizing and dequantizing, beside bitsandbytes"),
     "tokens": ("speed", "", "speed of generating from a 4-bit and from an fp32 base"),
+    "gpu": ("gpu", "[--help] ...", "all of it on one GPU: kernels, tokens, steps, memory"),
     "account": ("memory", "", "the memory account beside the peak memory of real steps"),
     "lean": ("memory", "FOLDER", "what each saving of account.py --savings saves in real steps"),
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),

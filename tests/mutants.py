@@ -6,7 +6,6 @@ Each function takes a random generator and bytes, and returns bytes and what was
 import io
 import json
 import os
-import random
 import shutil
 import zipfile
 from pathlib import Path

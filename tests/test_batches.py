@@ -1,14 +1,19 @@
 """What all tasks share (data/__init__.py): batches, splits, and the logits of next tokens."""
 
+import itertools
+import time
+
 import pytest
 import torch
 from conftest import FAMILIES, shaken, small_base
 
 from data import (
-    IGNORE_INDEX, batches, choice_logits, collate, iteration_batches, label, split, word_ids,
+    IGNORE_INDEX, batches, choice_logits, collate, iteration_batches, label, mean_loss,
+    prefetch, split, word_ids,
 )  # fmt: skip
 from data.glue import ANSWER, FORMS
 from data.tokenizer import load_tokenizer
+from model import token_loss
 from qst import QST
 from quant import InputError
 from side import SideConfig
@@ -42,6 +47,42 @@ def test_an_iterations_batches_share_its_targets():
     again = next(iteration_batches(examples, 2, 3, seed=0, start=1))
     for one, two in zip(second, again, strict=True):
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1]) and one[2] == two[2]
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    """Which examples share a batch is drawn anew, and so is the order of the batches."""
+    examples = [([i], [i]) for i in range(64)]  # of one length, which decides nothing
+    stream = batches(examples, 8, seed=0)
+    epoch = lambda: {frozenset(ids[0] for ids, _ in next(stream)) for _ in range(8)}
+    first, second = epoch(), epoch()
+    assert not first & second and not first & {frozenset(range(i, i + 8)) for i in range(0, 64, 8)}
+    stream = batches([([5] * n, [5] * n) for n in range(1, 33)], 4, seed=0)
+    epoch = lambda: [len(next(stream)[0][0]) for _ in range(8)]  # the shortest of each batch
+    one, two = epoch(), epoch()
+    assert sorted(one) == sorted(two) != one != two
+
+
+def test_the_next_batch_is_made_while_one_is_in_use():
+    """One ahead, in order, and none left out."""
+    made = []
+    ready = prefetch(made.append(i) or i for i in itertools.count())
+    for i in range(5):
+        assert next(ready) == i
+        for _ in range(1000):
+            if len(made) > i + 1:
+                break
+            time.sleep(0.001)
+        assert made == [*range(i + 2)]
+
+
+def test_the_mean_loss_is_that_of_a_target(base):
+    """Every target weighs the same, whichever batch it is in, and however many others are there."""
+    examples = [([5 + n] * n, [IGNORE_INDEX] * (n // 2) + [7] * (n - n // 2)) for n in range(1, 9)]
+    losses = [token_loss(base(torch.tensor([ids])), torch.tensor([targets]), "sum").item()
+              for ids, targets in examples]  # fmt: skip
+    expected = sum(losses) / sum(n - n // 2 for n in range(1, 9))
+    for batch_size in (1, 3, 100):
+        assert mean_loss(base, examples, batch_size) == pytest.approx(expected, rel=1e-5)
 
 
 def test_split_is_by_seed_and_disjoint():

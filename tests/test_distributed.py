@@ -15,6 +15,8 @@ from test_resume import SETTINGS
 
 import train
 from data import count_targets, distributed, iteration_batches, tiny
+from data.report import TrainingLog
+from data.state import RunState
 from qst import QST
 from side import SideConfig
 from train import TrainConfig
@@ -98,6 +100,43 @@ def test_every_token_is_in_one_process_and_weighs_the_same(size, monkeypatch):
         for _, own, share in weighing:
             assert share == pytest.approx(count_targets(own) / targets)
         assert all(len(idx) for idx, *_ in batches)
+    assert max(len(idx) for process in found for parts in process for idx, *_ in parts) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_list_is_split_and_joined(size, monkeypatch):
+    """Each item is in the part of one process; what the parts give comes back in their order."""
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        parts.append(distributed.split(list(range(7))))
+    assert sorted(sum(parts, [])) == list(range(7))
+    gather = lambda into, own: into.__setitem__(slice(None), parts)
+    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+    assert distributed.join(parts[-1]) == list(range(7))
+
+
+def test_what_travels_is_summed(monkeypatch):
+    """Tensors of any shape and dtype become their sums over the processes, each by itself."""
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda flat: flat.mul_(3))
+    tensors = [torch.tensor(2.0), torch.randn(2, 3), torch.arange(4).half()]
+    expected = [3 * tensor for tensor in tensors]
+    distributed.sum_(tensors)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_the_first_process_alone_writes_the_state(tmp_path, monkeypatch):
+    """Two that replace one file could leave the state of neither."""
+    side = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(side.parameters()), torch.amp.GradScaler("cpu")
+    log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
+    run = RunState(tmp_path, {}, side, optimizer, scaler, log)
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        run.save()
+        assert (tmp_path / "state.pt").exists() == (rank == 0)
 
 
 def gradients(model, batches):

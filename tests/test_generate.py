@@ -6,6 +6,7 @@ from conftest import FAMILIES, VARIANTS, each_family, shaken, small_base
 
 from data import pad_left
 from data.sampling import KVCache, sample
+from model import positions_and_mask
 from qst import QST
 from quant import InputError
 from side import SideConfig
@@ -20,6 +21,8 @@ def test_sampling():
     assert counts(draw(top_k=2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert counts(draw(top_p=0.75)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
     assert counts(draw(top_p=0.1)) == [1, 0, 0, 0]
+    assert sample(logits.flip(1), 1.0, top_p=0.1).eq(3).all()
+    assert len(sample(torch.zeros(99, 2), 1.0, top_p=0.5).unique()) == 1  # one half is enough
     assert torch.equal(draw(), draw()) and sample(logits).eq(0).all()
     cold = sample(logits, 0.1, generator=torch.Generator().manual_seed(0))
     assert cold.eq(0).float().mean() > 0.98
@@ -69,6 +72,18 @@ def test_generation_with_two_caches(family, changes, idx):
         token = model(expected)[0][:, -1].argmax(dim=-1, keepdim=True)
         expected = torch.cat([expected, token], dim=1)
     assert torch.equal(model.generate(idx, 8), expected)
+
+
+def test_what_a_padded_position_looks_at():
+    """A token looks at the tokens up to it, and nothing but itself where it is padding; no row of
+    the mask is empty, of which torch's attention once made NaN. Positions count tokens alone."""
+    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
+    for past in (0, 3):
+        positions, mask = positions_and_mask(torch.zeros(2, 5 - past), keep, past)
+        assert positions.tolist() == [[0, 0, 0, 1, 2][past:], [0, 1, 2, 2, 2][past:]]
+        for row, seen in zip(keep.tolist(), mask[:, 0].tolist()):
+            for query, keys in enumerate(seen, past):
+                assert keys == [bool(row[k]) and k <= query or k == query for k in range(5)]
 
 
 @pytest.mark.parametrize("side", [False, True])

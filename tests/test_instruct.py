@@ -1,6 +1,7 @@
 """data/instruct.py: what is read of an instruction file, what is refused, and what is learned."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,6 +233,35 @@ def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
     assert len(ids) <= 96 and kept[0]["role"] == "user"
     assert kept == conversations[0][:-1][-len(kept) :]
     assert len(instruct.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 999)[1]) == 41
+
+
+class Echo:
+    """A model of 40 positions that says the last id of its prompt, and remembers the prompt."""
+
+    device, config = "cpu", SimpleNamespace(max_positions=40)
+
+    def generate(self, idx, new, **more):
+        self.seen = idx[0].tolist(), new
+        return torch.cat([idx, idx[:, -1:]], dim=1)
+
+
+def test_a_question_that_is_too_long_loses_its_front(tokenizer):
+    """What is asked ends as it should, leaves room for an answer, and does not hold the answer."""
+    model, one = Echo(), say("user: " + "Tom went to the lake. " * 9, "assistant: lake")
+    instruct.answers(model, tokenizer, PLAIN, [one])
+    whole, _ = PLAIN.encode(one[:-1], tokenizer)
+    assert len(whole) > 40 and model.seen == (whole[-30:], 10)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
+    """Of twenty conversations a tenth, and with --eval_only every one."""
+    found = [say(f"user: Is it {i}?", "assistant: yes") for i in range(20)]
+    cfg = dict(held_out=0.1, seed=1, max_examples=0, sequence_len=60, eval_only=eval_only)
+    score = lambda model, held_out: len(held_out)
+    task = instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
+    sizes = len(task.train), len(task.held_out), task.score(None)
+    assert sizes == ((0, 20, 20) if eval_only else (18, 2, 2))
 
 
 def test_looking_into_a_file(tmp_path, capsys):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, TEST_DATA, needs_test_data, small_base
+from conftest import FIXTURES, TEST_DATA, needs_test_data, small_base, small_config
 
 from data.tokenizer import load_tokenizer
-from model import PRESETS, count_weights, from_pretrained
+from model import PRESETS, count_weights, from_pretrained, make_norm, rotary_table
 from quant import InputError
 
 FOLDERS = [FIXTURES / name for name in (
@@ -41,6 +41,27 @@ def test_greedy_text_equals_transformers(folder):
     prompt = 8 if greedy.shape[1] == 20 else 4
     model = from_pretrained(folder, "none", torch.float32)
     assert torch.equal(model.generate(greedy[:, :prompt], greedy.shape[1] - prompt), greedy)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_norms_are_their_formulas(family):
+    """With the config's epsilon; and in 16 bits what fp32 gives, rounded."""
+    norm, x = make_norm(small_config(family, norm_eps=0.3)), torch.randn(5, 32) + 1
+    torch.nn.init.normal_(norm.weight)
+    centred = x if family == "llama" else x - x.mean(dim=1, keepdim=True)
+    normed = centred / (centred.square().mean(dim=1, keepdim=True) + 0.3).sqrt()
+    bias = 0 if family == "llama" else torch.nn.init.normal_(norm.bias)
+    expected = normed * norm.weight + bias
+    assert torch.allclose(norm(x), expected, atol=1e-5)
+    assert torch.allclose(norm(x.bfloat16()).float(), expected, rtol=0.02, atol=0.05)
+
+
+def test_angles_are_worked_out_in_fp32():
+    """Rounded to 16 bits are cosines and sines alone, also far from the first position."""
+    config, positions = small_config(), torch.arange(2048).unsqueeze(0)
+    exact = rotary_table(config, positions, torch.float32)
+    for one, two in zip(exact, rotary_table(config, positions, torch.bfloat16)):
+        assert torch.equal(one.bfloat16(), two)
 
 
 def test_weights_of_the_presets():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ from conftest import ROOT
 
 import train
 from data import state, tiny
+from data.report import TrainingLog
 from quant import InputError
 from train import TrainConfig
 
@@ -28,6 +28,10 @@ SETTINGS = dict(
 
 @pytest.fixture
 def cfg(tiny_model, tmp_path, no_answers):
+    return settings_of_a_short_run(tiny_model, tmp_path)
+
+
+def settings_of_a_short_run(tiny_model, tmp_path):
     """Settings of a run of less than a second."""
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
@@ -96,6 +100,7 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
         stop_after(patch, 7)
         stopped = train.main(TrainConfig(**again))
     assert stopped["interrupted"] and stopped["iterations"] == 7
+    assert state.load_state(tmp_path / "again")["log"]["iteration"] == 7  # none is computed twice
     result = train.main(TrainConfig(**again))
     assert not result["interrupted"] and result["iterations"] == 12
     assert left(again["out_dir"]) == expected
@@ -176,6 +181,42 @@ def test_a_damaged_state(cfg, tmp_path, capsys):
         assert left(cfg["out_dir"]) == expected
 
 
+def test_a_state_holds_all_that_a_run_needs(tmp_path):
+    """What learns, its moments, fp16's scale and the log are in another process what they were."""
+    runs = []
+    for scale in (8.0, 2.0):
+        side = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(side.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
+        runs.append(state.RunState(tmp_path, {}, side, optimizer, scaler, log))
+    one, two = runs
+    assert not two.load()
+    one.side(torch.ones(3)).sum().backward()
+    one.optimizer.step()
+    one.log.iteration = 7
+    one.save()
+    assert two.load() and two.log.iteration == 7 and two.scaler.get_scale() == 8
+    for ours, theirs in zip(one.side.parameters(), two.side.parameters()):
+        assert torch.equal(ours, theirs)
+        moments = one.optimizer.state[ours], two.optimizer.state[theirs]
+        assert len(moments[1]) == 3 and all(map(torch.equal, *(m.values() for m in moments)))
+
+
+def test_signals_are_noted():
+    """The first asks the run to stop, and a second Ctrl-C stops it at once; after the run both do
+    what they did before."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with state.stop_signals() as asked:
+        assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_other_settings_are_refused(cfg):
     """A run goes on with its own settings and data alone."""
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
@@ -204,73 +245,3 @@ def test_the_same_seed_is_the_same_run(cfg, tmp_path):
         train.main(TrainConfig(**cfg | dict(seed=seed, out_dir=out_dir, max_iters=6)))
         runs.append(left(out_dir))
     assert runs[0] == runs[1] and runs[0][0] != runs[2][0]
-
-
-def broken_step(iterations, value=math.nan):
-    """`train_step` whose loss is no number in some iterations, counted from 1."""
-    original = train.train_step
-
-    def step(loss_of, *args):
-        step.count += 1
-        broken = step.count in iterations
-        return original(lambda *batch: loss_of(*batch) * (value if broken else 1), *args)
-
-    step.count = 0
-    return step
-
-
-@pytest.mark.parametrize("changes", METHODS[:3] + METHODS[-1:], ids=str)
-def test_a_step_without_a_number_is_left_out(changes, cfg, monkeypatch):
-    """NaN and infinite gradients change nothing, neither weights nor moments: without those
-    iterations the run is the same. They are counted, and result.json has no NaN."""
-    kept = []
-    for value in (None, math.nan, math.inf):
-        model, original = [], train.make_model
-        with monkeypatch.context() as patch:
-            keep = lambda *args: model.append(original(*args)) or model[0]
-            patch.setattr(train, "make_model", keep)
-            patch.setattr(train, "learning_rate_at", lambda iteration, cfg: 1e-2)
-            patch.setattr(train, "iteration_batches", lambda examples, *args: same_batch(examples))
-            if value:
-                patch.setattr(train, "train_step", broken_step({2, 4}, value))
-            run = cfg | changes | dict(max_iters=6 if value else 4, eval_interval=100)
-            result = train.main(TrainConfig(**run))
-        assert result["skipped_iterations"] == (2 if value else 0)
-        text = (Path(cfg["out_dir"]) / "result.json").read_text()
-        json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
-        kept.append((Path(cfg["out_dir"]) / "last/side.safetensors").read_bytes())
-    assert kept[1] == kept[0] == kept[2]
-
-
-def same_batch(examples):
-    idx, targets = train.collate(examples[:4])
-    while True:
-        yield [(idx, targets, 1.0)]
-
-
-def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
-    """With a sentence on likely causes; what was good stays, and an earlier run's files do not pass
-    for this run's."""
-    train.main(TrainConfig(**cfg))
-    monkeypatch.setattr(train, "train_step", broken_step(set(range(100))))
-    with pytest.raises(InputError, match="--learning_rate.*No side network is kept"):
-        train.main(TrainConfig(**cfg | dict(eval_interval=50)))
-    out_dir = Path(cfg["out_dir"])
-    assert not [*out_dir.glob("side*"), *out_dir.glob("r*")]
-    monkeypatch.setattr(train, "train_step", broken_step(set(range(5, 100))))
-    with pytest.raises(InputError, match="holds the side network of iteration 4"):
-        train.main(TrainConfig(**cfg | dict(max_iters=100)))
-    train.read_side(cfg["out_dir"])
-
-
-def test_a_held_out_loss_that_is_not_a_number(cfg, monkeypatch):
-    """It is the same kind of end: an earlier best is kept, and never reported as this one's."""
-    original, calls = train.mean_loss, []
-
-    def lost_at_last(*args):
-        calls.append(1)
-        return original(*args) if len(calls) < 3 else math.nan
-
-    monkeypatch.setattr(train, "mean_loss", lost_at_last)
-    with pytest.raises(InputError, match="iteration 8.*iteration 4"):
-        train.main(TrainConfig(**cfg))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import model as model_py
 from data import IGNORE_INDEX
 from data.report import activation_bytes
-from model import PRESETS, Transformer, token_loss
+from model import PRESETS, Transformer, _ChunkedLoss, token_loss
 from qst import QST
 from quant import pack_activation, unpack_activation
 from side import SideConfig
@@ -84,6 +84,25 @@ def test_packed_activations(bits, bound, dtype):
     assert ((blocks(y) - blocks(x)).abs() <= most).all()
     if bits < 16:
         assert 8 * sum(t.nbytes for t in packed) <= (bits + 0.5) * (x.numel() + 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_activations_are_rounded_once(bits, dtype):
+    """What comes back is worked out in fp32, and then rounded to the dtype that it is needed in."""
+    x = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
+    packed = pack_activation(x, bits)
+    exact = unpack_activation(packed, x.shape, bits, torch.float32)
+    assert torch.equal(unpack_activation(packed, x.shape, bits, dtype), exact.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_losses_of_chunks_add_up_in_fp32(dtype):
+    """Of 1,000 positions in 16 bits the loss is what it is in one piece, to fp32 rounding."""
+    h = torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    targets = torch.arange(1000) % 50
+    loss = _ChunkedLoss.apply(h, targets, torch.nn.Identity())
+    torch.testing.assert_close(loss, token_loss(h, targets), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 100])
@@ -185,6 +204,6 @@ def test_activation_bytes_counts_each_storage_once():
             h = idx @ self.weight
             return (h * h).sum() + (h * 2).sin().sum()
 
-    x = torch.randn(4, 8)
-    # kept: x for the weight's gradient, h twice for the square, and 2 h for the sine
+    x = torch.randn(4, 8, requires_grad=True)  # for whose gradient the weight is kept
+    # and x for the weight's gradient, h twice for the square, and 2 h for the sine
     assert activation_bytes(Square(), x, None) == 3 * 4 * 8 * 4

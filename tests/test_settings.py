@@ -1,7 +1,7 @@
 """Settings and command lines: flags, defaults, and the user's mistakes."""
 
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from conftest import ROOT, command, run_script
@@ -10,7 +10,7 @@ import qst
 import train
 from data.settings import run
 from quant import InputError
-from side import METHODS
+from side import METHODS, RELEASED, SideConfig
 from train import TrainConfig
 
 
@@ -66,7 +66,9 @@ def test_a_variant_is_one_flag():
     """--variant sets what the architecture's own flags leave at the paper's values."""
     cfg = train.resolve(train.parse_args(["--variant", "fast", "--mix", "released"]))
     assert (cfg.mix, cfg.gate, cfg.standardize) == ("released", "sum", True)
-    assert train.resolve(train.parse_args(["--variant", "released"])).final_norm
+    released = train.resolve(train.parse_args(["--variant", "released"]))
+    side = replace(train.side_config(released), task="")
+    assert side == SideConfig(**RELEASED | dict(reduction=4))
     message = "--variant .best. is unknown: choose paper, released, fast"
     with pytest.raises(InputError, match=message):
         train.resolve(train.parse_args(["--variant", "best"]))

@@ -101,6 +101,14 @@ def test_a_factor_near_0_is_not_lost_in_bf16():
     assert torch.allclose(side.mix(h_f, h_g).float(), expected, rtol=0.02, atol=1e-6)
 
 
+def test_the_gradient_of_alpha_fits_into_fp16():
+    """A sum over all channels would not: those of each channel are added up in fp32."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4))
+    h_f, h_g = torch.full((100, 32), 100.0).half(), torch.zeros(100, 8).half()
+    side.mix(h_f, h_g).sum().backward()
+    assert side.alpha.grad == 100 * 100 * 32 > torch.finfo(torch.float16).max
+
+
 def test_standardization(base, idx, tmp_path):
     """Channels of what the downsamplers read have mean 0 and variance 1 over the texts' tokens,
     padding not among them; a saved side network knows them."""
@@ -125,12 +133,44 @@ def test_standardization(base, idx, tmp_path):
     assert torch.equal(again(idx)[0], model(idx)[0])
 
 
+def test_each_state_is_standardized_by_its_own_channels(base):
+    """What a step reads has the mean and the scale of the state after its layer, and the start
+    those of the embedding."""
+    side = shaken(QST(base, SideConfig(reduction=4, standardize=True, gate="sum"))).side
+    side.mean.copy_(torch.randn(4, 32))
+    side.scale.copy_(torch.rand(4, 32) + 0.5)
+    h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
+    read = lambda i: side.downsample[i]((h_f - side.mean[i]) * side.scale[i])
+    assert torch.equal(side.start(h_f), read(0))
+    for i in range(3):
+        assert torch.equal(side.step(i, h_f, h_g), side.layers[i](read(i + 1) + h_g))
+
+
+def test_a_channel_that_never_changes_has_a_finite_scale(base):
+    """Of one token every variance is 0."""
+    model = QST(base, SideConfig(reduction=4, standardize=True))
+    model.calibrate([[5]])
+    assert model.side.scale.isfinite().all()
+
+
+def test_standardizing_is_in_fp32():
+    """A mean that is rounded to 16 bits would move all that is near it."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4, standardize=True))
+    side.mean.fill_(300.7)
+    side.scale.fill_(1.003)
+    h_f = (300 + torch.randn(5, 32)).bfloat16()
+    expected = ((h_f.float() - 300.7) * 1.003).bfloat16()
+    assert torch.equal(side.standardized(1, h_f), expected)
+
+
 def test_reductions_that_do_not_fit_are_refused():
     """The message says which reductions do."""
     with pytest.raises(InputError, match="--reduction 3 .* choose one of 1, 2, 4"):
         SideNetwork(small_config(), SideConfig(reduction=3))
     with pytest.raises(InputError, match="--downsample .sum. is unknown"):
         SideConfig(downsample="sum")
+    with pytest.raises(InputError, match="--rank 33 is more than the base's 32 channels"):
+        QST(small_base(), SideConfig(reduction=4, rank=33))
     SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
     with pytest.raises(InputError, match="rotary"):
         SideNetwork(small_config(), SideConfig(reduction=8))

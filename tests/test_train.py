@@ -4,18 +4,19 @@ import csv
 import json
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 import qst
 import train
-from data import tiny
+from data import Task, channel_statistics, tiny
 from data.chat import ChatTemplate
 from model import from_pretrained
 from qst import QST
 from quant import InputError
-from side import SideConfig
+from side import PackedInputLinear, SideConfig
 from train import TrainConfig
 
 
@@ -51,6 +52,9 @@ def test_what_a_run_leaves(cfg, tmp_path):
     rows = list(csv.DictReader(open(out / "log.csv")))
     assert [int(row["iteration"]) for row in rows] == [2, 3, 4, 6]
     assert [bool(row["held_out_loss"]) for row in rows] == [False, True, False, True]
+    for row in rows:
+        rate = train.learning_rate_at(int(row["iteration"]) - 1, train.resolve(TrainConfig(**cfg)))
+        assert float(row["learning_rate"]) == pytest.approx(rate, rel=1e-3)
     assert float(rows[-1]["held_out_loss"]) == pytest.approx(result["loss_last"], abs=1e-4)
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     for folder in (out, out / "last"):
@@ -74,6 +78,44 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
 
 
 @pytest.mark.usefixtures("no_answers")
+def test_the_best_is_kept_and_scored(cfg, tmp_path, monkeypatch):
+    """Of three evaluations on held-out examples, the best in the middle, out_dir and the score have
+    the side network of that one, last/ that of the last one, and the result their losses."""
+    losses, seen, scored, task = iter([4.0, 3.0, 1.0, 2.0]), [], [], []
+    values = lambda model: [p.detach().clone() for p in model.parameters()]
+
+    def mean_loss(model, examples, *args):
+        assert examples == task[0].held_out[:3] != task[0].train[:3]
+        seen.append(values(model))
+        return next(losses)
+
+    load_task, score = train.load_task, lambda model: scored.append(values(model)) or {}
+    load = lambda *args: task.append(replace(load_task(*args), score=score)) or task[0]
+    monkeypatch.setattr(train, "mean_loss", mean_loss)
+    monkeypatch.setattr(train, "load_task", load)
+    result = train.main(TrainConfig(**cfg | dict(eval_interval=2, eval_examples=3)))
+    names = "loss_before", "loss_after", "loss_last", "best_iteration"
+    assert [result[name] for name in names] == [4.0, 1.0, 2.0, 4]
+    base, out = from_pretrained(cfg["base"], "nf4", torch.float32), tmp_path / "out"
+    kept, last = (values(QST.from_side(base, folder)) for folder in (out, out / "last"))
+    same = lambda one, two: all(map(torch.equal, one, two))
+    assert same(kept, seen[2]) and same(scored[-1], seen[2])
+    assert same(last, seen[3]) and not same(last, kept)
+
+
+def test_a_model_is_made_as_the_settings_say(base):
+    """Its channels are measured on texts to train on, 64 at most, and memory is saved as asked."""
+    examples = [([3 + i % 50] * 5, [7] * 5) for i in range(80)]
+    cfg = TrainConfig(variant="fast", h_f_bits=8, checkpoint=True, chunk_loss=False)
+    model = train.make_model(train.resolve(cfg), base, Task(examples[:70], examples[70:]))
+    mean, variance = channel_statistics(base, [ids for ids, _ in examples[:64]])
+    assert torch.allclose(model.side.mean, mean.float(), atol=1e-5)
+    assert torch.allclose(model.side.scale, variance.float().rsqrt(), rtol=1e-3)
+    bits = {m.bits for m in model.side.modules() if isinstance(m, PackedInputLinear)}
+    assert bits == {8} and model.side.checkpoint and not model.chunk_loss
+
+
+@pytest.mark.usefixtures("no_answers")
 def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
     """With --side they are those of the side network, in evaluation and in training, and settings
     from a result give the same run; flags that say otherwise are refused."""
@@ -89,6 +131,29 @@ def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
     for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel")):
         with pytest.raises(InputError, match=f"--{next(iter(other))}: --side .* has its own"):
             train.main(TrainConfig(**cfg | more | other))
+
+
+@pytest.mark.usefixtures("no_answers")
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_a_run_counts(dtype, cfg, monkeypatch):
+    """The tokens of all batches of an iteration; and steps left out, which end a run only where ten
+    of them are in a row. In fp16 alone the loss is scaled."""
+    sent, counted, stepped = [], [], train.TrainingLog.stepped
+
+    def step(loss_of, optimizer, scaler, batches, *args):
+        assert scaler.is_enabled() == (dtype == "fp16")
+        sent.append(sum(idx.numel() for idx, *_ in batches))
+        return torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0)
+
+    def count(log, loss, taken, tokens, wait):
+        counted.append(tokens)
+        return stepped(log, loss, taken, tokens, wait)
+
+    monkeypatch.setattr(train, "train_step", step)
+    monkeypatch.setattr(train.TrainingLog, "stepped", count)
+    more = dict(dtype=dtype, max_iters=24, eval_interval=12, gradient_accumulation_steps=3)
+    assert train.main(TrainConfig(**cfg | more))["skipped_iterations"] == 22
+    assert counted == sent and len(sent) == 24
 
 
 @pytest.mark.usefixtures("no_answers")

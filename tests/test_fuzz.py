@@ -1,0 +1,36 @@
+"""tests/fuzz.py, for a few seconds; and that it sees what it looks for."""
+
+import subprocess
+import sys
+
+from conftest import ROOT
+
+BROKEN = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+from data import fields
+def field(where, record, name, kind, absent=None):
+    value = record.get(name.rpartition(".")[2])
+    return absent if value is None else value
+fields.field = field
+import fuzz
+sys.exit(fuzz.main(["--seconds", "2", "--only", "config LLaMA"]))
+"""
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+
+
+def test_no_mutant_is_a_defect():
+    """Mutants of every kind of file load, or are refused in one sentence."""
+    told = run(ROOT / "tests/fuzz.py", "--seconds", "2")
+    last = told.stdout.strip().split("\n")[-1].split()
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert last[0] == "all" and int(last[1]) > 20 and last[4] == "0"
+
+
+def test_a_reader_that_checks_nothing_is_found():
+    """Where fields are taken out of a file without a look at them, the same run finds defects."""
+    told = run("-c", BROKEN.format(root=str(ROOT)))
+    assert told.returncode == 1 and "TypeError" in told.stdout, told.stdout + told.stderr
