@@ -17,7 +17,8 @@ RAW = "\x01"
 VALUES = [
     None, True, False, 0, 1, -1, 2, 3, 7, 1000000, 2**31, 2**64, -(2**64), 10**300, 4.0, 0.5, -1e-9,
     1e300, "", "x", "4", "../x", "/etc/passwd", "\ud800", "\0", "a\nb\x1b[31m", "é" * 3000, [],
-    [[]], {}, [0], [None], [0, 2**64], ["x"], {"x": 1}, {"content": 3}, [1, [2, [3]]], [10**300] * 2000,
+    [[]], {}, [0], [None], [0, 2**64], ["x"], {"x": 1}, {"content": 3}, [1, [2, [3]]],
+    [10**300] * 2000,
     *(RAW + raw for raw in ("NaN", "-Infinity", "1e999", "[" * 99999, '{"a":1,"a":2}', "1" * 5000)),
 ]  # fmt: skip
 BITS = [
@@ -146,7 +147,8 @@ def mutate_torch(rng, content):
     tree, odd = torch.load(io.BytesIO(content)), torch.randn(4)
     objects = [v for v in VALUES if not isinstance(v, str) or v[:1] != RAW] + [
         odd.to_sparse(), odd.double(), odd.int(), odd.to(torch.complex64), odd * float("nan"),
-        odd.expand(10**6, 4), torch.zeros(0), torch.tensor(1.0), torch.nn.Parameter(odd), {"a": odd},
+        odd.expand(10**6, 4), torch.zeros(0), torch.tensor(1.0), torch.nn.Parameter(odd),
+        {"a": odd},
         odd.to(torch.float8_e4m3fn), torch.quantize_per_tensor(odd, 0.1, 0, torch.qint8), (odd,),
         torch.zeros(0, 2**40), torch.Size([2]), odd[::2], odd.half(),
     ]  # fmt: skip

@@ -6,10 +6,10 @@ import re
 
 import bench
 import pytest
-from benchmarks import learning, methods, step
+from benchmarks import learning, memory, methods, paper, speed, step
 from benchmarks.common import write_model
 
-from model import ModelConfig
+from model import PRESETS, ModelConfig
 from quant import InputError
 
 # Matrices of fewer than 64 x 64 weights bitsandbytes 0.50.2 dequantizes wrongly on a CPU.
@@ -18,10 +18,25 @@ TINY = ModelConfig(32000, n_layer=2, n_head=2, n_embd=64, n_ffn=128)
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A small model, in this process, where torch is loaded already."""
-    monkeypatch.setattr(methods, "alone", lambda function, *args, **environment: function(*args))
+    """Small models, in this process, where torch is loaded already."""
+    for module in (memory, methods, speed):
+        monkeypatch.setattr(module, "alone", lambda function, *args, **environment: function(*args))
     monkeypatch.setattr(step, "MODEL", TINY)
     monkeypatch.setattr(step, "STEP", step.STEP + " --batch_size 1")
+    monkeypatch.setattr(memory, "LEAN", "--savings --sequence_len 64")
+    monkeypatch.setattr(memory, "ACCOUNTS", {"qst, 4 bits": step.FEW_BITS, "peqa": "--method peqa"})
+    monkeypatch.setattr(speed, "SHAPES", [(64, 64)])
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)
+    shape = ModelConfig(100, n_layer=1, n_head=2, n_embd=256, n_ffn=512)
+    monkeypatch.setattr(speed, "LARGE", shape)
+    for name in PRESETS:
+        monkeypatch.setitem(PRESETS, name, shape)
+    monkeypatch.setattr(paper, "METHOD_ROWS", ("qlora", "qst"))
+    monkeypatch.setattr(paper, "TABLE_1", {"qlora": {"opt-1.3b": 31.3}})
+    monkeypatch.setattr(paper, "TABLE_2", {"qst": {"llama-2-7b": 7.3}})
+    curve = paper.curve
+    two = lambda title, name, values, *methods: curve(title, name, values[:2], *methods)
+    monkeypatch.setattr(paper, "curve", two)
 
 
 def test_each_command_is_a_function(capsys):
@@ -37,6 +52,22 @@ def test_each_command_is_a_function(capsys):
         bench.main(["lean"])
     with pytest.raises(InputError, match="It is `python tests/bench.py load`."):
         bench.main(["load", "--fast"])
+
+
+@pytest.mark.parametrize("command, tables", [
+    ("load", [3]), ("quant", [2]), ("tokens", [2]), ("account", [2]), ("lean", [6]),
+    ("paper", [6, 5, 4, 4, 5, 3, 3, 2]),
+])  # fmt: skip
+def test_tables_are_whole(command, tables, tiny, tmp_path, capsys):
+    """Every command prints tables with as many rows, of as many cells, as there should be."""
+    write_model(tmp_path, PRESETS["opt-125m"])
+    bench.main([command, str(tmp_path)] if command == "lean" else [command])
+    found = []
+    for table in capsys.readouterr().out.split("\n**")[1:]:
+        head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+        assert {row.count("|") for row in rows} == {head.count("|")}
+        found.append(len(rows))
+    assert found == tables
 
 
 def test_methods(tiny, monkeypatch, capsys):

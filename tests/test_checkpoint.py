@@ -142,8 +142,8 @@ def test_a_tensor_missing_or_left_over_is_named(tmp_path):
 
 
 def test_scales_that_another_device_rounds_otherwise(tmp_path):
-    """A base is told by its codes, which are exact on every device; the mean of the absmax values is a
-    sum, which is not. Older files, which say nothing of codes, want the scales too."""
+    """A base is told by its codes, which are exact on every device; the mean of the absmax values
+    is a sum, which is not. Older files, which say nothing of codes, want the scales too."""
     QST(small_base(), SideConfig(reduction=4, rank=2)).save_side(tmp_path)
     base = small_base()
     base.layers[0].mlp.up_proj.weight.offset *= 1 + 2**-23

@@ -155,7 +155,8 @@ def test_batches_of_an_iteration_are_one_batch(base):
     asked = lambda n: [-100] * (n - 2 - n % 5) + [7] * (1 + n % 5)
     examples = [(list(range(1, n)), asked(n)) for n in range(9, 25)]
     small, large = (
-        next(iteration_batches(examples[:8], size, steps, seed=1)) for size, steps in ((2, 4), (8, 1))
+        next(iteration_batches(examples[:8], size, steps, seed=1))
+        for size, steps in ((2, 4), (8, 1))
     )
     shares = [share for *_, share in small]
     assert max(shares) > 1.5 * min(shares)

@@ -82,6 +82,7 @@ def test_a_wrong_checksum_leaves_nothing(server, tmp_path):
 
 
 def test_a_file_that_is_there_is_checked_and_kept(tmp_path):
+    """Another file of its name is refused, and is not touched."""
     (tmp_path / "file.bin").write_bytes(b"mine")
     with pytest.raises(InputError, match="file.bin has the SHA-256"):
         download.download("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", SHA256)
@@ -149,6 +150,7 @@ def test_archives_unpack_inside_their_folder(kind, tmp_path):
 
 
 def test_a_single_packed_file(tmp_path):
+    """It is unpacked beside itself, whole or not at all."""
     path = tmp_path / "trees.jsonl.gz"
     path.write_bytes(gzip.compress(CONTENT))
     download.unpack(path)

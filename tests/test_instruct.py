@@ -216,10 +216,11 @@ def test_long_sequences_are_cut(tokenizer):
 
 
 def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
-    """What is too long for the model loses whole turns, oldest first, as in a chat; a single question
-    that is too long loses its own beginning. The answer keeps its room."""
+    """What is too long for the model loses whole turns, oldest first, as in a chat; a single
+    question that is too long loses its own beginning. The answer keeps its room."""
     model = from_pretrained(tiny_model, "nf4", torch.float32)
-    turns = [f"user: Question {i}, is it so?" if i % 2 == 0 else "assistant: Yes." for i in range(41)]
+    turn = lambda i: "assistant: Yes." if i % 2 else f"user: Question {i}, is it so?"
+    turns = [turn(i) for i in range(41)]
     conversations = [
         say(*turns, "assistant: Yes."), say("user: short", "assistant: a"),
         say("user: " + "very long " * 200 + "end", "assistant: a"),
@@ -229,7 +230,8 @@ def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
     alone = [instruct.answers(model, tokenizer, PLAIN, [one])[0] for one in conversations]
     assert len(found[1]) > 20 and alone[1].startswith(found[1][:20])
     ids, kept = instruct.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 96)
-    assert len(ids) <= 96 and kept[0]["role"] == "user" and kept == conversations[0][:-1][-len(kept) :]
+    assert len(ids) <= 96 and kept[0]["role"] == "user"
+    assert kept == conversations[0][:-1][-len(kept) :]
     assert len(instruct.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 999)[1]) == 41
 
 

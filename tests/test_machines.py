@@ -1,4 +1,4 @@
-"""Machines that are not here: other GPUs, other systems, full or read-only folders, by pretending."""
+"""Machines that are not here: other GPUs, other systems, full or read-only folders, pretended."""
 
 import json
 import math
@@ -28,7 +28,8 @@ def test_apples_gpu_is_taken_where_there_is_no_cuda(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     device = pick_device("auto")
     assert device == pick_device("mps") == torch.device("mps")
-    assert pick_dtype("auto", device) == torch.float32 and pick_dtype("fp16", device) == torch.float16
+    assert pick_dtype("auto", device) == torch.float32
+    assert pick_dtype("fp16", device) == torch.float16
     with pytest.raises(InputError, match="--dtype bf16"):
         pick_dtype("bf16", device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -50,16 +51,18 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 @pytest.mark.parametrize("name", ["meta", "xpu", "cpu:3", "tpu", "cuda:x", "a" * 1000])
 def test_other_devices_are_refused(name):
     """In one short sentence."""
-    with pytest.raises(InputError, match="is unknown: choose auto, cuda, cuda:1, mps or cpu") as told:
+    message = "is unknown: choose auto, cuda, cuda:1, mps or cpu"
+    with pytest.raises(InputError, match=message) as caught:
         pick_device(name)
-    assert len(str(told.value)) < 200
+    assert len(str(caught.value)) < 200
 
 
 def test_without_what_windows_lacks():
     """No module that it does not have is needed to import the code."""
     code = (
         "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "for name in ('resource', 'fcntl', 'readline', 'pwd', 'termios'): sys.modules[name] = None\n"
+        "missing = ('resource', 'fcntl', 'readline', 'pwd', 'termios')\n"
+        "sys.modules |= dict.fromkeys(missing)\n"
         "import train, qst\n"
         "from data import report, state\n"
         "assert report.peak_memory(train.torch.device('cpu')) == 0\n"

@@ -64,6 +64,7 @@ def run(words, place):
 
 
 def test_there_are_commands():
+    """They are found in the page, so that the tests below are not empty."""
     assert "python train.py" in COMMANDS and "python -m pytest -q" in COMMANDS
     assert len(COMMANDS) >= 8
 

@@ -93,7 +93,8 @@ def test_a_variant_is_one_flag():
     (["train.py", "--out_dir", str(ROOT / "LICENSE")], "LICENSE cannot be written to"),
     (["train.py", "--method", "QST"], "--method 'QST' is unknown"),
     (["train.py", "--method", ""], "--method '' is unknown"),
-    (["train.py", "--out_dir", ""], "--out_dir is empty"), (["train.py", "--quant="], "--quant is empty"),
+    (["train.py", "--out_dir", ""], "--out_dir is empty"),
+    (["train.py", "--quant="], "--quant is empty"),
     (["train.py", "--learning_rate=nan"], "--learning_rate nan"),
     (["train.py", "--learning_rate=inf"], "--learning_rate inf must be below inf"),
     (["train.py", "--weight_decay=nan"], "--weight_decay nan must be at least 0"),
@@ -142,7 +143,8 @@ def test_a_mistake_shows_no_traceback():
 
 @pytest.mark.parametrize("flags, message", [
     (dict(temperature="nan"), "temperature nan must be 0, or from 0.001"),
-    (dict(temperature="1e-300"), "temperature 1e-300"), (dict(temperature="inf"), "temperature inf"),
+    (dict(temperature="1e-300"), "temperature 1e-300"),
+    (dict(temperature="inf"), "temperature inf"),
     (dict(top_p="0"), "top_p 0.0 must be above 0"), (dict(top_k="-1"), "top_k -1"),
     (dict(max_new_tokens="0"), "max_new_tokens 0"), (dict(seed="-1"), "seed -1"),
     (dict(seed="1" + "0" * 22), "seed 1"), (dict(quant="int5"), "--quant int5"),

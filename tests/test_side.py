@@ -53,8 +53,8 @@ def test_a_rank_above_the_base_is_refused(base):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_weights_of_the_mix_add_up_to_1(dtype):
-    """Where the base and the side network agree, the mix is what they agree on, whatever alpha is: in
-    16 bits too; and its gradient in fp16 is finite where a sum over all channels is not."""
+    """Where the base and the side network agree, the mix is what they agree on, whatever alpha is:
+    in 16 bits too; and its gradient in fp16 is finite where a sum over all channels is not."""
     side = SideNetwork(small_config(), SideConfig(reduction=4, upsample_bias=True))
     torch.nn.init.zeros_(side.upsample.weight)
     h_f, h_g = torch.ones(2, 3, 32, dtype=dtype), torch.zeros(2, 3, 8, dtype=dtype)

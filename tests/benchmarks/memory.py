@@ -15,6 +15,8 @@ ACCOUNTS = {  # name: flags of train.py
     "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
 }  # fmt: skip
 
+LEAN = "--savings --batch_size 8 --sequence_len 512"
+
 
 def account():
     """Peak resident memory above the model: a LLaMA of 12 layers x 768 in fp32, 4 x 256 tokens."""
@@ -38,7 +40,7 @@ def lean(folder):
     columns = "MB above the model", "of the first", "s", "of the first", "loss"
     print_table("A step of QST", "", *columns)
     first = None
-    for name, cfg in rows(parse_step("--savings --batch_size 8 --sequence_len 512")):
+    for name, cfg in rows(parse_step(LEAN)):
         memory, seconds, loss, _ = alone(measure, ours, cfg, folder, OMP_NUM_THREADS="1", **FREED)
         first = first or (memory, seconds)
         print_row(

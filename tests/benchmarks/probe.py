@@ -22,7 +22,7 @@ def probe(*flags):
     tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
     task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), EXAMPLES[0]
     states, y = last_states(base, (task.train + task.held_out)[: sum(EXAMPLES)])
-    print_table("Reading the base", "layer", "largest |mean|", "median std", "100 steps: raw",
+    print_table("Reading the base", "layer", "largest mean", "median std", "100 steps: raw",
                 "standardized", "ridge")  # fmt: skip
     for i in range(states.shape[1]):
         x = states[:, i]
