@@ -20,8 +20,7 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("family, tied", [("llama", False), ("opt", True)])
 @pytest.mark.parametrize("method, quant, settings", CASES)
 def test_a_step_on_two_devices(method, quant, settings, family, tied, monkeypatch):
     """Every operator of a training step finds its inputs on one device, and every parameter gets a
