@@ -238,8 +238,7 @@ def train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg):
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
     taken = (total + norm).isfinite()
     if not scaler.is_enabled():
-        # Fused optimizers skip a step where `found_inf` is 1. For fp16 a scaler sets it, for other
-        # dtypes we do; it stays on the GPU, and nobody waits for it.
+        # Fused optimizers skip a step where it is 1, without a wait; in fp16 the scaler sets it.
         optimizer.grad_scale, optimizer.found_inf = None, 1 - taken.float()
     scaler.step(optimizer)
     scaler.update()
@@ -281,8 +280,7 @@ def load_task(cfg, tokenizer, template, config):
     if not cfg.eval_only and not (task.train and task.held_out):
         raise InputError(
             f"{cfg.data or 'The data'} leaves {len(task.train)} examples to train on and "
-            f"{len(task.held_out)} held out: give more data, or raise --sequence_len or "
-            "--max_examples."
+            f"{len(task.held_out)} held out: give more, or raise --sequence_len or --max_examples."
         )
     return task
 
@@ -423,7 +421,6 @@ def main(cfg):
         base = from_pretrained(folder, cfg.quant, dtype, device)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg, base, task)
-        device = model.device
         result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
         if cfg.eval_only:
             result |= task.score(model)
@@ -434,9 +431,8 @@ def main(cfg):
                 train(model, task, folder, cfg, result)
             except torch.OutOfMemoryError:
                 raise InputError(out_of_memory(cfg)) from None
-        result |= provenance() | dict(
-            peak_memory_bytes=peak_memory(device), seconds=time.time() - started, config=asdict(cfg)
-        )
+        result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
+        result["peak_memory_bytes"] = peak_memory(model.device)
         if distributed.rank() == 0:
             write_json(Path(cfg.out_dir) / "result.json", result)
     conclude(folder, cfg, result)

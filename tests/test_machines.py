@@ -1,11 +1,15 @@
 """Machines that are not here: other GPUs, other systems, full or read-only folders, pretended."""
 
+import contextlib
 import json
 import math
 import os
+import random
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,7 @@ from data import report, tiny
 from data.files import write_json
 from data.hub import save_pretrained
 from data.settings import pick_device, pick_dtype
-from model import quantize_folder
+from model import from_pretrained, quantize_folder
 from quant import InputError
 from train import TrainConfig
 
@@ -168,3 +172,23 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
         write_json(tmp_path / "x.json", {"new": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
+    """After each kill there is no base, or a whole one; and the next run makes or takes it."""
+    short_recipe(monkeypatch, tmp_path)
+    torch.set_num_threads(1)  # so that this process can be forked
+    rng = random.Random(0)
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                make()
+            os._exit(0)
+        time.sleep(rng.uniform(0.01, 0.9))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for folder in tmp_path.iterdir():
+            if "." not in folder.name:  # what ends in a number is of a process that did not finish
+                from_pretrained(folder)
+    assert from_pretrained(make()).config.n_layer == tiny.BASE["n_layer"]
