@@ -59,14 +59,6 @@ def sum_(tensors):
             tensor.copy_(part.view_as(tensor))
 
 
-def broadcast_(tensors):
-    """Replace tensors by those of the first process."""
-    if size() > 1:
-        with others_alive():
-            for tensor in tensors:
-                distributed.broadcast(tensor, 0)
-
-
 def split(items):
     """This process's part of a list."""
     return items[rank() :: size()]
