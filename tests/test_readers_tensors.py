@@ -40,7 +40,7 @@ def test_headers_of_other_types(header, tmp_path):
 
 
 def test_empty_tensors_of_any_size(tmp_path):
-    """A shape with a 0 needs no bytes, and the other sizes may still be too large to be a tensor."""
+    """A shape with a 0 needs no bytes; its other sizes may still be too large for a tensor."""
     path = tmp_path / "x.safetensors"
     for shape, fits in (([0, 3], True), ([0, 2**60, 2**60], False)):
         text = json.dumps(entry(shape=shape, data_offsets=[0, 0])).encode()
