@@ -24,9 +24,9 @@ def fingerprint(base):
     weights, and some of its values.
 
     The hashes are of some 1,000 values of every tensor, so that a 70B model takes a moment: the
-    codes of packed weights, and the signs of the rest, which are the same in every dtype. "weights",
-    all that older files have, is of the scales too, in which a sum may be rounded in another way on
-    another device.
+    codes of packed weights, and the signs of the rest, which are the same in every dtype.
+    "weights", all that older files have, is of the scales too, in which a sum may be rounded in
+    another way on another device.
     """
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
