@@ -27,14 +27,13 @@ from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
 from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import AdamW8bit, Muon
-from data.report import (
-    TrainingLog, conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes,
-)  # fmt: skip
+from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
 from data.settings import (
     Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
+from data.training_log import TrainingLog
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip

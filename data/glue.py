@@ -185,7 +185,8 @@ def prompt(sentences, form, tokenizer, sequence_len, head):
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
             raise InputError(f"--sequence_len {sequence_len} is too short for the question itself.")
-        sentences[longest] = sentences[longest][:-over]  # a token has at least a character
+        # A character may be four tokens, its bytes: cut so few that nothing is lost that fits.
+        sentences[longest] = sentences[longest][: -max(1, over // 4)]
     return found
 
 

@@ -53,8 +53,9 @@ def open_files(folder, config):
     for why, found in (("lacks", numbers.keys() - layers), ("has", layers - numbers.keys())):
         if found:
             first = min(found, key=lambda number: (len(number), number))
-            sizes = f"config.json says {config.n_layer} layers, its files have {len(layers)}"
-            raise InputError(f"{folder} {why} {first_few([f'layers.{first}'])}: {sizes}.")
+            sizes = f"num_hidden_layers is {config.n_layer}, its files have {len(layers)}"
+            what = f"{why} {first_few([f'layers.{first}'])}"
+            raise InputError(f"{folder} {what}: in config.json {sizes}; get both of one model.")
     return tensors
 
 

@@ -4,9 +4,14 @@ import math
 
 import torch
 
+from data.fields import Kind, field, first_few, whole
 from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, InputError, codebook_on, dequantize_blockwise,
+    quantize_blockwise,
 )  # fmt: skip
+
+COUNT = whole(0, 1 << 50)
+MOMENT = Kind("a tensor or a count", lambda v: isinstance(v, torch.Tensor) or COUNT.fits(v))
 
 
 def told_to_skip(optimizer):
@@ -15,14 +20,44 @@ def told_to_skip(optimizer):
     return found_inf is not None and found_inf.item() > 0
 
 
-def load_optimizer(optimizer, state):
-    """Optimizer.load_state_dict, which would turn moments of 8 bits into the parameters' dtype."""
-    optimizer.load_state_dict(state | dict(state={}))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for number, moments in state["state"].items():
-        on = parameters[number].device
-        moments = {k: v.to(on) if isinstance(v, torch.Tensor) else v for k, v in moments.items()}
-        optimizer.state[parameters[number]] = moments
+def kept_of(optimizer, group, p):
+    """What an optimizer keeps of a parameter: {name: (shape, whether in 8 bits)}."""
+    if isinstance(optimizer, AdamW8bit):
+        blocks = torch.Size([-(-p.numel() // ABSMAX_BLOCK_SIZE)])
+        codes = dict.fromkeys(("mean", "root"), (torch.Size([p.numel()]), True))
+        return codes | dict.fromkeys(("mean_absmax", "root_absmax"), (blocks, False))
+    if group.get("muon"):
+        return {"momentum": (p.shape, False)}
+    moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, False))
+    return moments | {"step": (torch.Size([]), False)}
+
+
+def load_moments(optimizer, moments, where):
+    """Optimizer.load_state_dict, which would turn moments of 8 bits into the parameters' dtype; and
+    strict. The groups, and with them the rates, stay this optimizer's own.
+
+    moments: {number of a parameter, as a text: {name: tensor}}, and "step", a number, for 8 bits
+    """
+    parameters = [(g, p) for g in optimizer.param_groups for p in g["params"]]
+    numbers = {str(i) for i in range(len(parameters))}
+    if unknown := sorted(set(moments) - numbers):
+        raise InputError(f"{where}: the optimizer has no parameter {first_few(unknown)}.")
+    for number, own in moments.items():
+        group, p = parameters[int(number)]
+        expected = kept_of(optimizer, group, p)
+        counted = "step" not in expected and not group.get("muon")
+        own = {name: field(where, own, name, MOMENT) for name in own}
+        loaded = {"step": own.pop("step")} if counted and COUNT.fits(own.get("step")) else {}
+        fits = set(own) == set(expected) and bool(loaded) == counted and all(
+            isinstance(own[name], torch.Tensor) and own[name].shape == shape
+            and (own[name].dtype == torch.uint8) == in_8_bits
+            for name, (shape, in_8_bits) in expected.items()
+        )  # fmt: skip
+        if not fits:
+            message = f"the moments of parameter {number} are not of this optimizer"
+            raise InputError(f"{where}: {message}: leave out --resume.")
+        loaded |= {name: tensor.to(p.device, copy=True) for name, tensor in own.items()}
+        optimizer.state[p] = loaded
 
 
 class AdamW8bit(torch.optim.Optimizer):

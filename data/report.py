@@ -1,14 +1,10 @@
 """What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
 
-import csv
-import math
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-import time
 import weakref
 from pathlib import Path
 
@@ -21,10 +17,9 @@ except ImportError:  # Windows
     resource = None
 
 from data import tiny
-from data.charts import line_chart
 from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
-from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
+from quant import ABSMAX_BLOCK_SIZE, Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
@@ -160,121 +155,6 @@ def out_of_memory(cfg):
         f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
         "flags of this run says what takes how much."
     )
-
-
-class TrainingLog:
-    """log.csv, loss.svg, the progress bar, the best held-out loss, and the speed of a run's steps.
-
-    out_dir: None: nothing is written, as in all processes but the first
-    """
-
-    COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
-    STATE = (  # what a run that goes on needs of the one before it
-        "iteration", "loss", "held_out_loss", "loss_before", "best_loss", "best_iteration",
-        "skipped", "failures", "tokens", "seconds", "step_ms", "curves", "rows",
-    )  # fmt: skip
-
-    def __init__(self, out_dir, cfg, device):
-        self.out_dir, self.cfg, self.device = out_dir, cfg, device
-        self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
-        self.best_loss = self.held_out_loss = self.loss_before = math.inf
-        self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
-        self.tokens, self.seconds, self.step_ms = 0, 0.0, []
-        self.rows, self.curves = [], {"training": [], "held out": []}
-        self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
-
-    def state(self):
-        return {name: getattr(self, name) for name in self.STATE}
-
-    def go_on(self, state):
-        vars(self).update(state)
-
-    def __enter__(self):
-        steps = range(self.iteration + 1, self.cfg.max_iters + 1)
-        self.bar = progress(steps, self.cfg.method, self.iteration, self.cfg.max_iters)
-        if self.out_dir:
-            self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
-            csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-        if self.out_dir:
-            self.file.close()
-            if self.rows:
-                path = self.out_dir / "loss.svg"
-                line_chart(path, "Loss of an answer's token", "iteration", self.curves)
-
-    def iterations(self):
-        """Count from 1, with a progress bar, and time the iterations."""
-        for iteration in self.bar:
-            if not self.unread:
-                self.start = time.perf_counter()
-            yield iteration
-
-    def stepped(self, loss, taken, tokens, wait):
-        """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
-
-        wait: whether this must be one of them; on a CPU each is. Returns whether it was.
-        """
-        self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
-        self.unread.append((loss, taken))
-        self.due = wait or self.iteration % self.cfg.log_interval == 0
-        if not self.due and self.device.type != "cpu":
-            return False
-        for loss, taken in self.unread:
-            self.loss = loss.item()
-            self.failures = 0 if taken.item() else self.failures + 1
-            self.skipped += self.failures > 0
-        seconds = time.perf_counter() - self.start
-        self.seconds += seconds
-        self.step_ms.append(1000 * seconds / len(self.unread))
-        self.unread = []
-        return True
-
-    def evaluated(self, held_out_loss):
-        """Note a held-out loss; returns whether it is the best of those after a step."""
-        self.held_out_loss = held_out_loss
-        self.curves["held out"].append((self.iteration, held_out_loss))
-        if not self.iteration:
-            self.loss_before = held_out_loss
-        elif held_out_loss < self.best_loss:
-            self.best_loss, self.best_iteration = held_out_loss, self.iteration
-        return self.best_iteration == self.iteration > 0
-
-    def end_if(self, lost):
-        """End the run if its loss is no number any more."""
-        kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
-        if lost:
-            raise InputError(
-                f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, "
-                "or try --dtype bf16 or fp32. "
-                f"{kept if self.best_iteration else 'No side network is kept'}."
-            )
-
-    def write(self, learning_rate):
-        """Show the iteration, and write a line if one is due."""
-        rate = self.speed()["tokens_per_second"]
-        if self.due:
-            self.curves["training"].append((self.iteration, self.loss))
-            new = self.curves["held out"][-1][0] == self.iteration
-            self.rows.append([
-                self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
-                f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
-            ])  # fmt: skip
-            if self.out_dir:
-                csv.writer(self.file).writerow(self.rows[-1])
-        self.bar.set_postfix_str(
-            f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
-            f"peak {show_bytes(peak_memory(self.device))}", refresh=False
-        )  # fmt: skip
-
-    def speed(self):
-        """The mean rate of all steps, and the median time of one."""
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        return dict(
-            tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
-        )
 
 
 def conclude(folder, cfg, result):

@@ -1,20 +1,25 @@
 """The state of a run, so that it goes on after an end as if there had been none: --resume.
 
-state.pt is 32 bytes of SHA-256, and then what `torch.save` writes. A new one takes the place of the
-old one only when it is whole, and the old one stays beside it as state.previous.pt.
+state.safetensors has tensors, and as one more of them the JSON that says what each is; its
+metadata has a SHA-256 of all. A new one takes its name when it is whole, and the one before it
+stays beside it as state.previous.safetensors. No pickle: it may come from a stranger, too.
 """
 
 import contextlib
-import hashlib
-import io
+import json
 import os
 import signal
 
 import torch
 
 from data import distributed
-from data.files import write_atomically
-from data.optim import load_optimizer
+from data.checkpoint import digest
+from data.fields import TABLE, Kind, field, number, shown, table_of, whole
+from data.files import file_size
+from data.optim import load_moments
+from data.safetensors import (
+    copy_into, read_header, read_safetensors, tensor_bytes, write_safetensors,
+)  # fmt: skip
 from quant import InputError
 
 try:
@@ -22,52 +27,70 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-NAMES = "state.pt", "state.previous.pt"
+NAMES = "state.safetensors", "state.previous.safetensors"
+TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
+SCALER = {  # what fp16's GradScaler keeps
+    "scale": number(1e-30, 1e30), "growth_factor": number(1, 1e3), "backoff_factor": number(0, 1),
+    "growth_interval": whole(1, 1 << 31), "_growth_tracker": whole(0, 1 << 31),
+}  # fmt: skip
 
 
-def save_state(out_dir, state):
-    """state: a dict of tensors, numbers, strings, and lists and dicts of them"""
+def save_state(out_dir, tree):
+    """tree: a table of tensors, numbers, texts, and lists and tables of them"""
     newest, previous = (out_dir / name for name in NAMES)
-
-    def write(file):
-        file.write(bytes(32))  # room for the digest
-        hashed = HashedFile(file)
-        torch.save(state, hashed)
-        file.seek(0)
-        file.write(hashed.digest.digest())
-        if newest.exists():
-            os.replace(newest, previous)
-
-    write_atomically(newest, write)
+    tensors = {}
+    text = json.dumps(without_tensors(tree, tensors))  # a loss may be NaN, which only Python reads
+    tensors["tree"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    if newest.exists():
+        os.replace(newest, previous)
+    write_safetensors(newest, tensors, {"format": "pt", "sha256": digest("", tensors)})
 
 
-class HashedFile:
-    """A file to write to, and the SHA-256 of what was written."""
+def without_tensors(tree, tensors):
+    """Put each tensor of a tree into `tensors`, and {"tensor": its name there} in its place."""
+    if isinstance(tree, torch.Tensor):
+        name = str(len(tensors))
+        tensors[name] = tree
+        return {"tensor": name}
+    if isinstance(tree, dict):
+        return {str(name): without_tensors(part, tensors) for name, part in tree.items()}
+    return tree
 
-    def __init__(self, file):
-        self.file, self.digest = file, hashlib.sha256()
 
-    def write(self, part):
-        self.digest.update(part)
-        return self.file.write(part)
-
-    def flush(self):
-        self.file.flush()
+def with_tensors(tree, tensors, depth=6):
+    """Undo `without_tensors`; a KeyError where a tensor is missing or the tree too deep."""
+    if not isinstance(tree, dict):
+        return tree
+    if [*tree] == ["tensor"] and isinstance(tree["tensor"], str):
+        return tensors[tree["tensor"]]
+    if depth == 0:
+        raise KeyError("depth")
+    return {name: with_tensors(part, tensors, depth - 1) for name, part in tree.items()}
 
 
 def load_state(out_dir):
-    """The newest whole state that there is; None without any."""
+    """The newest whole state that there is, and its path; None, None without any."""
     for name in NAMES:
         path = out_dir / name
         if not path.exists():
             continue
-        with open(path, "rb") as file:
-            digest, content = file.read(32), io.BytesIO(file.read())
-        if hashlib.sha256(content.getbuffer()).digest() == digest:
-            return torch.load(content, map_location="cpu", weights_only=True)
-        print(f"{path} is damaged, and removed.")
-        path.unlink(missing_ok=True)
-    return None
+        file_size(path, "remove it")  # no folder, device or pipe
+        try:
+            return read_state(path), path
+        except (InputError, ValueError, KeyError, RecursionError):
+            print(f"{path} is damaged, and removed.")
+            path.unlink(missing_ok=True)
+    return None, None
+
+
+def read_state(path):
+    tensors = {name: read() for name, read in read_safetensors(path).items()}
+    if digest("", tensors) != read_header(path)[1]["sha256"]:
+        raise InputError(f"{path} is damaged.")
+    tree = json.loads(bytes(tensor_bytes(tensors.pop("tree"))))
+    if not TABLE.fits(tree):
+        raise InputError(f"{path} is damaged.")
+    return with_tensors(tree, tensors)
 
 
 MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
@@ -85,25 +108,33 @@ class RunState:
 
     def save(self):
         if distributed.rank() == 0:
-            learners = {name: getattr(self, name) for name in ("side", "optimizer", "scaler")}
-            state = {name: learner.state_dict() for name, learner in learners.items()}
-            save_state(self.out_dir, state | dict(about=self.about, log=self.log.state()))
+            save_state(self.out_dir, dict(
+                side=self.side.state_dict(), moments=self.optimizer.state_dict()["state"],
+                scaler=self.scaler.state_dict(), about=self.about, log=self.log.state(),
+            ))  # fmt: skip
 
     def load(self):
         """Go on from what lies in the folder; returns whether there is anything."""
-        state = load_state(self.out_dir)
+        state, path = load_state(self.out_dir)
         if state is None:
             return False
+        parts = ("about", "side", "moments", "scaler", "log")
+        about, side, moments, scaler, log = (field(path, state, part, TABLE) for part in parts)
         for name, value in self.about.items():
-            if name not in MAY_DIFFER and (old := state["about"].get(name)) != value:
+            if name not in MAY_DIFFER and (old := about.get(name)) != value:
                 raise InputError(
-                    f"--resume: {self.out_dir} was begun with another --{name}, {old} and not "
-                    f"{value}: give the same, or another --out_dir."
+                    f"--resume: {self.out_dir} was begun with another --{name}, {shown(old)} and "
+                    f"not {shown(value)}: give the same, or another --out_dir."
                 )
-        self.side.load_state_dict(state["side"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.log.go_on(state["log"])
+        log = {name: field(path, log, f"log.{name}", kind) for name, kind in self.log.STATE.items()}
+        if self.scaler.is_enabled():
+            scaler = {name: field(path, scaler, f"scaler.{name}", k) for name, k in SCALER.items()}
+        field(path, state, "side", table_of(TENSOR))
+        field(path, state, "moments", table_of(TABLE))
+        copy_into(self.side, side, path)
+        load_moments(self.optimizer, moments, path)
+        self.scaler.load_state_dict(scaler)
+        self.log.go_on(log)
         return True
 
 
@@ -149,5 +180,5 @@ def stop_signals():
     try:
         yield asked
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for one, handler in old.items():
+            signal.signal(one, handler)

@@ -8,6 +8,7 @@ import json
 
 import torch
 from conftest import FIXTURES, as_of_an_older_commit, small_base
+from fuzz_state import read_state, states
 from test_instruct import flat, oasst_tree
 from test_glue import LINES
 from test_mmlu import ROW
@@ -257,6 +258,8 @@ READERS = {  # name: (work folder -> seeds, each {file: bytes}; function that re
     "tokenizer settings": (settings, read_tokenizer),
     "side": (sides, read_side),
     "side, signed": (sides, read_signed_side),
+    "state": (states, read_state),
+    "state, signed": (states, lambda folder: read_state(folder, signed=True)),
     "released LLaMA": (released("llama"), lambda folder: read_released(folder, "llama")),
     "released OPT": (released("opt"), lambda folder: read_released(folder, "opt")),
     "RTE": (glue_files("rte"), lambda folder: read_glue(folder, "rte")),

@@ -16,7 +16,7 @@ from test_resume import SETTINGS
 
 import train
 from data import count_targets, distributed, iteration_batches, tiny
-from data.report import TrainingLog
+from data.training_log import TrainingLog
 from data.state import RunState
 from qst import QST
 from side import SideConfig
@@ -72,7 +72,7 @@ def test_two_processes_are_one(cfg, tmp_path):
 def test_a_process_that_dies_ends_the_others(cfg, tmp_path):
     """Soon, and with a sentence."""
     run = torchrun(cfg, out_dir=tmp_path / "out", max_iters=10**6)
-    saved = tmp_path / "out" / "state.pt"
+    saved = tmp_path / "out" / "state.safetensors"
     for _ in range(1200):
         if saved.exists() or run.poll() is not None:
             break
@@ -140,7 +140,7 @@ def test_the_first_process_alone_writes_the_state(tmp_path, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         run.save()
-        assert (tmp_path / "state.pt").exists() == (rank == 0)
+        assert (tmp_path / "state.safetensors").exists() == (rank == 0)
 
 
 def gradients(model, batches):

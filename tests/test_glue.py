@@ -148,6 +148,12 @@ def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
         glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "lm")
 
 
+def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
+    """A character that is four tokens is not cut off four times."""
+    ids = glue.prompt(["\U0001f9ff" * 60, "It was late"], FORMS["rte"], tokenizer, 120, "classifier")
+    assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
+
+
 def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
     """STS-B's rating is what is expected of the label words, and is learned as the nearest."""
     words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out

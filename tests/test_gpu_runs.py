@@ -12,7 +12,7 @@ from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa
 
 import train
 from data import collate, to_device, tiny
-from data.report import TrainingLog
+from data.training_log import TrainingLog
 from model import from_pretrained
 from qst import QST, tune
 from side import SideConfig

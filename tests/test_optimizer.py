@@ -5,7 +5,7 @@ import torch
 from conftest import small_base
 
 import train
-from data.optim import AdamW8bit, Muon, load_optimizer, orthogonalize
+from data.optim import AdamW8bit, Muon, load_moments, orthogonalize
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
@@ -140,7 +140,7 @@ def test_8_bit_moments_are_loaded_as_such():
     (p, optimizer), (again, loaded) = made
     p.grad = torch.randn(300)
     optimizer.step()
-    load_optimizer(loaded, optimizer.state_dict())
+    load_moments(loaded, {"0": optimizer.state_dict()["state"][0]}, "state")
     for name, moment in optimizer.state[p].items():
         kept = loaded.state[again][name]
         assert kept == moment if name == "step" else torch.equal(kept, moment)

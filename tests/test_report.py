@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from data.report import TrainingLog
+from data.training_log import TrainingLog
 from train import TrainConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")  # all but a CPU are not waited for

@@ -16,7 +16,7 @@ from conftest import ROOT
 
 import train
 from data import state, tiny
-from data.report import TrainingLog
+from data.training_log import TrainingLog
 from quant import InputError
 from train import TrainConfig
 
@@ -100,7 +100,8 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
         stop_after(patch, 7)
         stopped = train.main(TrainConfig(**again))
     assert stopped["interrupted"] and stopped["iterations"] == 7
-    assert state.load_state(tmp_path / "again")["log"]["iteration"] == 7  # none is computed twice
+    kept, _ = state.load_state(tmp_path / "again")
+    assert kept["log"]["iteration"] == 7  # none is computed twice
     result = train.main(TrainConfig(**again))
     assert not result["interrupted"] and result["iterations"] == 12
     assert left(again["out_dir"]) == expected
@@ -135,7 +136,7 @@ def test_killed_again_and_again(cfg, tmp_path, capfd):
 def kill_at_the_next_state(child, out_dir, patience, later):
     """Wait until a process writes a state, or for some seconds; kill it a moment later, and return
     its exit status."""
-    path, start, ended = Path(out_dir) / "state.pt", time.time(), 0
+    path, start, ended = Path(out_dir) / "state.safetensors", time.time(), 0
     written = lambda: path.stat().st_mtime_ns if path.exists() else 0
     before = written()
     while not ended and written() == before and time.time() - start < patience:
@@ -156,14 +157,14 @@ def test_a_signal_from_outside(cfg):
         stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     out_dir = Path(cfg["out_dir"])
-    while not (out_dir / "state.pt").exists() and run.poll() is None:
+    while not (out_dir / "state.safetensors").exists() and run.poll() is None:
         time.sleep(0.05)
     run.terminate()
     printed, _ = run.communicate(timeout=60)
     assert run.returncode == 0 and "go on with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
     assert result["interrupted"] and 4 <= result["iterations"] < 100000
-    assert state.load_state(out_dir)["log"]["iteration"] == result["iterations"]
+    assert state.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
 
 
 def test_a_damaged_state(cfg, tmp_path, capsys):
@@ -175,8 +176,9 @@ def test_a_damaged_state(cfg, tmp_path, capsys):
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 1
             path.write_bytes(content)
-        whole = state.load_state(Path(cfg["out_dir"]))
-        assert (whole is not None) == goes_on and "state.pt is damaged" in capsys.readouterr().out
+        whole, _ = state.load_state(Path(cfg["out_dir"]))
+        assert (whole is not None) == goes_on
+        assert "state.safetensors is damaged" in capsys.readouterr().out
         train.main(TrainConfig(**cfg | dict(resume=True)))
         assert left(cfg["out_dir"]) == expected
 
@@ -189,6 +191,7 @@ def test_a_state_holds_all_that_a_run_needs(tmp_path):
         optimizer = torch.optim.AdamW(side.parameters())
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
+        log.evaluated(9.0)
         runs.append(state.RunState(tmp_path, {}, side, optimizer, scaler, log))
     one, two = runs
     assert not two.load()

@@ -1,0 +1,137 @@
+"""What a run tells while it trains: log.csv, loss.svg, the progress bar, the best held-out loss."""
+
+import csv
+import math
+import statistics
+import time
+
+from data.charts import line_chart
+from data.fields import TEXT, Kind, either, list_of, whole
+from data.report import peak_memory, progress, show_bytes
+from quant import InputError
+
+COUNT = whole(0, 1 << 50)
+REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
+POINTS = list_of(list_of(REAL, 2, 2), 1)
+CURVES = Kind(
+    "the curves of a training and a held-out loss",
+    lambda v: type(v) is dict and [*v] == ["training", "held out"] and POINTS.fits(v["held out"])
+    and (v["training"] == [] or POINTS.fits(v["training"])),
+)  # fmt: skip
+
+
+class TrainingLog:
+    """log.csv, loss.svg, the progress bar, the best held-out loss, and the speed of a run's steps.
+
+    out_dir: None: nothing is written, as in all processes but the first
+    """
+
+    COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
+    STATE = {  # what a run that goes on needs of the one before it, and what each may be in a file
+        "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
+        "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
+        "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
+        "rows": list_of(list_of(either(COUNT, TEXT), 6, 6)),
+    }  # fmt: skip
+
+    def __init__(self, out_dir, cfg, device):
+        self.out_dir, self.cfg, self.device = out_dir, cfg, device
+        self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
+        self.best_loss = self.held_out_loss = self.loss_before = math.inf
+        self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
+        self.tokens, self.seconds, self.step_ms = 0, 0.0, []
+        self.rows, self.curves = [], {"training": [], "held out": []}
+        self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
+
+    def state(self):
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def go_on(self, state):
+        vars(self).update(state)
+
+    def __enter__(self):
+        steps = range(self.iteration + 1, self.cfg.max_iters + 1)
+        self.bar = progress(steps, self.cfg.method, self.iteration, self.cfg.max_iters)
+        if self.out_dir:
+            self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
+            csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.out_dir:
+            self.file.close()
+            if self.rows:
+                path = self.out_dir / "loss.svg"
+                line_chart(path, "Loss of an answer's token", "iteration", self.curves)
+
+    def iterations(self):
+        """Count from 1, with a progress bar, and time the iterations."""
+        for iteration in self.bar:
+            if not self.unread:
+                self.start = time.perf_counter()
+            yield iteration
+
+    def stepped(self, loss, taken, tokens, wait):
+        """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
+
+        wait: whether this must be one of them; on a CPU each is. Returns whether it was.
+        """
+        self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
+        self.unread.append((loss, taken))
+        self.due = wait or self.iteration % self.cfg.log_interval == 0
+        if not self.due and self.device.type != "cpu":
+            return False
+        for loss, taken in self.unread:
+            self.loss = loss.item()
+            self.failures = 0 if taken.item() else self.failures + 1
+            self.skipped += self.failures > 0
+        seconds = time.perf_counter() - self.start
+        self.seconds += seconds
+        self.step_ms.append(1000 * seconds / len(self.unread))
+        self.unread = []
+        return True
+
+    def evaluated(self, held_out_loss):
+        """Note a held-out loss; returns whether it is the best of those after a step."""
+        self.held_out_loss = held_out_loss
+        self.curves["held out"].append((self.iteration, held_out_loss))
+        if not self.iteration:
+            self.loss_before = held_out_loss
+        elif held_out_loss < self.best_loss:
+            self.best_loss, self.best_iteration = held_out_loss, self.iteration
+        return self.best_iteration == self.iteration > 0
+
+    def end_if(self, lost):
+        """End the run if its loss is no number any more."""
+        kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
+        if lost:
+            raise InputError(
+                f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, "
+                "or try --dtype bf16 or fp32. "
+                f"{kept if self.best_iteration else 'No side network is kept'}."
+            )
+
+    def write(self, learning_rate):
+        """Show the iteration, and write a line if one is due."""
+        rate = self.speed()["tokens_per_second"]
+        if self.due:
+            self.curves["training"].append((self.iteration, self.loss))
+            new = self.curves["held out"][-1][0] == self.iteration
+            self.rows.append([
+                self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
+                f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
+            ])  # fmt: skip
+            if self.out_dir:
+                csv.writer(self.file).writerow(self.rows[-1])
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
+            f"peak {show_bytes(peak_memory(self.device))}", refresh=False
+        )  # fmt: skip
+
+    def speed(self):
+        """The mean rate of all steps, and the median time of one."""
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return dict(
+            tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
+        )
