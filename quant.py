@@ -1,32 +1,24 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
 Last, integers of 3 or 4 bits whose scales can learn, `QuantizedInt`.
 
-How it works
-    A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
-    magnitude, its `absmax`, and of each weight the index of the code-book level nearest to
-    weight / absmax: 4 bits. So `weight ~ codebook[code] * absmax`.
+A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
+magnitude, its `absmax`, and of each weight the index of the level nearest to weight / absmax in a
+code book of 16: 4 bits. So `weight ~ codebook[code] * absmax`. NF4, the code book of QLoRA (arXiv
+2305.14314 §3), has its levels where the weights are: at quantiles of the normal distribution.
 
-    NF4, the code book of QLoRA (arXiv 2305.14314 §3), puts its 16 levels where the weights are: at
-    quantiles of the normal distribution.
-
-    One fp32 absmax per 64 weights costs 32 / 64 = 0.5 bits per weight. Double quantization shrinks
-    it with *the same function*: the absmax values, their mean subtracted, are themselves quantized
-    in blocks of 256, to 8 bits. That costs 8 / 64 + 32 / (64 * 256) = 0.127 bits, 4.127 in all.
+One fp32 absmax per 64 weights costs 32 / 64 = 0.5 bits per weight. Double quantization shrinks it
+with *the same function*: the absmax values, their mean subtracted, are themselves quantized in
+blocks of 256, to 8 bits. That costs 8 / 64 + 32 / (64 * 256) = 0.127 bits, 4.127 in all.
 
 How memory is laid out, for a weight of n values (row-major, rows are outputs)
     codes          uint8 (ceil(n / 2),)        two codes a byte, the first in the high nibble
     absmax         uint8 (ceil(n / 64),)       8-bit codes; fp32 itself without double quantization
     nested_absmax  fp32  (ceil(n / 64 / 256),) scale of each block of absmax codes
     offset         fp32  ()                    the mean that was subtracted
-    The bytes are those of the library bitsandbytes, which is what checkpoints on the Hub contain.
 
-What we do differently from it
-    - Weights are buffers of an ordinary module and the product is `F.linear`: no tensor subclass.
-    - The frozen model runs layer by layer and keeps no graph, so one buffer, as large as the
-      largest weight, holds whichever weight is in use.
-    - Absmax codes are the true nearest entries. bitsandbytes searches a grid of 65,536 points on
-      the CPU and is off by one step in up to 0.3 % of them; the code it *reads* is the same.
-What we give up: other block sizes, 8-bit weights, storage types other than bytes.
+The bytes are those of the library bitsandbytes, which is what checkpoints on the Hub contain; but
+its absmax codes are off by one step in up to 0.3 % (it searches a grid of 65,536 points), and ours
+are the true nearest. Weights are buffers of an ordinary module, and the product is `F.linear`.
 
 Run `python quant.py` to see the code books, the errors and the bits per weight.
 """
@@ -151,12 +143,23 @@ def quantize_blockwise(values, codebook, block_size):
     return codes, absmax
 
 
-def dequantize_blockwise(codes, codebook, absmax, block_size):
-    """Undo `quantize_blockwise` of a code book with one code a byte: fp32 (codes.numel(),)."""
-    values = codes.new_empty(len(absmax) * block_size, dtype=torch.float32)
-    torch.index_select(codebook, 0, codes.int(), out=values[: len(codes)])
-    values.view(-1, block_size).mul_(absmax.unsqueeze(1))
-    return values[: len(codes)]
+def dequantize_blockwise(codes, table, absmax, block_size, out):
+    """Undo `quantize_blockwise` into `out`, (n,), and return it; its dtype is what to round to.
+
+    table: what a byte of codes stands for: a code book of 256 levels, or a `byte_table`
+    """
+    size, per_byte = chunk_size(codes.device), table.itemsize // 4
+    for start in range(0, len(out), size):
+        part = out[start : start + size]
+        byte = codes[start // per_byte : (start + size) // per_byte].int()
+        levels = table.index_select(0, byte).view(torch.float32)
+        scale = absmax[start // block_size : (start + size) // block_size].unsqueeze(1)
+        if len(part) % block_size == 0:
+            torch.mul(levels.view(-1, block_size), scale, out=part.view(-1, block_size))
+        else:  # the last block is short
+            levels = F.pad(levels, (0, -len(levels) % block_size)).view(-1, block_size)
+            part.copy_((levels * scale).view(-1)[: len(part)])
+    return out
 
 
 # --------------------------------------------------------------------------------------
@@ -191,9 +194,19 @@ class Quantized(nn.Module):
         """All bytes it takes to store the tensor."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
+    def dequantize(self, dtype=torch.float32, out=None):
+        """Return the weights, rounded once, from the fp32 product to `dtype`.
+
+        out: optional buffer of that dtype, of which what is returned is a view
+        """
+        n = self.shape.numel()
+        flat = torch.empty(n, dtype=dtype, device=self.codes.device) if out is None else out
+        flat = flat.view(-1)[:n]
+        self.fill(flat)
+        return flat.view(self.shape)
+
     def unpack(self, dtype):
-        """Dequantize into the buffer that all weights share: valid until the next unpack. The
-        subclasses define `dequantize(dtype, out)`."""
+        """Dequantize into the buffer that all weights share: valid until the next unpack."""
         return self.dequantize(dtype, unpack_buffer(self.shape.numel(), dtype, self.codes.device))
 
     def product(self, x, bias=None):
@@ -215,15 +228,9 @@ class Quantized4bit(Quantized):
         """What the operators below take."""
         return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
 
-    def dequantize(self, dtype=torch.float32, out=None):
-        """Return the weights, rounded once, from the fp32 product to `dtype`.
-
-        out: optional buffer of that dtype, of which what is returned is a view
-        """
-        n = self.shape.numel()
-        buffer = torch.empty(n, dtype=dtype, device=self.codes.device) if out is None else out
-        torch.ops.qst.dequantize(*self.op_args, buffer.view(-1)[:n])
-        return buffer.view(-1)[:n].view(self.shape)
+    def fill(self, out):
+        """Write the weights into `out`, (n,)."""
+        torch.ops.qst.dequantize(*self.op_args, out)
 
     def product(self, x, bias=None):
         """The same. On a GPU, for a few rows of x, one kernel decodes and multiplies: there the
@@ -257,31 +264,13 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
 # The two operators, in plain torch: the reference, and what a CPU runs
 
 
-def plain_scales(absmax, nested_absmax, offset):
-    """Each block's absmax in fp32, (blocks,)."""
-    if nested_absmax is None:
-        return absmax
-    codebook = codebook_on("dynamic", absmax.device)
-    return dequantize_blockwise(absmax, codebook, nested_absmax, ABSMAX_BLOCK_SIZE).add_(offset)
-
-
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    """Unpack a weight into `out`, (number of values,), which sets the dtype to round to.
-
-    A look-up decodes a whole byte, which is two levels.
-    """
-    scales = plain_scales(absmax, nested_absmax, offset)
-    table, size = byte_table(kind, codes.device), chunk_size(codes.device)
-    for start in range(0, out.numel(), size):
-        part = out[start : start + size]
-        byte = codes[start // 2 : (start + size) // 2].int()
-        levels = table.index_select(0, byte).view(torch.float32)
-        scale = scales[start // BLOCK_SIZE : (start + size) // BLOCK_SIZE].unsqueeze(1)
-        if len(part) % BLOCK_SIZE == 0:
-            torch.mul(levels.view(-1, BLOCK_SIZE), scale, out=part.view(-1, BLOCK_SIZE))
-        else:  # the last block is short
-            levels = F.pad(levels, (0, -len(levels) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-            part.copy_((levels * scale).view(-1)[: len(part)])
+    """Unpack a weight into `out`, (n,): first its scales, then, by the same function, itself."""
+    if nested_absmax is not None:
+        table, scales = codebook_on("dynamic", codes.device), torch.empty_like(absmax).float()
+        dequantize_blockwise(absmax, table, nested_absmax, ABSMAX_BLOCK_SIZE, scales)
+        absmax = scales.add_(offset)
+    dequantize_blockwise(codes, byte_table(kind, codes.device), absmax, BLOCK_SIZE, out)
 
 
 def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
@@ -332,36 +321,35 @@ if triton:
     NESTED = tl.constexpr(ABSMAX_BLOCK_SIZE)
 
     @triton.jit
-    def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes):
-        """The fp32 weights of the blocks with numbers `block`, int64 (n,): (n, 64)."""
+    def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block):
+        """The blocks with the numbers `block`, int64 (m,), of a weight: fp32 (m, 64)."""
         at = block[:, None] * HALF + tl.arange(0, HALF)
-        byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (n, 32)
+        byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (m, 32)
         # Each thread looks up both levels of a byte, and so has neighbours to store.
         level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
-        scale = tl.load(absmax + block, mask=block < blocks, other=0)  # (n,)
+        there = block * HALF < nbytes
+        scale = tl.load(absmax + block, mask=there, other=0)  # (m,)
         if nested_absmax is not None:
-            nested = tl.load(nested_absmax + block // NESTED, mask=block < blocks, other=0)
+            nested = tl.load(nested_absmax + block // NESTED, mask=there, other=0)
             scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
         return level.reshape(block.shape[0], BLOCK) * scale[:, None]
 
     @triton.jit
     def dequantize_kernel(
-        codes, absmax, nested_absmax, offset, codebook, dynamic, out, n, blocks, nbytes,
+        codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, out, n,
         BLOCKS: tl.constexpr,
     ):  # fmt: skip
         """Decode a tile of blocks and store it: one pass over the memory."""
         # 64 bits from the first product on: a weight may have more than 2^31 values.
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-        weight = decode(
-            codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
-        )
+        weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block)
         at = block[:, None] * BLOCK + tl.arange(0, BLOCK)
         tl.store(out + at, weight.to(out.dtype.element_ty), mask=at < n)
 
     @triton.jit
     def matvec_kernel(
-        x, codes, absmax, nested_absmax, offset, codebook, dynamic, y, rows, in_features,
-        out_features, blocks, nbytes, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, x, y, rows,
+        in_features, out_features, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     ):  # fmt: skip
         """One feature of y for all rows of x: decode a tile and multiply it with x. A row of the
         matrix may begin and end inside of a block, whose other values meet zeros."""
@@ -371,9 +359,7 @@ if triton:
         total = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
         for first in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, BLOCKS):
             block = first + tl.arange(0, BLOCKS)
-            weight = decode(
-                codes, absmax, nested_absmax, offset, codebook, dynamic, block, blocks, nbytes
-            )
+            weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block)
             weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
             column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
             inside = (column >= 0) & (column < in_features)
@@ -385,33 +371,32 @@ if triton:
         y_row = tl.sum(total, axis=1).to(y.dtype.element_ty)
         tl.store(y + row * out_features + feature, y_row, mask=row < rows)
 
+    def on_device(codes, absmax, nested_absmax, offset, kind):
+        """What both kernels take first."""
+        codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
+        return codes, absmax, nested_absmax, offset, *codebooks, len(codes)
 
-def launch_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    tile = tile_blocks(out.dtype)
-    codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
-    with torch.cuda.device_of(codes):  # Triton launches on the current device, not on the tensors'
-        dequantize_kernel[(triton.cdiv(len(absmax), tile),)](
-            codes, absmax, nested_absmax, offset, *codebooks, out, out.numel(), len(absmax),
-            len(codes), BLOCKS=tile, **LAUNCH,
-        )  # fmt: skip
-    # The buffer has new contents: autograd must not take it for what it was.
-    torch.autograd.graph.increment_version(out)
+    def launch_dequantize(*weight_and_out):
+        *weight, out = weight_and_out
+        n, tile = out.numel(), tile_blocks(out.dtype)
+        with torch.cuda.device_of(out):  # Triton launches on the current device, not on a tensor's
+            grid = (triton.cdiv(n, tile * BLOCK_SIZE),)
+            dequantize_kernel[grid](*on_device(*weight), out, n, BLOCKS=tile, **LAUNCH)
+        # The buffer has new contents: autograd must not take it for what it was.
+        torch.autograd.graph.increment_version(out)
 
+    def launch_matvec(x, *weight_and_features):
+        *weight, out_features = weight_and_features
+        rows, in_features = x.shape
+        y = x.new_empty(rows, out_features)
+        tiles = dict(ROWS=triton.next_power_of_2(rows), BLOCKS=tile_blocks(x.dtype))
+        with torch.cuda.device_of(x):
+            matvec_kernel[(out_features,)](
+                *on_device(*weight), x.contiguous(), y, rows, in_features, out_features,
+                **tiles, **LAUNCH,
+            )  # fmt: skip
+        return y
 
-def launch_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
-    codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
-    tile, (rows, in_features) = tile_blocks(x.dtype), x.shape
-    y = x.new_empty(rows, out_features)
-    with torch.cuda.device_of(codes):
-        matvec_kernel[(out_features,)](
-            x.contiguous(), codes, absmax, nested_absmax, offset, *codebooks, y, rows,
-            in_features, out_features, len(absmax), len(codes),
-            ROWS=triton.next_power_of_2(rows), BLOCKS=tile, **LAUNCH,
-        )  # fmt: skip
-    return y
-
-
-if triton:
     library.impl("dequantize", launch_dequantize, "CUDA")
     library.impl("matvec", launch_matvec, "CUDA")
 
@@ -471,33 +456,6 @@ class Linear4bit(nn.Module):
 
 
 # --------------------------------------------------------------------------------------
-# Activations, kept for the backward pass in a few bits
-
-
-def pack_activation(x, bits):
-    """A tensor of any shape -> the tensors that are kept of it: x alone (16 bits), or codes and a
-    scale per block of 64: steps of a 127th of the largest magnitude (8 bits), or NF4 (4 bits)."""
-    if bits == 16:
-        return (x,)
-    if bits == 4:
-        return quantize_blockwise(x, NF4_CODEBOOK, BLOCK_SIZE)
-    x = x.reshape(-1)
-    blocks = F.pad(x, (0, -len(x) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30) / 127
-    return (blocks / steps).round_().to(torch.int8), steps
-
-
-def unpack_activation(packed, shape, bits, dtype):
-    """Undo `pack_activation`, as far as it can be undone."""
-    if bits == 16:
-        return packed[0]
-    codes, scales = packed
-    if bits == 4:
-        return Quantized4bit(codes, scales, None, None, shape).dequantize(dtype)
-    return (codes * scales).view(-1)[: shape.numel()].view(shape).to(dtype)
-
-
-# --------------------------------------------------------------------------------------
 # Integers with scales that can learn (PEQA, arXiv 2305.14152 §3)
 #
 # Of the weights of an output channel, or of a group of neighbours in it, we keep a step `scale`,
@@ -549,12 +507,8 @@ class QuantizedInt(Quantized):
         return centred.to(self.scales.dtype)
 
     @torch.no_grad()
-    def dequantize(self, dtype=torch.float32, out=None):
-        """Return the weights, rounded once to `dtype`; out: optional buffer for them."""
-        weight = self.centred().mul_(self.scales.unsqueeze(-1)).view(self.shape)
-        if out is None:
-            return weight.to(dtype)
-        return out.view(-1)[: weight.numel()].view(self.shape).copy_(weight)
+    def fill(self, out):
+        out.copy_(self.centred().mul_(self.scales.unsqueeze(-1)).view(-1))
 
     def grad_of_scales(self, x, grad):
         """dL/dscale = the sum of dL/dW * (code - zero) over the group."""

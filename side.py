@@ -24,11 +24,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from data.hidden import pack_hidden, unpack_hidden
 from data.methods import METHODS, of_side
 from data.released import RELEASED
 from data.settings import check, setting
 from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import InputError, Linear4bit, pack_activation, unpack_activation
+from quant import InputError, Linear4bit
 
 GATES = ("scalar", "channel", "sum")
 MIXES = ("alpha", "released", "residual", "side")
@@ -86,12 +87,12 @@ class _PackedInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_f, weight, bits):
         ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
-        ctx.save_for_backward(*pack_activation(h_f, bits))
+        ctx.save_for_backward(*pack_hidden(h_f, bits))
         return F.linear(h_f, weight.to(h_f.dtype))
 
     @staticmethod
     def backward(ctx, grad):
-        h_f = unpack_activation(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
+        h_f = unpack_hidden(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
         return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None
 
 

@@ -88,7 +88,9 @@ class AdamW8bit(torch.optim.Optimizer):
                 moments.append(torch.zeros_like(grad))
                 continue
             codes, absmax = state[name], state[f"{name}_absmax"]
-            moments.append(dequantize_blockwise(codes, codebook, absmax, ABSMAX_BLOCK_SIZE))
+            moment = torch.empty_like(grad)
+            dequantize_blockwise(codes, codebook, absmax, ABSMAX_BLOCK_SIZE, moment)
+            moments.append(moment)
         mean, root = moments
         mean.lerp_(grad, 1 - betas[0])
         root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()

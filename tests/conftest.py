@@ -20,6 +20,7 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from halves import Halves  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from side import VARIANTS as NAMED_VARIANTS  # noqa: E402
 
@@ -33,6 +34,10 @@ VARIANTS = NAMED_VARIANTS | {  # of the side network
     "standardize": dict(standardize=True),
 }  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Halves(config))
 
 
 def small_config(family="llama", **changes):

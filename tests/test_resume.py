@@ -137,7 +137,11 @@ def kill_at_the_next_state(child, out_dir, patience, later):
     """Wait until a process writes a state, or for some seconds; kill it a moment later, and return
     its exit status."""
     path, start, ended = Path(out_dir) / "state.safetensors", time.time(), 0
-    written = lambda: path.stat().st_mtime_ns if path.exists() else 0
+
+    def written():
+        with contextlib.suppress(FileNotFoundError):  # also for the moment in which it is replaced
+            return path.stat().st_mtime_ns
+
     before = written()
     while not ended and written() == before and time.time() - start < patience:
         time.sleep(0.002)

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 import model as model_py
 from data import IGNORE_INDEX
+from data.hidden import pack_hidden, unpack_hidden
 from data.report import activation_bytes
 from model import PRESETS, Transformer, _ChunkedLoss, token_loss
 from qst import QST
-from quant import pack_activation, unpack_activation
 from side import SideConfig
 
 VARIANTS = {
@@ -74,8 +74,8 @@ def test_packed_activations(bits, bound, dtype):
     """Each value is off by at most half a step of its block of 64, and takes as many bits."""
     x = torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
     x.view(-1)[64:128] = 0
-    packed = pack_activation(x, bits)
-    y = unpack_activation(packed, x.shape, bits, dtype)
+    packed = pack_hidden(x, bits)
+    y = unpack_hidden(packed, x.shape, bits, dtype)
     assert y.dtype == dtype and y.shape == x.shape
     blocks = lambda t: F.pad(t.float().flatten(), (0, -t.numel() % 64)).view(-1, 64)
     peak = blocks(x).abs().amax(dim=1, keepdim=True)
@@ -91,9 +91,9 @@ def test_packed_activations(bits, bound, dtype):
 def test_packed_activations_are_rounded_once(bits, dtype):
     """What comes back is worked out in fp32, and then rounded to the dtype that it is needed in."""
     x = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).to(dtype)
-    packed = pack_activation(x, bits)
-    exact = unpack_activation(packed, x.shape, bits, torch.float32)
-    assert torch.equal(unpack_activation(packed, x.shape, bits, dtype), exact.to(dtype))
+    packed = pack_hidden(x, bits)
+    exact = unpack_hidden(packed, x.shape, bits, torch.float32)
+    assert torch.equal(unpack_hidden(packed, x.shape, bits, dtype), exact.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

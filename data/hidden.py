@@ -1,0 +1,29 @@
+"""Hidden states of the frozen base in a few bits: what backward keeps of them."""
+
+import torch
+from torch.nn import functional as F
+
+from quant import BLOCK_SIZE, NF4_CODEBOOK, Quantized4bit, quantize_blockwise
+
+
+def pack_hidden(x, bits):
+    """A tensor of any shape -> the tensors that are kept of it: x alone (16 bits), or codes and a
+    scale per block of 64: steps of a 127th of the largest magnitude (8 bits), or NF4 (4 bits)."""
+    if bits == 16:
+        return (x,)
+    if bits == 4:
+        return quantize_blockwise(x, NF4_CODEBOOK, BLOCK_SIZE)
+    x = x.reshape(-1)
+    blocks = F.pad(x, (0, -len(x) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
+    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30) / 127
+    return (blocks / steps).round_().to(torch.int8), steps
+
+
+def unpack_hidden(packed, shape, bits, dtype):
+    """Undo `pack_hidden`, as far as it can be undone."""
+    if bits == 16:
+        return packed[0]
+    codes, scales = packed
+    if bits == 4:
+        return Quantized4bit(codes, scales, None, None, shape).dequantize(dtype)
+    return (codes * scales).view(-1)[: shape.numel()].view(shape).to(dtype)

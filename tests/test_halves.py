@@ -1,0 +1,39 @@
+"""halves.py: two processes run every test once, and what fails in either one fails."""
+
+import os
+import re
+import subprocess
+import sys
+
+import halves
+import pytest
+from conftest import ROOT
+
+
+def suite(folder, last):
+    """Run a suite of many files in two processes; the last file is of the second."""
+    (folder / "conftest.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+        "import halves; halves.MANY = 3; halves.os.cpu_count = lambda: 2\n"
+        "def pytest_configure(config): config.pluginmanager.register(halves.Halves(config))\n"
+    )
+    for i in range(5):
+        wait = "import time; time.sleep(1)" if i == 0 else last if i == 4 else "pass"
+        body = f"def test_a(): pass\ndef test_b():\n    {wait}\n"
+        (folder / f"test_{i}.py").write_text(body)
+    env = {name: value for name, value in os.environ.items() if name != halves.FOLDER}
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder], cwd=folder,
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "last, found",
+    {"pass": "^10 passed", "assert 1 == 2": "assert 1 == 2", "__import__('os')._exit(7)":
+     "The second process: 7"}.items(), ids=["pass", "failure", "crash"],
+)  # fmt: skip
+def test_every_test_counts(last, found, tmp_path):
+    result = suite(tmp_path, last)
+    assert re.search(found, result.stdout, re.MULTILINE), result.stdout
+    assert (result.returncode == 0) == (last == "pass")
