@@ -199,11 +199,11 @@ class Quantized(nn.Module):
 
         out: optional buffer of that dtype, of which what is returned is a view
         """
-        n = self.shape.numel()
-        flat = torch.empty(n, dtype=dtype, device=self.codes.device) if out is None else out
-        flat = flat.view(-1)[:n]
-        self.fill(flat)
-        return flat.view(self.shape)
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        out = out.view(-1)[: self.shape.numel()]
+        self.fill(out)
+        return out.view(self.shape)
 
     def unpack(self, dtype):
         """Dequantize into the buffer that all weights share: valid until the next unpack."""

@@ -36,7 +36,6 @@ MIXES = ("alpha", "released", "residual", "side")
 DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
 
-
 @dataclass
 class SideConfig:
     """What is trained. The defaults are the paper's side network; VARIANTS has others."""

@@ -1,4 +1,5 @@
-"""Optimizers that torch does not have: AdamW with moments of 8 bits, and Muon."""
+"""The optimizer and the learning rate of a run; AdamW with moments of 8 bits, and Muon, which torch
+does not have."""
 
 import math
 
@@ -12,6 +13,39 @@ from quant import (
 
 COUNT = whole(0, 1 << 50)
 MOMENT = Kind("a tensor or a count", lambda v: isinstance(v, torch.Tensor) or COUNT.fits(v))
+
+
+def learning_rate_at(iteration, cfg):
+    """The learning rate of iteration 0, 1, ...: a linear warm-up, and then the schedule."""
+    if iteration < cfg.warmup_iters:
+        return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
+    done = (iteration - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
+    factors = dict(constant=1.0, linear=1 - done, cosine=(1 + math.cos(math.pi * done)) / 2)
+    return cfg.learning_rate * factors[cfg.lr_schedule]
+
+
+def make_optimizer(model, cfg):
+    """AdamW or Muon, in groups of one learning rate each; only matrices decay.
+
+    differs from the paper: alpha has a larger learning rate. The side network's gradient has the
+    factor 1 - alpha, 0 at the start, so that it learns only as fast as alpha moves.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = cfg.alpha_lr_factor if name.endswith("alpha") else 1.0
+            matrix = parameter.dim() == 2 and name.endswith("weight")
+            table = "embed" in name or "lm_head" in name  # a row a token: not for Muon
+            muon = cfg.optimizer == "muon" and matrix and not table
+            kind = dict(factor=factor, weight_decay=cfg.weight_decay * matrix, muon=muon)
+            groups.setdefault(tuple(kind.items()), []).append(parameter)
+    groups = [dict(kind, params=parameters) for kind, parameters in groups.items()]
+    betas = (cfg.beta1, cfg.beta2)
+    if cfg.optimizer_bits == 8:
+        return AdamW8bit(groups, cfg.learning_rate, betas)
+    optimizer = Muon if cfg.optimizer == "muon" else torch.optim.AdamW
+    fused = parameter.device.type != "meta"
+    return optimizer(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
 
 
 def told_to_skip(optimizer):

@@ -25,13 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data.charts import bar_chart  # noqa: E402
 from data.files import write_json  # noqa: E402
+from data.methods import METHODS, SIDE_METHODS  # noqa: E402
+from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
-from data.methods import METHODS, SIDE_METHODS  # noqa: E402
-from train import TrainConfig, make_optimizer, prepare, resolve, side_config  # noqa: E402
+from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
 
 
 @dataclass
