@@ -355,18 +355,23 @@ class Transformer(LanguageModel):
     def new_cache(self, max_len):
         return [KVCache(max_len) for _ in self.layers]
 
-    def hidden(self, idx, keep=None, cache=None):
-        """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`."""
+    def hidden(self, idx, keep=None, cache=None, watch=lambda i, x: None):
+        """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`.
+
+        watch: function of 0 and the embedding, and of i and what layer i, from 1 on, returns
+        """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
         positions, mask = positions_and_mask(idx, keep, past)
         x = self.embed(idx, positions)
         rope = rotary_table(self.config, positions, x.dtype)
-        for layer, layer_cache in zip(self.layers, cache):
+        watch(0, x)
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):
             if self.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
+            watch(i, x)
         return self.final(x)
 
     def forward(self, idx, keep=None, cache=None):

@@ -21,7 +21,7 @@ import torch
 
 from data import (
     chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
+    mean_loss, mmlu, placement, prefetch, quiet, sweep, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
@@ -97,7 +97,10 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(1337, "of weights, split and order of examples", at_least=0, below=2**63)
+    seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
+    data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0)
+    sweep: str = setting("", "train a side network for each combination, beside one base: "
+        "\"learning_rate=1e-3,3e-3 seed=1,2\"")  # fmt: skip
 
     def __post_init__(self):
         """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
@@ -140,6 +143,8 @@ def resolve(cfg):
          "--method lst predicts from the side network alone: leave out --mix, --variant released"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
+        (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.method not in SIDE_METHODS),
+         "--sweep trains side networks: leave out --eval_only, --compile and other methods"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
     )  # fmt: skip
@@ -149,7 +154,7 @@ def resolve(cfg):
         defaults["reduction"] = 8
     classifier = on_glue and (cfg.n_labels if cfg.side else not cfg.eval_only)
     defaults |= dict(
-        task=task, out_dir="out-eval" if cfg.eval_only else "out",
+        task=task, data_seed=cfg.seed, out_dir="out-eval" if cfg.eval_only else "out",
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )  # fmt: skip
@@ -306,12 +311,13 @@ def fit(model, optimizer, task, cfg, result):
             model.save_side(out_dir)
         log.end_if(not math.isfinite(log.held_out_loss))
 
+    sweep.meet()
     if not (cfg.resume and state.load()):
         evaluate()  # the start, which is never kept
         if first:
             remove_earlier_run(out_dir)
     rows = iteration_batches(
-        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, log.iteration
+        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.data_seed, log.iteration
     )
     with log, stop_signals() as stopped:
         for iteration, batches in zip(log.iterations(), prefetch(rows)):
@@ -333,7 +339,7 @@ def fit(model, optimizer, task, cfg, result):
     interrupted = log.iteration < cfg.max_iters
     if first:
         model.save_side(out_dir / "last")
-    if interrupted:
+    if interrupted and not quiet():
         print(f"Stopped after iteration {log.iteration}: go on with --resume.", flush=True)
     distributed.join([None])  # the others wait for the files
     if log.best_iteration:
@@ -351,6 +357,7 @@ def train(model, task, folder, cfg, result):
     optimizer = make_optimizer(model, cfg)
     longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
     introduce(folder, model, optimizer, cfg, collate(longest), result)
+    sweep.meet()
     before = task.score(model) if not task.n_labels else {}  # an untrained classifier is at chance
     fit(model, optimizer, task, cfg, result)
     if result["interrupted"]:
@@ -363,12 +370,35 @@ def train(model, task, folder, cfg, result):
     result |= {f"{name}_after": value for name, value in after.items()}
 
 
+def run_one(cfg, started, base, task, folder):
+    """Train or evaluate one model on a loaded base and task; write and return its result."""
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, base, task)
+    result = sizes(model, count_weights(base.config)) | dict(weights_bytes=model_bytes(model))
+    if cfg.eval_only:
+        result |= task.score(model)
+        if task.held_out:
+            result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
+    else:
+        try:
+            train(model, task, folder, cfg, result)
+        except torch.OutOfMemoryError:
+            raise InputError(out_of_memory(cfg)) from None
+    result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
+    result["peak_memory_bytes"] = peak_memory(model.device)
+    if distributed.rank() == 0:
+        write_json(Path(cfg.out_dir) / "result.json", result)
+    return result
+
+
 def main(cfg):
-    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (data/README.md).
+    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (data/README.md),
+    or, of a sweep, sweep.json.
 
     cfg: a `TrainConfig`
     """
-    started, cfg = time.time(), resolve(cfg)
+    started, given, cfg = time.time(), cfg, resolve(cfg)
+    runs = sweep.settings_of_runs(given, cfg, resolve)
     make_writable_folder(cfg.out_dir, "--out_dir")
     device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
@@ -385,22 +415,9 @@ def main(cfg):
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
         base = from_pretrained(folder, cfg.quant, dtype, device)
-        torch.manual_seed(cfg.seed)
-        model = make_model(cfg, base, task)
-        result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
-        if cfg.eval_only:
-            result |= task.score(model)
-            if task.held_out:
-                result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
-        else:
-            try:
-                train(model, task, folder, cfg, result)
-            except torch.OutOfMemoryError:
-                raise InputError(out_of_memory(cfg)) from None
-        result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
-        result["peak_memory_bytes"] = peak_memory(model.device)
-        if distributed.rank() == 0:
-            write_json(Path(cfg.out_dir) / "result.json", result)
+        if cfg.sweep:
+            return sweep.run(cfg, runs, base, lambda one: run_one(one, started, base, task, folder))
+        result = run_one(cfg, started, base, task, folder)
     conclude(folder, cfg, result)
     return result
 

@@ -5,6 +5,7 @@ IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands a
 """
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -17,6 +18,7 @@ from data import distributed
 from quant import InputError
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
+QUIET = "a run of a sweep"  # name of a thread
 
 
 @dataclass
@@ -132,6 +134,11 @@ def label(ids, target):
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
 
+def quiet():
+    """Whether this is one of many runs at once, of which the first alone prints."""
+    return threading.current_thread().name == QUIET
+
+
 def check_length(config, length, advice):
     if length > config.max_positions:
         raise InputError(
@@ -146,7 +153,7 @@ def mean_loss(model, examples, batch_size, desc=None):
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
     sums = []  # of each batch: its targets and their losses
-    for start in tqdm(starts, desc, unit="batch", leave=False, disable=desc is None):
+    for start in tqdm(starts, desc, unit="batch", leave=False, disable=not desc or quiet()):
         idx, targets = collate(examples[start : start + batch_size])
         n = count_targets(targets)
         sums.append((n, model.loss(idx.to(model.device), targets).item() * n))
@@ -170,7 +177,7 @@ def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
         model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
     parts = []
     starts = distributed.split(range(0, len(order), batch_size))
-    for start in tqdm(starts, desc, unit="batch", leave=False):
+    for start in tqdm(starts, desc, unit="batch", leave=False, disable=quiet()):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
@@ -203,20 +210,15 @@ def channel_statistics(model, prompts):
     prompts: lists of ids
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
-    layers, C = model.layers, model.config.n_embd
-    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64)
+    config = model.config
+    sums = torch.zeros(2, config.n_layer + 1, config.n_embd, dtype=torch.float64)
 
     def add(i, h):
         h = h[keep.bool()].to(torch.float32 if h.device.type == "mps" else torch.float64)
         sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
-    hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
-    for i, layer in enumerate(layers, 1):
-        hooks.append(layer.register_forward_hook(lambda layer, args, h, i=i: add(i, h)))
     for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
         idx, keep = pad_left(prompts[start : start + 4], device=model.device)
-        model.hidden(idx, keep)
-    for hook in hooks:
-        hook.remove()
+        model.hidden(idx, keep, watch=add)
     mean, square = sums / sum(map(len, prompts))
     return mean, square - mean.square()

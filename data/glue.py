@@ -230,7 +230,7 @@ def load(cfg, tokenizer, template):
     if cfg.eval_only:
         return Task([], [example(row) for row in dev], scored, n_labels)
     rows, more = read(data / "train.tsv", form)
-    parts = split(rows, cfg.held_out, cfg.seed, cfg.max_examples)
+    parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     halves = [[example(row) for row in part] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
     return Task(*halves, scored, n_labels, notes)

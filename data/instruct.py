@@ -208,7 +208,7 @@ def samples(model, tokenizer, template, conversations):
 
 def make_task(conversations, tokenizer, template, cfg, score):
     """Split and encode: `Task`. score: function of a model and the held-out conversations"""
-    train, held_out = split(conversations, cfg.held_out, cfg.seed, cfg.max_examples)
+    train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
         train, held_out = [], train + held_out
     kept, notes = [], []

@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from data import tiny
+from data import quiet, tiny
 from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
 from quant import ABSMAX_BLOCK_SIZE, Linear4bit
@@ -27,7 +27,9 @@ SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 def progress(iterations, desc, initial=0, total=None):
     """A progress bar; where it is no terminal, a line now and then."""
     often = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(iterations, desc, total, unit="it", mininterval=often, initial=initial)
+    return tqdm(
+        iterations, desc, total, unit="it", mininterval=often, initial=initial, disable=quiet()
+    )
 
 
 def show_bytes(n):
@@ -122,6 +124,8 @@ def introduce(folder, model, optimizer, cfg, batch, result):
         optimizer_bytes=optimizer_bytes(optimizer),
         activations_bytes=activation_bytes(model, idx.to(model.device), targets),
     )
+    if quiet():
+        return
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:

@@ -162,23 +162,26 @@ def only_run_in(out_dir):
         os.close(folder)
 
 
+ASKED = []  # the signals that have asked the runs of this process to stop
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
     is never left half done. A second Ctrl-C stops at once."""
-    asked = []
 
     def ask(number, frame):
-        if asked and number == signal.SIGINT:
+        if ASKED and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        ASKED.append(number)
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # signals come to the main thread only
+        ASKED.clear()
+    except ValueError:  # signals come to the main thread, which may have runs in others
         old = {}
     try:
-        yield asked
+        yield ASKED
     finally:
         for one, handler in old.items():
             signal.signal(one, handler)

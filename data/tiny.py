@@ -182,7 +182,7 @@ def load(cfg, tokenizer, template):
         right = [sample["answer"] == sample["expected"] for sample in found]
         return dict(exact_match=sum(right) / len(right), examples=len(right), samples=found[:2])
 
-    conversations = [instruct.conversation(record) for record in task(2200, cfg.seed)]
+    conversations = [instruct.conversation(record) for record in task(2200, cfg.data_seed)]
     return instruct.make_task(conversations, tokenizer, template, cfg, score)
 
 
