@@ -24,6 +24,7 @@ from data import (
     mean_loss, mmlu, placement, prefetch, quiet, sweep, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
+from data.hidden_cache import HiddenCache
 from data.hub import save_pretrained
 from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import learning_rate_at, make_optimizer
@@ -99,6 +100,9 @@ class TrainConfig(SideConfig):
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
     seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
     data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0)
+    cache_hidden: str = setting("", "a folder for what the base says of the examples: later epochs "
+        "and runs go without it")  # fmt: skip
+    cache_limit_gb: float = setting(50.0, "what --cache_hidden may take of the disk", above=0)
     sweep: str = setting("", "train a side network for each combination, beside one base: "
         "\"learning_rate=1e-3,3e-3 seed=1,2\"")  # fmt: skip
 
@@ -145,6 +149,8 @@ def resolve(cfg):
          "--compile needs a C++ compiler, and there is none here"),
         (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.method not in SIDE_METHODS),
          "--sweep trains side networks: leave out --eval_only, --compile and other methods"),
+        (cfg.cache_hidden and (cfg.eval_only or cfg.devices or cfg.method not in SIDE_METHODS),
+         "--cache_hidden is for training side networks, and not for --eval_only or --devices"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
     )  # fmt: skip
@@ -358,7 +364,8 @@ def train(model, task, folder, cfg, result):
     longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
     introduce(folder, model, optimizer, cfg, collate(longest), result)
     sweep.meet()
-    before = task.score(model) if not task.n_labels else {}  # an untrained classifier is at chance
+    # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
+    before = task.score(model) if not task.n_labels and not cfg.cache_hidden else {}
     fit(model, optimizer, task, cfg, result)
     if result["interrupted"]:
         return
@@ -414,7 +421,12 @@ def main(cfg):
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-        base = from_pretrained(folder, cfg.quant, dtype, device)
+        load = partial(from_pretrained, folder, cfg.quant, dtype)
+        if cfg.cache_hidden:
+            cache = HiddenCache(cfg, folder, config, dtype, task)
+            base = cache.attach(load(cache.place(device)), lambda: load(device))
+        else:
+            base = load(device)
         if cfg.sweep:
             return sweep.run(cfg, runs, base, lambda one: run_one(one, started, base, task, folder))
         result = run_one(cfg, started, base, task, folder)

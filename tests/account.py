@@ -29,6 +29,7 @@ from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
+from data.sweep import settings_of_runs  # noqa: E402
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
@@ -149,6 +150,7 @@ def memory_report(cfg, config=None):
     weights, optimizer = model_bytes(model), optimizer_bytes(make_optimizer(model, cfg))
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
+        learning_bytes=model_bytes(model.side),
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
@@ -200,7 +202,12 @@ SAVINGS = {
 
 
 def rows(cfg):
-    """Yield a label and settings: each method, with and without recomputing; or each saving."""
+    """Yield a label and settings: each method, with and without recomputing; each saving; or each
+    run of a sweep."""
+    if cfg.sweep:
+        cfg = replace(cfg, method=cfg.method or "qst", base=cfg.base or cfg.preset, data="any")
+        yield from settings_of_runs(cfg, resolve(cfg), resolve).items()
+        return
     if cfg.savings:
         cfg = replace(cfg, method=cfg.method or "qst", **AS_WRITTEN)
         for name, saving in SAVINGS.items():
@@ -214,6 +221,18 @@ def rows(cfg):
         for checkpoint in (False, True) if cfg.checkpoint is None else (cfg.checkpoint,):
             label = method + ", checkpoint" * checkpoint
             yield label, replace(own, method=method, checkpoint=checkpoint)
+
+
+def together(reports):
+    """The account of a sweep: the base and its transient memory once, all else of every run."""
+    total = dict(label="all of them", transient_bytes=max(r["transient_bytes"] for r in reports))
+    for name in ("gradients_bytes", "optimizer_bytes", "activations_bytes", "trainable_parameters"):
+        total[name] = sum(report[name] for report in reports)
+    total["flops_per_token"] = max(r["flops_per_token"] for r in reports)
+    base = reports[0]["weights_bytes"] - reports[0]["learning_bytes"]
+    total["weights_bytes"] = base + sum(report["learning_bytes"] for report in reports)
+    total["total_bytes"] = sum(total[f"{name}_bytes"] for name in COLUMNS[:-1])
+    return total
 
 
 def main(cfg):
@@ -233,15 +252,21 @@ def main(cfg):
         + "".join(f"{card:>3}" for card in CARDS)
     )
     reports, bars = [], {}
-    for label, settings in rows(cfg):
-        row = dict(label=label) | memory_report(settings, config)
+
+    def show(row):
+        label = row["label"]
         numbers = {name: row[f"{name}_bytes"] / 10**power for name in COLUMNS}
         cells = "".join(f"{number:12.2f}" for number in numbers.values())
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
-        print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
+        print(*[head] * (not reports), f"{label:20} {cells[1:]}{fits}", sep="\n", flush=True)
         reports.append(row)
         bars[label] = {name: numbers[name] for name in COLUMNS[:-1]}
+
+    for label, settings in rows(cfg):
+        show(dict(label=label) | memory_report(settings, config))
+    if cfg.sweep:
+        show(together(reports))
     write_json(out_dir / "plan.json", reports)
     title = f"{unit} of a step of {cfg.base or cfg.preset}, {tokens}"
     bar_chart(out_dir / "memory.svg", title, bars)

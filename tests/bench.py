@@ -24,6 +24,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),
     "methods": ("methods", "", "a step of each method, beside transformers, peft, bitsandbytes"),
     "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
+    "sweep": ("sweep", "FLAGS", "several side networks on one forward pass, beside one"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
