@@ -18,7 +18,6 @@ from data import distributed
 from quant import InputError
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
-QUIET = "a run of a sweep"  # name of a thread
 
 
 @dataclass
@@ -134,9 +133,15 @@ def label(ids, target):
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
 
+def run_of_sweep():
+    """The number of this run among those that run at once, each in a thread; None: it is alone."""
+    kind, _, number = threading.current_thread().name.partition("sweep ")
+    return int(number) if number and not kind else None
+
+
 def quiet():
     """Whether this is one of many runs at once, of which the first alone prints."""
-    return threading.current_thread().name == QUIET
+    return bool(run_of_sweep())
 
 
 def check_length(config, length, advice):
@@ -214,11 +219,14 @@ def channel_statistics(model, prompts):
     sums = torch.zeros(2, config.n_layer + 1, config.n_embd, dtype=torch.float64)
 
     def add(i, h):
-        h = h[keep.bool()].to(torch.float32 if h.device.type == "mps" else torch.float64)
+        h = h[keep].to(torch.float32 if h.device.type == "mps" else torch.float64)
         sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
     for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
-        idx, keep = pad_left(prompts[start : start + 4], device=model.device)
-        model.hidden(idx, keep, watch=add)
+        rows = prompts[start : start + 4]
+        idx, _ = collate([(ids, []) for ids in rows])
+        keep = torch.tensor([[i < len(ids) for i in range(idx.shape[1])] for ids in rows])
+        keep = keep.to(model.device)
+        model.hidden(idx.to(model.device), watch=add)
     mean, square = sums / sum(map(len, prompts))
     return mean, square - mean.square()

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from data import QUIET
 from data.charts import line_chart
 from data.files import make_writable_folder, write_json
 from data.methods import SIDE_METHODS
@@ -141,9 +140,9 @@ def run(cfg, runs, base, run_one):
     threads = []
     for number, (name, settings) in enumerate(runs.items()):
         make_writable_folder(settings.out_dir, "--out_dir")
-        called = dict(name=QUIET) if number else {}
-        args = dict(target=thread, args=(number, name, settings), daemon=True)
-        threads.append(threading.Thread(**args, **called))
+        args = number, name, settings
+        called = f"sweep {number}"  # see data.run_of_sweep
+        threads.append(threading.Thread(target=thread, args=args, name=called, daemon=True))
     shared = [(base, "embed"), (base, "final"), *((layer, "forward") for layer in base.layers)]
     for module, name in shared:
         setattr(module, name, partial(turns.once, getattr(module, name)))

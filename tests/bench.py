@@ -25,6 +25,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "methods": ("methods", "", "a step of each method, beside transformers, peft, bitsandbytes"),
     "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
     "sweep": ("sweep", "FLAGS", "several side networks on one forward pass, beside one"),
+    "cached": ("cached", "FLAGS", "an epoch from the cache of hidden states, beside one without"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
