@@ -323,7 +323,7 @@ def fit(model, optimizer, task, cfg, result):
             if due:
                 evaluate()
             if known:
-                log.write(learning_rate)
+                log.write(learning_rate, model.side)
                 log.end_if(log.failures >= 10)
             stop = known and any(distributed.join([bool(stopped)]))
             if due or stop:
@@ -342,7 +342,7 @@ def fit(model, optimizer, task, cfg, result):
         loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
         loss_after=log.best_loss if log.best_iteration else log.loss_before,
         iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak_memory(device), curves=log.curves,
     )  # fmt: skip
 
 

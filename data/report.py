@@ -157,11 +157,15 @@ def out_of_memory(cfg):
     )
 
 
+def start_name(cfg):
+    """What a run starts at: --side, the base, or a network that predicts without having learned."""
+    return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
+
+
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     tuned = cfg.method.upper()
-    start = "base" if cfg.head == "lm" and cfg.method != "lst" else "untrained"
-    who = {start: "_before", tuned: "_after"}
+    who = {start_name(cfg): "_before", tuned: "_after"}
     if cfg.eval_only:
         who = {tuned if cfg.side else "base": ""}
 
