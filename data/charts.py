@@ -11,7 +11,7 @@ COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#718096")
 
 
 def line_chart(path, title, x_label, lines, ticks=None):
-    """Draw curves from 0 upwards, without what is not finite.
+    """Draw curves from 0 upwards, or from the lowest below it, without what is not finite.
 
     lines: {name: [(x, y), ...]}; ticks: {x: text below it}, in place of round numbers
     """
@@ -20,12 +20,13 @@ def line_chart(path, title, x_label, lines, ticks=None):
     points = [(0, 0), *(point for line in lines.values() for point in line)]
     x_step, x_top = round_scale(max(x for x, _ in points))
     y_step, y_top = round_scale(max(y for _, y in points))
+    y_low = y_step * math.floor(min(y for _, y in points) / y_step)
 
     def place(x, y):
-        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - y / y_top * height
+        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - (y - y_low) / (y_top - y_low) * height
 
     shapes = []
-    for i in range(round(y_top / y_step) + 1):
+    for i in range(round(y_low / y_step), round(y_top / y_step) + 1):
         _, y = place(0, i * y_step)
         shapes.append(line(LEFT, y, WIDTH - RIGHT, y))
         shapes.append(label(LEFT - 8, y + 4, f"{i * y_step:g}", "end"))

@@ -29,7 +29,7 @@ STEPS = {  # label: settings
     "QST": dict(method="qst", checkpoint=False, h_f_bits=16),
     "QST, checkpoint": dict(method="qst", checkpoint=True, h_f_bits=8),
 }
-SLICES = 300  # of the picture's width, of which each shows its largest value
+SLICES = 120  # of the picture's width, of which each shows its largest value
 
 
 class Timeline(Live):
