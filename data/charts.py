@@ -23,7 +23,8 @@ def line_chart(path, title, x_label, lines, ticks=None):
     y_low = y_step * math.floor(min(y for _, y in points) / y_step)
 
     def place(x, y):
-        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - (y - y_low) / (y_top - y_low) * height
+        part = (y - y_low) / (y_top - y_low)
+        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - part * height
 
     shapes = []
     for i in range(round(y_low / y_step), round(y_top / y_step) + 1):

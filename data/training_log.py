@@ -10,7 +10,7 @@ import torch
 
 from data.charts import line_chart
 from data.fields import TEXT, Kind, either, list_of, whole
-from data.report import peak_memory, progress, show_bytes, start_name
+from data.report import peak_memory, progress, show_bytes, show_sample, start_name
 from quant import InputError
 
 COUNT = whole(0, 1 << 50)
@@ -157,6 +157,12 @@ class TrainingLog:
             f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
             f"peak {show_bytes(peak_memory(self.device))}", refresh=False
         )  # fmt: skip
+
+    def show(self, samples):
+        """Print what the model answers by now, above the progress bar."""
+        for sample in samples:
+            self.bar.write(f"\niteration {self.iteration}")
+            self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
         """The mean rate of all steps, and the median time of one."""

@@ -31,7 +31,7 @@ from data.files import write_json  # noqa: E402
 from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
-from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
+from data.settings import Parser, parse_settings, pick_dtype, run, setting  # noqa: E402
 from model import (  # noqa: E402
     PRESETS, ModelConfig, Transformer, count_weights, model_bytes, read_config,
 )  # fmt: skip
@@ -268,8 +268,7 @@ def main(cfg):
 
 def parse_args(argv=None):
     parser = Parser("account.py", description="The memory of a training step, without running it.")
-    add_flags(parser, AccountConfig)
-    return AccountConfig(**vars(parser.parse_args(argv)))
+    return parse_settings(parser, AccountConfig, argv)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from quant import InputError
 from side import DOWNSAMPLERS, RELEASED, SideConfig, SideNetwork
 
 
-@pytest.mark.parametrize("kind", DOWNSAMPLERS)
+@pytest.mark.parametrize("kind", DOWNSAMPLERS[:5])  # the paper's; an exercise adds a sixth
 def test_the_forward_pass_is_the_papers_equations(kind, idx):
     """The forward pass equals QST §3.2, written out layer by layer from the base's states."""
     base = small_base()
