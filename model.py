@@ -446,9 +446,12 @@ def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
     if any(Path(target).glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
+    if config_json.is_quantized(source):
+        raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
+    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
 
 
 def model_bytes(module):

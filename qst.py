@@ -269,6 +269,7 @@ def merge_command(args):
     dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
     save_pretrained(model.merge(dtype), args.out)
     copy_tokenizer(args.base, args.out)
+    chat.keep_frame(args.out)
     print(f"{args.out}: {model.side.config.method}, merged in {str(dtype).removeprefix('torch.')}")
 
 

@@ -20,10 +20,11 @@ The bytes are those of the library bitsandbytes, which is what checkpoints on th
 its absmax codes are off by one step in up to 0.3 % (it searches a grid of 65,536 points), and ours
 are the true nearest. Weights are buffers of an ordinary module, and the product is `F.linear`.
 
-Run `python quant.py` to see the code books, the errors and the bits per weight.
+Run `python quant.py` to see the code books, the errors and the bits per weight, also as pictures.
 """
 
 import re
+import sys
 from functools import cache
 
 import torch
@@ -551,16 +552,10 @@ def quantize(weight, kind, name="the weight"):
 
 
 def main():
-    print("NF4 ", " ".join(f"{level:.4f}" for level in NF4_CODEBOOK))
-    print("FP4 ", " ".join(f"{level:.4f}" for level in FP4_CODEBOOK.sort().values))
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
-    rows = {kind: quantize_4bit(weight, kind, double_quant=False) for kind in CODEBOOKS}
-    rows |= {f"{kind}, double quantization": quantize_4bit(weight, kind) for kind in CODEBOOKS}
-    rows |= {kind: quantize(weight, kind) for kind in ("int4", "int4-64", "int3-64")}
-    print("4096 x 4096 weights, N(0, 1)       mean |error|   bits per weight")
-    for label, q in rows.items():
-        error = (q.dequantize() - weight).abs().mean()
-        print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
+    sys.modules["quant"] = sys.modules[__name__]  # this module, whose operators are defined once
+    from data import four_bits, settings
+
+    settings.run(four_bits.show)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,7 @@ def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
 
 
 class _PackedInputFunction(torch.autograd.Function):
-    """`F.linear` whose input needs no gradient. Backward needs the input for dL/dweight alone, and
-    so it is kept in `bits` bits."""
+    """`F.linear` whose input needs no gradient: kept, for dL/dweight alone, in `bits` bits."""
 
     @staticmethod
     def forward(ctx, h_f, weight, bits):
@@ -194,13 +193,14 @@ class SideNetwork(nn.Module):
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
-        return self.downsample[0](self.standardized(0, h_f))
+        reads_h_f, rest = self.downsample[0][0], self.downsample[0][1:]
+        return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
         """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
         gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. Others: see `DecoderLayer`."""
         reads_h_f, *rest = self.downsample[i if self.config.share_first else i + 1]
-        z = reads_h_f(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
+        z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a slice keeps all of h_f
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._narrow_part, *args, **RECOMPUTE)

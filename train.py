@@ -3,6 +3,7 @@
     python train.py                                       the embedded default: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
     python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
+    python train.py --config out/result.json              a run again; other flags count more
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
@@ -30,7 +31,7 @@ from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import learning_rate_at, make_optimizer
 from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
 from data.settings import (
-    Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
+    Parser, check, check_used, parse_settings, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
@@ -95,6 +96,7 @@ class TrainConfig(SideConfig):
     eval_interval: int = setting(50, "iterations between held-out evaluations", at_least=1)
     eval_examples: int = setting(200, "held-out examples of an evaluation, at most", at_least=1)
     score_examples: int = setting(0, "examples of a test set to score; 0: all", at_least=0)
+    samples_interval: int = setting(0, "iterations between answers shown; 0: none", at_least=0)
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
@@ -142,13 +144,16 @@ def resolve(cfg):
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
+        (cfg.samples_interval and task not in ("tiny", "instruct"),
+         f"--samples_interval is of --task tiny and instruct, and not of {task}"),
         (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
         (cfg.method == "lst" and (cfg.mix not in (None, "side") or cfg.variant == "released"),
          "--method lst predicts from the side network alone: leave out --mix, --variant released"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
-        (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.method not in SIDE_METHODS),
-         "--sweep trains side networks: leave out --eval_only, --compile and other methods"),
+        (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.samples_interval
+                        or cfg.method not in SIDE_METHODS),
+         "--sweep is not for --eval_only, --compile, --samples_interval and other methods"),
         (cfg.cache_hidden and (cfg.eval_only or cfg.devices or cfg.method not in SIDE_METHODS),
          "--cache_hidden is for training side networks, and not for --eval_only or --devices"),
         (cfg.head == "classifier" and no_classifier,
@@ -313,7 +318,7 @@ def fit(model, optimizer, task, cfg, result):
 
     def evaluate():
         """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
-        if log.evaluated(mean_loss(model, held_out, cfg.batch_size)) and first:
+        if log.evaluated(mean_loss(model, held_out, cfg.batch_size, "held out")) and first:
             model.save_side(out_dir)
         log.end_if(not math.isfinite(log.held_out_loss))
 
@@ -331,11 +336,14 @@ def fit(model, optimizer, task, cfg, result):
             loss, taken = train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg)
             tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
-            known = log.stepped(loss, taken, tokens, wait=due)  # False: the GPU is still at it
+            shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
+            known = log.stepped(loss, taken, tokens, wait=due or shows)  # False: a GPU is at it
             if due:
                 evaluate()
+            if shows:
+                log.show(task.samples(model))
             if known:
-                log.write(learning_rate)
+                log.write(learning_rate, model.side)
                 log.end_if(log.failures >= 10)
             stop = known and any(distributed.join([bool(stopped)]))
             if due or stop:
@@ -354,7 +362,7 @@ def fit(model, optimizer, task, cfg, result):
         loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
         loss_after=log.best_loss if log.best_iteration else log.loss_before,
         iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak_memory(device), curves=log.curves,
     )  # fmt: skip
 
 
@@ -384,7 +392,7 @@ def run_one(cfg, started, base, task, folder):
     result = sizes(model, count_weights(base.config)) | dict(weights_bytes=model_bytes(model))
     if cfg.eval_only:
         result |= task.score(model)
-        if task.held_out:
+        if task.held_out and "loss" not in result:
             result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
     else:
         try:
@@ -437,8 +445,7 @@ def main(cfg):
 def parse_args(argv=None):
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     shown = {name: "{}, on GLUE {}, embedded {}".format(*row) for name, row in DEFAULTS.items()}
-    add_flags(parser, TrainConfig, shown)
-    return TrainConfig(**vars(parser.parse_args(argv)))
+    return parse_settings(parser, TrainConfig, argv, shown)
 
 
 if __name__ == "__main__":

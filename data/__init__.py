@@ -36,6 +36,7 @@ class Task:
     score: Callable = lambda model: {}
     n_labels: int = 0
     notes: list = field(default_factory=list)  # what a user should know of the data
+    samples: Callable = None  # function of a model: a held-out question or two, with its answers
 
 
 def collate(examples, pad_id=0):
@@ -158,7 +159,8 @@ def mean_loss(model, examples, batch_size, desc=None):
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
     sums = []  # of each batch: its targets and their losses
-    for start in tqdm(starts, desc, unit="batch", leave=False, disable=not desc or quiet()):
+    hidden = not desc or quiet()
+    for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=hidden):
         idx, targets = collate(examples[start : start + batch_size])
         n = count_targets(targets)
         sums.append((n, model.loss(idx.to(model.device), targets).item() * n))

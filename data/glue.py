@@ -201,7 +201,7 @@ def score(model, rows, prompts, form, choices, batch_size):
     else:
         predicted = logits[:, 0] * RATING
     found = {name: METRICS[name](predicted, labels) for name in form.metrics}
-    if form.labels:
+    if "accuracy" in form.metrics:
         found["majority_class"] = labels.unique(return_counts=True)[1].max().item() / len(labels)
     return {**found, "examples": len(rows)}
 
@@ -248,8 +248,9 @@ def show(folder):
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
             found = True
     if not found:
-        names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
-        raise InputError(f"{folder} has no task's dev.tsv: give one of {names}, or their folder.")
+        names = ", ".join(f"{form.folder}/{form.dev}" for form in FORMS.values())
+        there = "has none of" if Path(folder).is_dir() else "is not a folder, which would have"
+        raise InputError(f"{folder} {there} {names}: give GLUE's folder, or that of one task.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from tqdm import tqdm
+
 from data import IGNORE_INDEX, Task, distributed, pad_left, run_of_sweep, split
 from data.download import command_line
 from data.fields import HALF, LIST, TABLE, TEXT, Refused
@@ -187,7 +189,8 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
     long for the model is shortened from the front."""
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids of a prompt
-    for start in distributed.split(range(0, len(conversations), batch_size)):
+    starts = distributed.split(range(0, len(conversations), batch_size))
+    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2):
         part = conversations[start : start + batch_size]
         prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)
@@ -222,6 +225,7 @@ def make_task(conversations, tokenizer, template, cfg, score):
     return Task(
         [pair for _, pair in train], [pair for _, pair in held_out],
         lambda model: score(model, [one for one, _ in held_out]), notes=notes,
+        samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
     )  # fmt: skip
 
 

@@ -161,11 +161,31 @@ def out_of_memory(cfg):
     )
 
 
+def start_name(cfg):
+    """What a run starts at: --side, the base, or a network that predicts without having learned."""
+    return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
+
+
+def yardstick(name, result, end):
+    """How many examples a score is of, and what one reaches that knows nothing of them."""
+    rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
+    rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
+    if rival is None:
+        return examples
+    return f"{examples}; always the most frequent class: {rival:.1%}"
+
+
+def show_sample(sample, who):
+    """A question with the answers that are expected and given. who: names, as in result.json"""
+    lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
+    lines += [f"   {one:10}{sample.get(one, sample['answer'])}" for one in who]
+    return "\n".join(lines)
+
+
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     tuned = cfg.method.upper()
-    start = "base" if cfg.head == "lm" and cfg.method != "lst" else "untrained"
-    who = {start: "_before", tuned: "_after"}
+    who = {start_name(cfg): "_before", tuned: "_after"}
     if cfg.eval_only:
         who = {tuned if cfg.side else "base": ""}
 
@@ -179,17 +199,13 @@ def conclude(folder, cfg, result):
     line("perplexity", "perplexity", ".3f")
     if not cfg.eval_only and result["loss_after"] >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
-    for name in SCORES:
-        line(name.replace("_", " "), name, ".1%", f" ({result.get('examples', 0):,} examples)")
     end = list(who.values())[-1]
+    for name in SCORES:
+        line(name.replace("_", " "), name, ".1%", f" ({yardstick(name, result, end)})")
     for part, accuracy in result.get("accuracy_by_category" + end, {}).items():
         print(f"   {part:12} {accuracy:.1%}")
-    if majority := result.get("majority_class" + end):
-        print(f"majority class  {majority:.1%}")
     for sample in result.get("samples", ()):
-        print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
-        for one in who:
-            print(f"   {one:10}{sample.get(one, sample['answer'])}")
+        print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
     if not cfg.eval_only and cfg.head == "lm":

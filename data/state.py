@@ -93,7 +93,10 @@ def read_state(path):
     return with_tensors(tree, tensors)
 
 
-MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
+MAY_DIFFER = (
+    "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval",
+    "samples_interval",
+)  # fmt: skip
 
 
 class RunState:
@@ -140,7 +143,7 @@ class RunState:
 
 def remove_earlier_run(out_dir):
     """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
-    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "result.json", *NAMES
+    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *NAMES
     for path in [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]:
         path.unlink(missing_ok=True)
 

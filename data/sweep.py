@@ -7,7 +7,6 @@ the result. So no more than one hidden state is held, and what each run computes
 it computes alone. Runs that ask for something else, as in generating, compute it themselves.
 """
 
-import csv
 import itertools
 import math
 import threading
@@ -174,7 +173,8 @@ def conclude(cfg, runs, results):
     if all("error" in row for row in rows):
         raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
     write_json(Path(cfg.out_dir) / "sweep.json", table)
-    curves = {str(i): held_out_curve(row["out_dir"]) for i, row in enumerate(rows, 1)}
+    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
+    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
     line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
     width = max(len(row["settings"]) for row in rows)
     scores = [score for score in SCORES if f"{score}_after" in rows[0]]
@@ -185,10 +185,3 @@ def conclude(cfg, runs, results):
         print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
     print(f"\nThe best is in {rows[0]['out_dir']!r}.")
     return table
-
-
-def held_out_curve(out_dir):
-    """[(iteration, held-out loss), ...] of a run, from its log.csv"""
-    path = Path(out_dir) / "log.csv"
-    rows = csv.DictReader(path.read_text().splitlines()) if path.exists() else ()
-    return [(int(r["iteration"]), float(r["held_out_loss"])) for r in rows if r["held_out_loss"]]

@@ -13,7 +13,11 @@ import random
 import shutil
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
 
 from data import chat, instruct
 from data.files import make_writable_folder
@@ -24,6 +28,7 @@ from quant import InputError
 CACHE = Path(os.path.relpath(Path(__file__).parent / "cache"))  # git-ignored
 # The base model, and how train.py trains it.
 BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
+VOCAB_SIZE, LONGEST = 768, 47  # LONGEST: tokens of a question with its answer
 BASE_RUN = dict(
     max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
     optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
@@ -114,10 +119,18 @@ def pretraining_examples(tokenizer):
     return examples
 
 
-def base_folder(train, save):
+def in_child(function, *args):
+    """Call a function in a process of its own: what it takes is not in this one's peak memory."""
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as child:
+        return child.submit(function, *args).result()
+
+
+def base_folder(train, save, call=in_child):
     """Return the folder of the embedded default's base model; make it if it is not there yet.
 
     train: function of a tokenizer that returns the trained model; save: of the model and a folder
+    call: calls the function that makes it
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     for cache in caches():
@@ -125,7 +138,7 @@ def base_folder(train, save):
         if folder.is_dir():
             return folder
         if can_write(cache):
-            return make_base(folder, train, save)
+            return call(make_base, folder, train, save)
     raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
 
 
@@ -186,7 +199,7 @@ def load(cfg, tokenizer, template):
     return instruct.make_task(conversations, tokenizer, template, cfg, score)
 
 
-def train_tokenizer(path, vocab_size=768):
+def train_tokenizer(path, vocab_size=VOCAB_SIZE):
     """Train a sentencepiece tokenizer, of LLaMA's kind, on the language of the grammar."""
     import sentencepiece
 

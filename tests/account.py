@@ -1,8 +1,10 @@
 """The memory account: one real training step, of the real modules, on tensors without memory.
 
-    python tests/account.py --preset llama-2-70b             every method, also recomputing
+    python tests/account.py                                  every method, also recomputing
     python tests/account.py --preset llama-2-70b --savings   each saving of QST, one after the other
     python tests/account.py --base FOLDER --method qlora     one method, on the shape of a folder
+
+Without --preset and --base it is of the embedded default, on a CPU, as train.py runs it.
 
 All flags of train.py are understood. What autograd keeps is what it would keep on a GPU: attention
 is the kernel that a GPU has (`attention_of`), and every storage is added up from the operator that
@@ -23,14 +25,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from data import tiny  # noqa: E402
 from data.charts import bar_chart  # noqa: E402
 from data.files import write_json  # noqa: E402
 from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
-from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
+from data.settings import Parser, parse_settings, pick_dtype, run, setting  # noqa: E402
 from data.sweep import settings_of_runs  # noqa: E402
-from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
+from model import (  # noqa: E402
+    PRESETS, ModelConfig, Transformer, count_weights, model_bytes, read_config,
+)  # fmt: skip
 from qst import tune  # noqa: E402
 from quant import InputError, unpack_buffers  # noqa: E402
 from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
@@ -116,12 +121,12 @@ class Live(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def memory_report(cfg, config=None):
+def memory_report(cfg, config=None, live=None):
     """Account for the memory of one training step, in bytes, without allocating any of it.
 
     cfg: an `AccountConfig` with a method. Its device is "cpu", or "meta" for attention by the plain
         formula; anything else is a GPU
-    config: a `ModelConfig`, in place of --preset or --base
+    config: a `ModelConfig`, in place of --preset or --base; live: a `Live` that is to watch
 
     The real modules are built on the meta device and run one real step there, forward and
     backward. Every position has a target, for all methods alike.
@@ -143,7 +148,7 @@ def memory_report(cfg, config=None):
     gradients = sum(p.grad.nbytes for p in parameters)
     targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
     unpack_buffers.clear()  # so that this step makes one, and it is counted
-    with attention_of(device), Live() as live:
+    with attention_of(device), live or Live() as live:
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         loss.backward()
     unpack_buffers.clear()
@@ -160,7 +165,10 @@ def memory_report(cfg, config=None):
 
 
 def settings_of_step(cfg):
-    """Settings as a run with a real base has them; a step needs no base and no data on disk."""
+    """Settings as a run with a real base has them, or the embedded default; a step needs no base
+    and no data on disk."""
+    if cfg.task == "tiny":
+        return resolve(replace(cfg, device="cpu" if cfg.device == "auto" else cfg.device))
     return resolve(replace(cfg, base=cfg.base or cfg.preset or "shape", data=cfg.data or "any"))
 
 
@@ -172,17 +180,27 @@ def untrained(cfg, config, dtype, device):
 
 
 def config_of(cfg):
-    """The shape of --preset, or of the model in --base."""
+    """The shape of --preset, or of the model in --base, or of the embedded default's."""
     if cfg.preset and cfg.base:
         raise InputError("--preset and --base both tell the model's shape: give one.")
     if cfg.side:
         raise InputError("The account is of a new side network: leave out --side.")
     if cfg.base:
         return read_config(cfg.base)
+    if not cfg.preset:
+        return ModelConfig(tiny.VOCAB_SIZE, **tiny.BASE)
     if cfg.preset not in PRESETS:
-        wrong = f"--preset {cfg.preset} is unknown" if cfg.preset else "Give --base, or --preset"
-        raise InputError(f"{wrong}: choose {', '.join(PRESETS)}.")
+        raise InputError(f"--preset {cfg.preset} is unknown: choose {', '.join(PRESETS)}.")
     return PRESETS[cfg.preset]
+
+
+def about(cfg):
+    """The settings, which are the embedded default's if they name no shape, and its name."""
+    name = cfg.base or cfg.preset
+    if name:
+        return cfg, name
+    length = cfg.sequence_len or tiny.LONGEST
+    return replace(cfg, task="tiny", sequence_len=length), "the embedded default"
 
 
 # --------------------------------------------------------------------------------------
@@ -241,42 +259,41 @@ def main(cfg):
 
     cfg: an `AccountConfig`
     """
-    config, out_dir = config_of(cfg), Path(cfg.out_dir or "out")
+    config, out_dir, (cfg, name) = config_of(cfg), Path(cfg.out_dir or "out"), about(cfg)
     step = settings_of_step(replace(cfg, method=cfg.method or "qst"))
     unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
     tokens = f"{step.batch_size} x {step.sequence_len} tokens"
     head = (
-        f"A training step of {cfg.base or cfg.preset}, {tokens}, each with a target.\n"
+        f"A training step of {name}, {tokens}, each with a target.\n"
         f"In {unit} of 10^{power} bytes; * where a GPU of so many GB has room for it.\n\n"
-        f"{'method':20}{''.join(f'{name:>12}' for name in COLUMNS)}      trainable  GFLOPs/token  "
-        + "".join(f"{card:>3}" for card in CARDS)
+        f"{'method':20}{''.join(f'{part:>12}' for part in COLUMNS)}      trainable  "
+        f"{unit[0]}FLOPs/token  " + "".join(f"{card:>3}" for card in CARDS)
     )
     reports, bars = [], {}
 
     def show(row):
         label = row["label"]
-        numbers = {name: row[f"{name}_bytes"] / 10**power for name in COLUMNS}
+        numbers = {part: row[f"{part}_bytes"] / 10**power for part in COLUMNS}
         cells = "".join(f"{number:12.2f}" for number in numbers.values())
-        cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
+        cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 10**power:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         print(*[head] * (not reports), f"{label:20} {cells[1:]}{fits}", sep="\n", flush=True)
         reports.append(row)
-        bars[label] = {name: numbers[name] for name in COLUMNS[:-1]}
+        bars[label] = {part: numbers[part] for part in COLUMNS[:-1]}
 
     for label, settings in rows(cfg):
         show(dict(label=label) | memory_report(settings, config))
     if cfg.sweep:
         show(together(reports))
     write_json(out_dir / "plan.json", reports)
-    title = f"{unit} of a step of {cfg.base or cfg.preset}, {tokens}"
+    title = f"{unit} of a step of {name}, {tokens}"
     bar_chart(out_dir / "memory.svg", title, bars)
     return reports
 
 
 def parse_args(argv=None):
     parser = Parser("account.py", description="The memory of a training step, without running it.")
-    add_flags(parser, AccountConfig)
-    return AccountConfig(**vars(parser.parse_args(argv)))
+    return parse_settings(parser, AccountConfig, argv)
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def test_mistakes(words, message, cfg):  # noqa: F811
     with pytest.raises(InputError, match=re.escape(message)):
         train.main(TrainConfig(**cfg, sweep=words))
     assert not Path(cfg["out_dir"]).exists()
-    with pytest.raises(InputError, match="--sweep trains side networks"):
+    with pytest.raises(InputError, match="--sweep is not for"):
         train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
 
 

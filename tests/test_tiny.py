@@ -1,8 +1,11 @@
 """data/tiny.py: the embedded default's language, task and base, and that it is learned."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from data import tiny
@@ -33,7 +36,8 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     """The base is a folder like any other; a run that fails leaves none."""
     monkeypatch.setattr(tiny, "CACHE", tmp_path)
     monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
-    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save)
+    here = lambda function, *args: function(*args)  # and not in a process without these patches
+    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save, here)
 
     def interrupted(model, folder):
         raise KeyboardInterrupt
@@ -46,6 +50,29 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert make() == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
     assert from_pretrained(folder).config.vocab_size == train.load_tokenizer(folder).vocab_size
+
+
+def test_the_sizes_that_are_written_down(tiny_model):
+    """Of the vocabulary, and of the longest example, which the memory account takes."""
+    tokenizer = train.load_tokenizer(tiny_model)
+    task = tiny.load(train.resolve(TrainConfig()), tokenizer, train.chat.ChatTemplate())
+    assert tokenizer.vocab_size == tiny.VOCAB_SIZE
+    assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
+
+
+def test_the_base_is_made_in_another_process(monkeypatch, tmp_path):
+    """So that a run's peak memory is its own, the first time too; it has as many threads, and what
+    it refuses is refused here."""
+    monkeypatch.setattr(tiny, "CACHE", tmp_path / "cache")
+    asked = []
+    call = lambda function, *args: asked.append((function, *args))
+    tiny.base_folder("train", "save", call)
+    assert [(function, *rest) for function, _, *rest in asked] == [(tiny.make_base, "train", "save")]
+    assert tiny.base_folder.__defaults__ == (tiny.in_child,)
+    assert tiny.in_child(os.getpid) != os.getpid()
+    assert tiny.in_child(torch.get_num_threads) == torch.get_num_threads()
+    with pytest.raises(InputError, match="QST_CACHE"):
+        tiny.in_child(tiny.make_base, Path("/proc/nowhere"), None, None)
 
 
 def test_the_embedded_default_learns(tmp_path):
