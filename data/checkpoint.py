@@ -25,7 +25,9 @@ from quant import InputError
 
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"
-ADDED = ("method", "standardize", "n_labels", "task")  # settings that older files do not have,
+ADDED = (  # settings that older files do not have,
+    "method", "standardize", "n_labels", "task", "every", "read_embedding"
+)  # fmt: skip
 REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))

@@ -43,12 +43,14 @@ def follow(model):
             module.to(last)
     if getattr(side, "alpha", None) is not None:
         side.alpha = torch.nn.Parameter(side.alpha.detach().to(last))
-    for i, layer in enumerate(base.layers):
+    for layer in base.layers:
         layer.register_forward_pre_hook(move_inputs)
+    every = side.config.every
+    for i, layer in enumerate(base.layers[every - 1 :: every]):
         if hasattr(side, "layers"):
             side.layers[i].to(device_of(layer)).register_forward_pre_hook(move_inputs)
         if hasattr(side, "downsample"):
-            side.downsample[i if side.config.share_first else i + 1].to(device_of(layer))
+            side.downsample[i - len(side.layers)].to(device_of(layer))
     for module in (base.norm, base.project_out, base.lm_head, side.classifier):
         if module is not None:
             module.register_forward_pre_hook(move_inputs)
