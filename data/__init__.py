@@ -197,17 +197,18 @@ def word_ids(tokenizer, words, before):
 
 
 @torch.no_grad()
-def channel_statistics(model, prompts):
+def channel_statistics(model, prompts, skip=1):
     """Mean and variance of each channel of the hidden states of a base over some texts' tokens.
 
-    prompts: lists of ids
+    prompts: lists of ids; skip: how many positions at the start of each do not count
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
     layers, C = model.layers, model.config.n_embd
     sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64)
 
     def add(i, h):
-        h = h[keep.bool()].to(torch.float32 if h.device.type == "mps" else torch.float64)
+        counts = (keep.bool() & (keep.cumsum(dim=1) > skip)).to(h.device)
+        h = h[counts].to(torch.float32 if h.device.type == "mps" else torch.float64)
         sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
     hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
@@ -218,5 +219,5 @@ def channel_statistics(model, prompts):
         model.hidden(idx, keep)
     for hook in hooks:
         hook.remove()
-    mean, square = sums / sum(map(len, prompts))
+    mean, square = sums / max(1, sum(max(0, len(prompt) - skip) for prompt in prompts))
     return mean, square - mean.square()
