@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
+from data import channel_statistics, chat, checkpoint, mt_bench, released, repair, sampling, talk
 from data.fingerprint import differences, fingerprint, quant_kind
 from data.hub import save_pretrained
 from data.methods import SIDE_METHODS, check_quant
@@ -54,6 +54,8 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
+            if config.method != "qlora":  # whose pairs start as the branches
+                side.repair = repair.branches(self.base, config.repair)
             labels = config.n_labels  # if there are any, a classifier takes the LM head's place
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.hidden import PackedInputFunction
-from data.methods import METHODS, of_side
+from data.methods import METHODS, of_4_bits, of_side
+from data.repair import hand_over
 from data.settings import check, setting
 from data.variants import LST, PAPER, RELEASED
 from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
@@ -44,7 +45,7 @@ class SideConfig:
     method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
     rank: int = setting(16, "inner width of lora, adapter (downsamplers, methods)", at_least=1)
-    every: int = of_side(None, "read each k-th layer alone; 0: six layers or a few more", at_least=0)
+    every: int = of_side(None, "read each k-th layer alone; 0: six layers or more", at_least=0)
     read_embedding: bool = of_side(None, "read the embedding too: h_g_0; without it, that is 0")
     downsample: str = of_side(None, "to h_g's width; lst: linear", DOWNSAMPLERS)
     standardize: bool = of_side(None, "standardize each channel of what the downsamplers read")
@@ -54,6 +55,7 @@ class SideConfig:
     mix: str = of_side(None, "alpha, from 1; a vector; h_f + up; up alone (lst)", MIXES)
     upsample_bias: bool = of_side(None, "whether the upsampler has a bias")
     final_norm: bool = of_side(None, "a norm before the upsampler")
+    repair: int = of_4_bits(0, "rank of what mends the 4 bits' error; 0: no repair", at_least=0)
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
     task: str = setting("", "whose labels a classifier has learned", flag=False)
 
@@ -116,8 +118,7 @@ def step_length(every, N):
     fitting = [k for k in range(1, N + 1) if N % k == 0]
     every = every or max(k for k in fitting if k == 1 or N // k >= 6)
     if every not in fitting:
-        choices = ", ".join(map(str, fitting))
-        raise InputError(f"--every {every} does not divide {N} layers: choose one of {choices}.")
+        raise InputError(f"--every {every} does not divide {N} layers: choose one of {fitting}.")
     return every
 
 
@@ -194,10 +195,8 @@ class SideNetwork(nn.Module):
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
         """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
-        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. Others: see `DecoderLayer`.
-
-        h_f: after layer (i + 1) * every of the base
-        """
+        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. h_f comes from the base's layer
+        (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
         reads_h_f, *rest = self.downsample[i - len(self.layers)]  # the embedding's stands before
         z = reads_h_f(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
         args = i, rest, z, h_g, mask, rope, cache
@@ -287,6 +286,7 @@ class InsertedModules(nn.Module):
                 new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
+                hand_over(module)
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

@@ -21,7 +21,7 @@ import torch
 
 from data import (
     chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
+    mean_loss, mmlu, placement, prefetch, repair, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hub import save_pretrained
@@ -387,6 +387,8 @@ def main(cfg):
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
         base = from_pretrained(folder, cfg.quant, dtype, device)
         torch.manual_seed(cfg.seed)
+        if cfg.repair and not cfg.side:
+            repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
         model = make_model(cfg, base, task)
         result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
         if cfg.eval_only:

@@ -26,6 +26,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
+    "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
 }
 
