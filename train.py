@@ -386,6 +386,8 @@ def main(cfg):
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
         base = from_pretrained(folder, cfg.quant, dtype, device)
+        if cfg.devices:
+            placement.join(base)
         torch.manual_seed(cfg.seed)
         if cfg.repair and not cfg.side:
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)

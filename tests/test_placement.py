@@ -6,7 +6,7 @@ from conftest import small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qst
-from data import placement
+from data import channel_statistics, placement
 from model import Transformer
 from qst import tune
 from quant import InputError, unpack_buffers
@@ -29,6 +29,7 @@ def test_a_step_on_two_devices(method, quant, settings, family, tied, monkeypatc
     monkeypatch.setattr(qst, "fingerprint", lambda base: None)  # meta tensors have no values
     config = small_config(family, tied=tied)
     base = Transformer(config).freeze(quant, torch.float32, placement.places(DEVICES, 3, tied))
+    placement.join(base)
     model = tune(base, SideConfig(method=method, reduction=4, rank=2, **settings))
     placement.follow(model)
     idx = torch.ones(2, 9, dtype=torch.long)
@@ -49,7 +50,10 @@ def test_nothing_changes_on_one_device(idx):
         model = Transformer(small_config())
         cpu = [torch.device("cpu")] * 2
         place = placement.places(cpu, 3, False) if spread else "cpu"
-        model = tune(model.freeze("nf4", torch.float32, place), SideConfig(reduction=4, rank=2))
+        base = placement.join(model.freeze("nf4", torch.float32, place))
+        if spread:  # what measures the base goes from device to device, too
+            channel_statistics(base, idx.tolist())
+        model = tune(base, SideConfig(reduction=4, rank=2))
         losses.append((placement.follow(model) if spread else model).loss(idx, idx))
     assert torch.equal(*losses)
 
