@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import channel_statistics, chat, checkpoint, mt_bench, released, sampling, talk
+from data import channel_statistics, chat, checkpoint, mt_bench, released, repair, sampling, talk
 from data.fingerprint import differences, fingerprint, quant_kind
 from data.hub import save_pretrained
 from data.methods import SIDE_METHODS, check_quant
@@ -54,6 +54,8 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
+            if config.method != "qlora":  # whose pairs start as the branches
+                side.repair = repair.branches(self.base, config.repair)
             labels = config.n_labels  # if there are any, a classifier takes the LM head's place
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
@@ -142,7 +144,7 @@ class QST(Tuned):
         keep (B, T): 0 where a prompt is padded; cache: what `new_cache` returned, to generate
         """
         base, side = self.base, self.side
-        N = len(base.layers)
+        N, every = len(base.layers), side.config.every  # every is 1 in the paper
         cache = cache or [None] * 2 * N  # the base's, then the side's
         with torch.no_grad():  # nothing of the base is kept for the backward pass
             positions, mask = positions_and_mask(idx, keep, past=cache[0].length if cache[0] else 0)
@@ -150,9 +152,10 @@ class QST(Tuned):
             rope_f = rotary_table(base.config, positions, h_f.dtype)
             rope_g = rotary_table(side.model_config, positions, h_f.dtype)
         h_g = side.start(h_f)
-        for i in range(N):
+        for i in range(N // every):
             with torch.no_grad():
-                h_f = base.layers[i](h_f, mask, rope_f, cache[i])
+                for j in range(i * every, (i + 1) * every):
+                    h_f = base.layers[j](h_f, mask, rope_f, cache[j])
             h_g = side.step(i, h_f, h_g, mask, rope_g, cache[N + i])
         with torch.no_grad():
             # differs from the paper: mixed after the final norm, as in the released code. That is
@@ -162,7 +165,8 @@ class QST(Tuned):
 
     def new_cache(self, max_len):
         """The base's caches, and then the side's: a cache takes its width from its first key."""
-        return self.base.new_cache(max_len) + self.base.new_cache(max_len)
+        of_side = self.base.new_cache(max_len)[: len(self.side.layers)]
+        return self.base.new_cache(max_len) + of_side
 
     def calibrate(self, prompts):
         """Measure the base's channels on a few texts, lists of ids, if they are to be standardized.
@@ -172,8 +176,9 @@ class QST(Tuned):
         """
         if self.side.config.standardize:
             mean, variance = channel_statistics(self.base, prompts)
-            self.side.mean.copy_(mean)
-            self.side.scale.copy_((variance + 1e-6).rsqrt())
+            every = self.side.config.every
+            self.side.mean.copy_(mean[::every])
+            self.side.scale.copy_((variance[::every] + 1e-6).rsqrt())
 
 
 @torch.no_grad()

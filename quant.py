@@ -438,6 +438,7 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
+        self.branch = None  # what mends the weight's error: data/repair.py
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -449,8 +450,10 @@ class Linear4bit(nn.Module):
         scales, bias = self.weight.scales, None if self.bias is None else self.bias.to(x.dtype)
         learns = x.requires_grad or (scales is not None and scales.requires_grad)
         if torch.is_grad_enabled() and learns:
-            return _FrozenLinear.apply(x, scales, self.weight, bias)
-        return self.weight.product(x, bias)
+            y = _FrozenLinear.apply(x, scales, self.weight, bias)
+        else:
+            y = self.weight.product(x, bias)
+        return y if self.branch is None else y + self.branch(x)
 
     def extra_repr(self):
         return f"{self.in_features} -> {self.out_features}, {self.weight.kind}"

@@ -10,8 +10,9 @@ QST (arXiv 2401.07159 §3.2), with N layers in both networks:
             with beta_i = sigmoid(gamma_i): a beta near 1 keeps h_g
     h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)     to the frozen LM head
 
-Other gates, mixes and downsamplers are settings of the same `SideNetwork`. The second half of this
-file has what the other methods train: modules inside the base.
+Other gates, mixes and downsamplers are settings of the same `SideNetwork`; with `every` = k it has
+N / k layers, and reads only every k-th of the base. The second half of this file has what the
+other methods train: modules inside the base.
 
 Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
@@ -21,13 +22,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data.hidden import pack_hidden, unpack_hidden
-from data.methods import METHODS, of_side
-from data.released import RELEASED
+from data.hidden import PackedInputFunction
+from data.methods import METHODS, of_4_bits, of_side
+from data.repair import hand_over
 from data.settings import check, setting
+from data.variants import LST, PAPER, RELEASED
 from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
 from quant import InputError, Linear4bit
 
@@ -38,32 +39,32 @@ DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
 @dataclass
 class SideConfig:
-    """What is trained. The defaults are the paper's side network; VARIANTS has others."""
+    """What is trained; None means as in PAPER, of method lst as in LST: see data/variants.py."""
 
     method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
     rank: int = setting(16, "inner width of lora, adapter (downsamplers, methods)", at_least=1)
-    downsample: str = of_side(None, "to h_g's width; default: adapter, lst linear", DOWNSAMPLERS)
-    standardize: bool = of_side(False, "standardize each channel of what the downsamplers read")
-    downsample_norm: bool = of_side(False, "a LayerNorm after each downsampler")
-    share_first: bool = of_side(False, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side("scalar", "gamma, from 0; a vector, from 0.5; none: z + h_g", GATES)
+    every: int = of_side(None, "read each k-th layer alone; 0: six layers or more", at_least=0)
+    read_embedding: bool = of_side(None, "read the embedding too: h_g_0; without it, that is 0")
+    downsample: str = of_side(None, "to h_g's width; lst: linear", DOWNSAMPLERS)
+    standardize: bool = of_side(None, "standardize each channel of what the downsamplers read")
+    downsample_norm: bool = of_side(None, "a LayerNorm after each downsampler")
+    share_first: bool = of_side(None, "one downsampler for the embedding and layer 1's output")
+    gate: str = of_side(None, "gamma, from 0; a vector, from 0.5; none: z + h_g", GATES)
     mix: str = of_side(None, "alpha, from 1; a vector; h_f + up; up alone (lst)", MIXES)
-    upsample_bias: bool = of_side(False, "whether the upsampler has a bias")
-    final_norm: bool = of_side(False, "a norm before the upsampler")
+    upsample_bias: bool = of_side(None, "whether the upsampler has a bias")
+    final_norm: bool = of_side(None, "a norm before the upsampler")
+    repair: int = of_4_bits(0, "rank of what mends the 4 bits' error; 0: no repair", at_least=0)
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
     task: str = setting("", "whose labels a classifier has learned", flag=False)
 
     def __post_init__(self):
-        if self.method == "lst":  # LST (arXiv 2206.06522) is a side network with these two settings
-            self.downsample, self.mix = self.downsample or "linear", self.mix or "side"
-        self.downsample, self.mix = self.downsample or "adapter", self.mix or "alpha"
+        for name, value in (PAPER | (LST if self.method == "lst" else {})).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         check(self)
-
-
-# What we found to learn fastest: see "Why QST learns slowly" in tests/README.md.
-FAST = dict(gate="sum", standardize=True)
-VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
+        if self.share_first and not self.read_embedding:
+            raise InputError("--share_first needs the embedding: leave out --read_embedding false.")
 
 
 # --------------------------------------------------------------------------------------
@@ -79,21 +80,6 @@ def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
     return nn.Sequential(OrderedDict(down=down, act=act(), up=up))
 
 
-class _PackedInputFunction(torch.autograd.Function):
-    """`F.linear` whose input needs no gradient: kept, for dL/dweight alone, in `bits` bits."""
-
-    @staticmethod
-    def forward(ctx, h_f, weight, bits):
-        ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
-        ctx.save_for_backward(*pack_hidden(h_f, bits))
-        return F.linear(h_f, weight.to(h_f.dtype))
-
-    @staticmethod
-    def backward(ctx, grad):
-        h_f = unpack_hidden(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
-        return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None
-
-
 class PackedInputLinear(Linear):
     """The first matrix of a downsampler, the only module that reads h_f. It keeps h_f for backward
     in `bits` bits: 4, 8, or 16, which means unchanged."""
@@ -102,7 +88,7 @@ class PackedInputLinear(Linear):
 
     def forward(self, h_f):
         if self.bits < 16 and torch.is_grad_enabled():
-            return _PackedInputFunction.apply(h_f, self.weight, self.bits)
+            return PackedInputFunction.apply(h_f, self.weight, self.bits)
         return super().forward(h_f)
 
 
@@ -126,8 +112,17 @@ def make_downsample(config, n_in, n_out):
 # The side network
 
 
+def step_length(every, N):
+    """How many of a base's N layers there are to a step: --every, or for 0 as many as leave six."""
+    fitting = [k for k in range(1, N + 1) if N % k == 0]
+    every = every or max(k for k in fitting if k == 1 or N // k >= 6)
+    if every not in fitting:
+        raise InputError(f"--every {every} does not divide {N} layers: choose one of {fitting}.")
+    return every
+
+
 def side_model_config(config, reduction):
-    """The base's `ModelConfig` -> the side network's: as many layers and heads, narrower."""
+    """The base's `ModelConfig` -> the side network's: as many heads, narrower."""
     rotary = config.family != "opt"  # which turns channels in pairs
 
     def fits(r):
@@ -157,13 +152,13 @@ class SideNetwork(nn.Module):
 
     def __init__(self, base_config, config):
         super().__init__()
-        self.config = config
+        every = step_length(config.every, base_config.n_layer)
+        self.config = config = replace(config, every=every)
         self.model_config = side_model_config(base_config, config.reduction)
-        N, C, c = base_config.n_layer, base_config.n_embd, self.model_config.n_embd
-        self.downsample = nn.ModuleList(
-            make_downsample(config, C, c) for _ in range(N + (not config.share_first))
-        )
-        for name in ("mean", "scale"):  # of the channels of h_f_0 ... h_f_N: see QST.calibrate
+        N, C, c = base_config.n_layer // every, base_config.n_embd, self.model_config.n_embd
+        own_first = config.read_embedding and not config.share_first
+        self.downsample = nn.ModuleList(make_downsample(config, C, c) for _ in range(N + own_first))
+        for name in ("mean", "scale"):  # of the channels of what is read: see QST.calibrate
             self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
         self.gamma = self.alpha = None
         if config.gate != "sum":
@@ -185,7 +180,7 @@ class SideNetwork(nn.Module):
                 module.bits = h_f_bits
 
     def standardized(self, i, h_f):
-        """h_f_i with channels of mean 0 and variance 1, if the settings ask for it."""
+        """The i-th h_f that is read, if asked for with channels of mean 0 and variance 1."""
         if self.mean is None:
             return h_f
         mean, scale = self.mean[i].to(h_f.device), self.scale[i].to(h_f.device)
@@ -193,13 +188,16 @@ class SideNetwork(nn.Module):
 
     def start(self, h_f):
         """h_g_0 from the embedding."""
+        if not self.config.read_embedding:
+            return h_f.new_zeros(*h_f.shape[:-1], self.model_config.n_embd)
         reads_h_f, rest = self.downsample[0][0], self.downsample[0][1:]
         return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
         """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
-        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. Others: see `DecoderLayer`."""
-        reads_h_f, *rest = self.downsample[i if self.config.share_first else i + 1]
+        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. h_f comes from the base's layer
+        (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
+        reads_h_f, *rest = self.downsample[i - len(self.layers)]  # the embedding's stands before
         z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a slice keeps all of h_f
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
@@ -288,6 +286,7 @@ class InsertedModules(nn.Module):
                 new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
+                hand_over(module)
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

@@ -22,7 +22,7 @@ import torch
 
 from data import (
     chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, quiet, sweep, text, tiny, to_device,
+    mean_loss, mmlu, placement, prefetch, quiet, repair, sweep, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hidden_cache import HiddenCache
@@ -36,12 +36,13 @@ from data.settings import (
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
 from data.training_log import TrainingLog
+from data.variants import PAPER, RUNS, VARIANTS
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
 from qst import QST, read_side, tune
 from quant import InputError
-from side import IN_BASE_METHODS, VARIANTS, SideConfig
+from side import IN_BASE_METHODS, SideConfig
 
 TASKS = {
     "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
@@ -57,7 +58,7 @@ class TrainConfig(SideConfig):
     """
 
     reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
-    variant: str = of_side("paper", "settings of the side network by name", tuple(VARIANTS))
+    variant: str = of_side("paper", "settings by name: data/variants.py", tuple(VARIANTS))
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS))
     data: str = setting("", "the task's file or folder: see data/instruct.py --help, data/glue.py "
@@ -72,7 +73,7 @@ class TrainConfig(SideConfig):
         "default with --base), or the base's layers (other methods)")  # fmt: skip
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
-    optimizer: str = setting("adamw", "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
+    optimizer: str = setting(None, "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
@@ -130,6 +131,8 @@ def resolve(cfg):
         cfg = settings_of_side(cfg)
     else:
         check_used(cfg, METHODS)
+    variant = VARIANTS[cfg.variant] | RUNS.get(cfg.variant, {})
+    cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
     task = cfg.task or ("instruct" if cfg.base else "tiny")
     on_glue, cores = task in glue.FORMS, os.cpu_count() or 1
     no_classifier = cfg.eval_only and not cfg.side
@@ -147,15 +150,16 @@ def resolve(cfg):
         (cfg.samples_interval and task not in ("tiny", "instruct"),
          f"--samples_interval is of --task tiny and instruct, and not of {task}"),
         (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
-        (cfg.method == "lst" and (cfg.mix not in (None, "side") or cfg.variant == "released"),
-         "--method lst predicts from the side network alone: leave out --mix, --variant released"),
+        (cfg.method == "lst" and cfg.mix not in (None, "side"),
+         "--method lst predicts from the side network alone: leave out --mix, --variant"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
         (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.samples_interval
                         or cfg.method not in SIDE_METHODS),
          "--sweep is not for --eval_only, --compile, --samples_interval and other methods"),
-        (cfg.cache_hidden and (cfg.eval_only or cfg.devices or cfg.method not in SIDE_METHODS),
-         "--cache_hidden is for training side networks, and not for --eval_only or --devices"),
+        (cfg.cache_hidden and (cfg.eval_only or cfg.devices or cfg.repair
+                               or cfg.method not in SIDE_METHODS),
+         "--cache_hidden is for training side networks, without --devices and --repair"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
     )  # fmt: skip
@@ -165,14 +169,13 @@ def resolve(cfg):
         defaults["reduction"] = 8
     classifier = on_glue and (cfg.n_labels if cfg.side else not cfg.eval_only)
     defaults |= dict(
-        task=task, data_seed=cfg.seed, out_dir="out-eval" if cfg.eval_only else "out",
+        task=task, optimizer="adamw", data_seed=cfg.seed,
+        out_dir="out-eval" if cfg.eval_only else "out",
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )  # fmt: skip
-    given = {f.name for f in fields(cfg) if getattr(cfg, f.name) != f.default}
-    variant = {k: v for k, v in VARIANTS[cfg.variant].items() if k not in given}
     missing = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
-    cfg = replace(cfg, **missing | variant)
+    cfg = replace(cfg, **missing)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
     return replace(cfg, **vars(side_config(cfg)))
@@ -435,6 +438,11 @@ def main(cfg):
             base = cache.attach(load(cache.place(device)), lambda: load(device))
         else:
             base = load(device)
+        if cfg.devices:
+            placement.join(base)
+        if cfg.repair and not cfg.side:
+            torch.manual_seed(cfg.data_seed)
+            repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
         if cfg.sweep:
             return sweep.run(cfg, runs, base, lambda one: run_one(one, started, base, task, folder))
         result = run_one(cfg, started, base, task, folder)
@@ -445,7 +453,7 @@ def main(cfg):
 def parse_args(argv=None):
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     shown = {name: "{}, on GLUE {}, embedded {}".format(*row) for name, row in DEFAULTS.items()}
-    return parse_settings(parser, TrainConfig, argv, shown)
+    return parse_settings(parser, TrainConfig, argv, PAPER | shown)
 
 
 if __name__ == "__main__":

@@ -211,17 +211,18 @@ def word_ids(tokenizer, words, before):
 
 
 @torch.no_grad()
-def channel_statistics(model, prompts):
+def channel_statistics(model, prompts, skip=1):
     """Mean and variance of each channel of the hidden states of a base over some texts' tokens.
 
-    prompts: lists of ids
+    prompts: lists of ids; skip: how many positions at the start of each do not count
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
     config = model.config
     sums = torch.zeros(2, config.n_layer + 1, config.n_embd, dtype=torch.float64)
 
     def add(i, h):
-        h = h[keep].to(torch.float32 if h.device.type == "mps" else torch.float64)
+        counts = (keep & (keep.cumsum(dim=1) > skip)).to(h.device)
+        h = h[counts].to(torch.float32 if h.device.type == "mps" else torch.float64)
         sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
     for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
@@ -230,5 +231,5 @@ def channel_statistics(model, prompts):
         keep = torch.tensor([[i < len(ids) for i in range(idx.shape[1])] for ids in rows])
         keep = keep.to(model.device)
         model.hidden(idx.to(model.device), watch=add)
-    mean, square = sums / sum(map(len, prompts))
+    mean, square = sums / max(1, sum(max(0, len(prompt) - skip) for prompt in prompts))
     return mean, square - mean.square()

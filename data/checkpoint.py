@@ -25,7 +25,9 @@ from quant import InputError
 
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"
-ADDED = ("method", "standardize", "n_labels", "task")  # settings that older files do not have,
+ADDED = (  # settings that older files do not have,
+    "method", "standardize", "n_labels", "task", "every", "read_embedding", "repair"
+)  # fmt: skip
 REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))
@@ -100,6 +102,8 @@ def check_sizes(where, config, shapes):
     if side and not up:
         raise InputError(f"{where} lacks upsample.weight: {ADVICE}.")
     fits = {"n_labels": (classifier or [0])[0] == config.n_labels}
+    branches = {s[0] for n, s in shapes.items() if re.match(r"repair\..*\.down$", n) and s}
+    fits["repair"] = branches == ({config.repair} - {0} if config.method != "qlora" else set())
     if side:
         fits["reduction"] = len(up) == 2 and 0 < up[0] == up[1] * config.reduction
     if config.downsample in ("lora", "adapter") if side else config.method in LOW_RANK:

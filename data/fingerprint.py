@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 import torch
 
+from data.repair import LowRank
 from quant import Linear4bit, Quantized
 
 SAMPLES = 8  # of each tensor
@@ -54,7 +55,7 @@ def some(tensor):
 
 def unpacked(module):
     """A module's own tensors that are not quantized."""
-    return [] if isinstance(module, Quantized) else [*module.buffers(recurse=False)]
+    return [] if isinstance(module, (Quantized, LowRank)) else [*module.buffers(recurse=False)]
 
 
 def quant_kind(base):

@@ -27,3 +27,19 @@ def unpack_hidden(packed, shape, bits, dtype):
     if bits == 4:
         return Quantized4bit(codes, scales, None, None, shape).dequantize(dtype)
     return (codes * scales).view(-1)[: shape.numel()].view(shape).to(dtype)
+
+
+class PackedInputFunction(torch.autograd.Function):
+    """`F.linear` whose input needs no gradient. Backward needs the input for dL/dweight alone, and
+    so it is kept in `bits` bits."""
+
+    @staticmethod
+    def forward(ctx, h_f, weight, bits):
+        ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
+        ctx.save_for_backward(*pack_hidden(h_f, bits))
+        return F.linear(h_f, weight.to(h_f.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        h_f = unpack_hidden(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
+        return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None

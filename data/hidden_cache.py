@@ -6,7 +6,7 @@ every later run with another side network, reads them, and the base's layers are
 
 They are asked as ever: `attach` puts a `HiddenCache` before their `forward`. An example is known by
 its ids, whatever batch it is in. The file states.bin has of each, one after the other,
-    the states of layers 1 to N, each (tokens, C) in 16, 8 or 4 bits (`pack_hidden`), or of a
+    the states of layers 1 to N (each --every-th), each (tokens, C) in 16, 8 or 4 bits (`pack_hidden`), or of a
         pooling downsampler (tokens, C / reduction), what it makes of them, in 16 bits
     the last state, (targets, C) in 16 bits
 and sums.bin a checksum of each example; a missing or damaged one is computed again.
@@ -34,7 +34,7 @@ POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
-    "pool": "of another pooling --downsample or --reduction",
+    "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
 }  # fmt: skip
 
 
@@ -60,19 +60,22 @@ class HiddenCache:
         own = dict(
             base=signature(folder), quant=cfg.quant, dtype=str(dtype),
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
-            pool=[cfg.downsample, cfg.reduction] if pools else None,
+            pool=[cfg.downsample, cfg.reduction] if pools else None, every=cfg.every,
             bits=16 if pools else cfg.h_f_bits,
         )  # fmt: skip
         self.about = read_json(self.folder / "cache.json", optional=True) or own
         for name, message in PARTS.items():
             known = self.about.get(name)
-            if known != own[name] and not (name == "pool" and known is None):
+            enough = name == "pool" and known is None or name == "every" and not own[name] % known
+            if known != own[name] and not enough:
                 raise InputError(f"--cache_hidden {self.folder} is {message}: give another folder.")
         pool, self.bits = self.about["pool"], self.about["bits"]
         self.pool, self.width = pool and POOLS[pool[0]], config.n_embd // (pool[1] if pool else 1)
+        self.every = self.about["every"]
         self.entries, start = {}, 0
         for ids, (tokens, targets) in examples.items():
-            stop = start + config.n_layer * self.size(tokens) + 2 * config.n_embd * len(targets)
+            states = config.n_layer // self.every * self.size(tokens)
+            stop = start + states + 2 * config.n_embd * len(targets)
             self.entries[ids] = Entry(len(self.entries), tokens, targets, start, stop)
             start = stop
         self.check_room(start, cfg.cache_limit_gb)
@@ -147,17 +150,19 @@ class HiddenCache:
         """What a layer makes of a batch: read, or computed and, of known examples, written."""
         if cache is not None or mask is not None:
             self.rows = None
+        number, rest = divmod(i + 1, self.every)
         if self.rows is not None and self.reading:
-            return self.read(i, x)
+            return x if rest else self.read(number - 1, x)
         if self.absent:
             self.restore()
         h = self.forwards[i](x, mask, rope, cache)
-        for row, entry in zip(h, self.rows or ()):
+        for row, entry in zip(h, self.rows or ()) if not rest else ():
             state = row[: entry.tokens]
             if self.pool:
                 state = self.pool(state, self.about["pool"][1])
             state = state.to(self.half) if self.bits == 16 else state
-            self.write(entry.start + i * self.size(entry.tokens), pack_hidden(state, self.bits))
+            start = entry.start + (number - 1) * self.size(entry.tokens)
+            self.write(start, pack_hidden(state, self.bits))
         return h
 
     def final(self, forward, x):
@@ -166,7 +171,7 @@ class HiddenCache:
             return forward(x)
         h = torch.zeros_like(x) if self.reading else forward(x)
         for row, entry in zip(h, self.rows):
-            start = entry.start + self.config.n_layer * self.size(entry.tokens)
+            start = entry.stop - 2 * self.config.n_embd * len(entry.targets)
             if self.reading:
                 last = self.tensor(start, entry.stop, x.device).view(self.half)
                 row[entry.targets] = last.view(len(entry.targets), -1).to(x.dtype)
@@ -179,7 +184,7 @@ class HiddenCache:
         return h
 
     def read(self, i, x):
-        """The state of layer i of the batch, like x (B, T, C), and with zeros behind its rows."""
+        """The i-th state that is kept, like x (B, T, C), with zeros where a row is padded."""
         h = torch.zeros_like(x)
         for row, entry in zip(h, self.rows):
             start = entry.start + i * self.size(entry.tokens)

@@ -17,6 +17,7 @@ METHODS = {
 }
 SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
 of_side = partial(setting, of=SIDE_METHODS)  # a setting that only these read
+of_4_bits = partial(setting, of=(*SIDE_METHODS, "qlora", "adapter"))
 
 LEARNS = dict.fromkeys(
     SIDE_METHODS, "a side network {reduction} times narrower, {downsample} downsamplers"

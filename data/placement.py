@@ -2,7 +2,8 @@
 network beside the layer that it reads. A batch goes from device to device, one after the other.
 
     places(devices, n_layer)   where each tensor of the base belongs, for `from_pretrained`
-    follow(model)              what is trained goes beside it, and tensors follow the modules
+    join(base)                 tensors follow the base's modules from device to device
+    follow(model)              what is trained goes beside them, and tensors follow it too
 """
 
 import re
@@ -34,8 +35,16 @@ def places(devices, n_layer, tied):
     return place
 
 
+def join(base):
+    """Let the inputs of a base's modules follow them to their devices; returns the base."""
+    for module in (*base.layers, base.norm, base.project_out, base.lm_head):
+        if module is not None:
+            module.register_forward_pre_hook(move_inputs)
+    return base
+
+
 def follow(model):
-    """Put each part of the side network where it is used, and let inputs follow the modules."""
+    """Put each part of what is trained where it is used, beside a base that is joined."""
     base, side = model.base, model.side
     last = device_of(base.layers[-1])
     for name, module in side.named_children():
@@ -43,15 +52,14 @@ def follow(model):
             module.to(last)
     if getattr(side, "alpha", None) is not None:
         side.alpha = torch.nn.Parameter(side.alpha.detach().to(last))
-    for i, layer in enumerate(base.layers):
-        layer.register_forward_pre_hook(move_inputs)
+    every = side.config.every
+    for i, layer in enumerate(base.layers[every - 1 :: every]):
         if hasattr(side, "layers"):
             side.layers[i].to(device_of(layer)).register_forward_pre_hook(move_inputs)
         if hasattr(side, "downsample"):
-            side.downsample[i if side.config.share_first else i + 1].to(device_of(layer))
-    for module in (base.norm, base.project_out, base.lm_head, side.classifier):
-        if module is not None:
-            module.register_forward_pre_hook(move_inputs)
+            side.downsample[i - len(side.layers)].to(device_of(layer))
+    if side.classifier is not None:
+        side.classifier.register_forward_pre_hook(move_inputs)
     return model
 
 

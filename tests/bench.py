@@ -28,6 +28,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "cached": ("cached", "FLAGS", "an epoch from the cache of hidden states, beside one without"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
+    "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
 }
 

@@ -20,18 +20,20 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data.variants import FAST, RELEASED  # noqa: E402
 from halves import Halves  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
-from side import VARIANTS as NAMED_VARIANTS  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
 TEST_DATA = Path(os.environ.get("QST_TEST_DATA", "/nowhere"))
 needs_test_data = pytest.mark.skipif(not TEST_DATA.is_dir(), reason="needs QST_TEST_DATA=FOLDER")
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
-VARIANTS = NAMED_VARIANTS | {  # of the side network
+VARIANTS = {  # of the side network, for a reduction of one's own
+    "paper": {}, "released": RELEASED, "fast": {k: FAST[k] for k in FAST if k != "reduction"},
     "residual": dict(mix="residual"), "sum": dict(gate="sum"),
-    "standardize": dict(standardize=True),
+    "standardize": dict(standardize=True), "third": dict(every=3, standardize=True),
+    "third, no embedding": dict(every=3, read_embedding=False),
 }  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
 

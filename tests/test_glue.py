@@ -151,7 +151,8 @@ def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
 
 def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
     """A character that is four tokens is not cut off four times."""
-    ids = glue.prompt(["\U0001f9ff" * 60, "It was late"], FORMS["rte"], tokenizer, 120, "classifier")
+    texts = ["\U0001f9ff" * 60, "It was late"]
+    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, "classifier")
     assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
 
 

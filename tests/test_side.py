@@ -140,7 +140,7 @@ def test_the_gradient_of_alpha_fits_into_fp16():
 
 def test_standardization(base, idx, tmp_path):
     """Channels of what the downsamplers read have mean 0 and variance 1 over the texts' tokens,
-    padding not among them; a saved side network knows them."""
+    among which are neither padding nor the first of each; a saved side network knows them."""
     model = QST(base, SideConfig(reduction=4, standardize=True))
     assert torch.equal(model.side.standardized(1, torch.ones(2, 32)), torch.zeros(2, 32))  # not yet
     texts = [row[: 4 + i].tolist() for i, row in enumerate(idx)]
@@ -152,7 +152,7 @@ def test_standardization(base, idx, tmp_path):
         for layer in base.layers:
             row.append(layer(row[-1], None, rope))
     for i in range(4):
-        tokens = torch.cat([row[i][0] for row in states])
+        tokens = torch.cat([row[i][0, 1:] for row in states])
         seen = model.side.standardized(i, tokens)
         assert seen.mean(0).abs().max() < 1e-4
         assert torch.allclose(seen.var(0, correction=0), torch.ones(32), atol=1e-3)
@@ -176,10 +176,11 @@ def test_each_state_is_standardized_by_its_own_channels(base):
 
 
 def test_a_channel_that_never_changes_has_a_finite_scale(base):
-    """Of one token every variance is 0."""
+    """Of one token every variance is 0; and where there is only a first, there is none."""
     model = QST(base, SideConfig(reduction=4, standardize=True))
-    model.calibrate([[5]])
-    assert model.side.scale.isfinite().all()
+    for texts in ([[5, 6]], [[5]]):
+        model.calibrate(texts)
+        assert model.side.scale.isfinite().all()
 
 
 def test_standardizing_is_in_fp32():

@@ -144,7 +144,7 @@ def test_the_best_is_kept_and_scored(cfg, tmp_path, monkeypatch):
 def test_a_model_is_made_as_the_settings_say(base):
     """Its channels are measured on texts to train on, 64 at most, and memory is saved as asked."""
     examples = [([3 + i % 50] * 5, [7] * 5) for i in range(80)]
-    cfg = TrainConfig(variant="fast", h_f_bits=8, checkpoint=True, chunk_loss=False)
+    cfg = TrainConfig(standardize=True, reduction=4, h_f_bits=8, checkpoint=True, chunk_loss=False)
     model = train.make_model(train.resolve(cfg), base, Task(examples[:70], examples[70:]))
     mean, variance = channel_statistics(base, [ids for ids, _ in examples[:64]])
     assert torch.allclose(model.side.mean, mean.float(), atol=1e-5)
@@ -164,7 +164,7 @@ def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
         config = train.main(TrainConfig(**cfg | more | dict(eval_only=eval_only)))["config"]
         assert {name: config[name] for name in about} == about | dict(task="instruct")
         assert (config["rank"], config["reduction"], config["gate"]) == (2, 4, "sum")
-        assert not config["final_norm"]
+        assert not config["downsample_norm"]
         assert train.resolve(TrainConfig(**config)) == TrainConfig(**config)
     for other in (dict(reduction=2), dict(variant="released"), dict(gate="channel")):
         with pytest.raises(InputError, match=f"--{next(iter(other))}: --side .* has its own"):

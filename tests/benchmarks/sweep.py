@@ -15,7 +15,7 @@ SWEEPS = {1: "gate=scalar", 2: "gate=scalar,sum", 4: "gate=scalar,sum seed=1,2",
 def sweep(flags):
     """Whole runs of train.py with these flags, each in a process of its own. Times are of the
     processor, and without loading."""
-    print_table("A sweep", "side networks", "processor, s", "of one", "peak, MB", "MB more for each")
+    print_table("A sweep", "side networks", "processor, s", "of one", "peak, MB", "MB for one more")
     one = None
     for n, words in SWEEPS.items():
         seconds, peak = alone(run_once, flags, words, **FREED)
