@@ -93,7 +93,9 @@ def read_state(path):
     return with_tensors(tree, tensors)
 
 
-MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
+MAY_DIFFER = (
+    "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval"
+)  # fmt: skip
 
 
 class RunState:

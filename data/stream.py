@@ -1,0 +1,168 @@
+"""A base larger than the device: the weights of its layers stay on disk, or in the host's memory,
+and come when they are needed.
+
+A step of QST reads each weight of the base once, in order, and backward reads none. So the device
+needs two slots, each with room for the 4-bit weights of one layer: while layer i computes from one,
+a thread fills the other for layer i + 1. A step takes as long as computing or as reading, whichever
+is longer, and its loss and gradients are the same, bit for bit.
+
+    freeze_streamed   what `Transformer.freeze` is otherwise: the layers' weights stay in the folder
+    Stream            the slots, the thread, and on a GPU the events
+
+What is small stays on the device: norms, biases, the LM head. Of the embedding a step reads only
+rows, and so it stays on the host, unless it is also the head.
+"""
+
+import copy
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from data import distributed, to_device
+from data.report import show_bytes
+from data.safetensors import check_values
+from quant import InputError, Linear4bit, Quantized4bit
+
+
+def freeze_streamed(model, weights, dtype, device, folder):
+    """Freeze a `Transformer` whose layers' weights a `Stream` brings from a 4-bit folder; returns it.
+
+    weights: {name: function that reads the tensor}, from `choose_weights`
+    Until then these weights are checked, and are tensors that have a shape and no memory.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--stream is for a CPU or an NVIDIA GPU, and not for {device.type}.")
+    comes = lambda name: name.startswith("layers.") and name.endswith("_proj.weight")
+
+    def read(name):
+        tensor = weights[name]()
+        if not comes(name):
+            return tensor
+        if not isinstance(tensor, Quantized4bit):
+            raise InputError(
+                f"{folder}: {name} is not in 4 bits, and --stream reads these alone: write them "
+                f"with `python model.py quantize {folder} {folder}-nf4`, and give that folder."
+            )
+        return check_values(tensor, dtype, f"{folder}: {name}")
+
+    def place(name):
+        on_host = name == "embed_tokens.weight" and not model.config.tied
+        return "meta" if comes(name) else "cpu" if on_host else device
+
+    model.freeze("none", dtype, place, read, f"{folder}: ")
+    Stream(model, weights, device).begin(folder)
+    return model
+
+
+class Stream:
+    """Brings each layer's weights when the layer computes.
+
+    base: a frozen `Transformer`; of its layers' weights only the shapes are used
+    sources: {name: function that returns that weight, a `Quantized4bit` in the host's memory}
+    device: where the layers compute
+    """
+
+    coming = None  # (a layer's number, the slot for it, the future of its copy)
+
+    def __init__(self, base, sources, device):
+        self.device, self.thread = device, ThreadPoolExecutor(1)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.layers = []  # of each, its linear layers
+        for i, layer in enumerate(base.layers):
+            named = [(n, m) for n, m in layer.named_modules() if isinstance(m, Linear4bit)]
+            for name, linear in named:
+                linear.source = sources[f"layers.{i}.{name}.weight"]
+            self.layers.append([linear for _, linear in named])
+            layer.register_forward_pre_hook(lambda layer, args, i=i: self.enter(i))
+        first = [linear.weight for linear in self.layers[0]]
+        sizes = [[linear.weight.nbytes for linear in linears] for linears in self.layers]
+        if any(row != sizes[0] for row in sizes):
+            raise InputError("--stream is for layers that are all quantized alike: these are not.")
+        self.nbytes = sum(map(sum, sizes))  # that a step reads
+        make = lambda: [copy.deepcopy(weight).to_empty(device=device) for weight in first]
+        self.slots = [make(), make()]
+        for weight in chain(*self.slots) if self.copies else ():
+            for buffer in weight.buffers():  # when freed, it is not reused before the last copy
+                buffer.record_stream(self.copies)
+        for linears in self.layers:
+            put(self.slots[0], linears)
+        embedding = base.embed_tokens
+        embedding.register_forward_pre_hook(lambda module, args: args[0].to(module.weight.device))
+        embedding.register_forward_hook(lambda module, args, rows: to_device(rows, device))
+        base.stream = self
+
+    def enter(self, i):
+        """Before layer i computes: wait for its weights, and send for those of the next one."""
+        if self.coming is None or self.coming[0] != i:  # at the start, or after a pass broke off
+            self.send_for(i)
+        (_, slot, copied), self.coming = self.coming, None
+        if event := copied.result():
+            torch.cuda.current_stream(self.device).wait_event(event)
+        put(slot, self.layers[i])
+        self.send_for((i + 1) % len(self.layers))  # after the last, the first one of the next pass
+
+    def send_for(self, i):
+        """Let the thread fill the slot that was not filled last.
+
+        The layer that has read it is done: on a CPU it has computed; on a GPU its kernels are in
+        the queue, and the copy waits for an event behind them.
+        """
+        self.slots.reverse()
+        slot, done = self.slots[0], self.queue_event()
+        self.coming = i, slot, self.thread.submit(self.fill, i, slot, done)
+
+    def queue_event(self):
+        """On a GPU, an event behind all that it has been given to compute."""
+        return self.copies and torch.cuda.current_stream(self.device).record_event()
+
+    @torch.no_grad()
+    def fill(self, i, slot, done):
+        """Copy layer i's weights into a slot, on a GPU on a CUDA stream of its own, after `done`;
+        returns the event behind the copies."""
+        with torch.cuda.stream(self.copies):  # None, on a CPU, is no stream
+            if done:
+                self.copies.wait_event(done)
+            for linear, weight in zip(self.layers[i], slot):
+                found = dict(linear.source().named_buffers())
+                for name, buffer in weight.named_buffers():
+                    # A memory map may go when the call returns; pinned memory stays.
+                    buffer.copy_(found[name], non_blocking=found[name].is_pinned())
+            return self.copies and self.copies.record_event()
+
+    def begin(self, folder):
+        """Pin the weights if they are for a GPU and there is room, and say what a step will read.
+
+        The rate is that of two layers drawn by chance: of a file that is half in the disk's cache,
+        some come from there.
+        """
+        where = folder
+        if self.copies and 1.5 * self.nbytes * distributed.size() < free_memory():
+            where = "pinned memory"  # which is had in powers of two: hence more than its size
+            for linear in chain.from_iterable(self.layers):
+                pinned = linear.source()._apply(torch.Tensor.pin_memory)
+                linear.source = lambda pinned=pinned: pinned
+        start, drawn = time.perf_counter(), random.Random().choices(range(len(self.layers)), k=2)
+        for i, slot in zip(drawn, self.slots):
+            event = self.fill(i, slot, self.queue_event())
+            event and event.synchronize()
+        rate = 2 * self.nbytes / len(self.layers) / (time.perf_counter() - start)
+        print(f"stream      {show_bytes(self.nbytes)} a step from {where}, at {show_bytes(rate)} a "
+              f"second: a step takes {self.nbytes / rate:.1f} s, or more if it computes longer")  # fmt: skip
+
+
+def put(slot, linears):
+    for linear, weight in zip(linears, slot):
+        linear.weight = weight
+
+
+def free_memory():
+    """Bytes of the host's memory that a program can have; 0 where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((1024 * int(n.split()[1]) for n in lines if n.startswith("MemAvailable")), 0)
