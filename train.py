@@ -76,6 +76,7 @@ class TrainConfig(SideConfig):
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
+    stream: bool = of_side(False, "the 4-bit layers of --base stay on disk or in the host's memory")
     dtype: str = setting("auto", "fp32, bf16, fp16 to compute in; auto: bf16 on NVIDIA, else fp32")
     sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
     max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
@@ -133,6 +134,8 @@ def resolve(cfg):
          "weights in 16 bits cannot learn in --dtype fp16: give bf16 or fp32"),
         (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
+        (cfg.stream and (cfg.task == "tiny" or not cfg.base or cfg.devices or cfg.compile),
+         "--stream needs a --base, and is neither for --devices nor for --compile"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
         (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
@@ -384,7 +387,7 @@ def main(cfg):
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-        base = from_pretrained(folder, cfg.quant, dtype, device)
+        base = from_pretrained(folder, cfg.quant, dtype, device, cfg.stream)
         torch.manual_seed(cfg.seed)
         model = make_model(cfg, base, task)
         result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))

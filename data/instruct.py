@@ -227,7 +227,8 @@ def make_task(conversations, tokenizer, template, cfg, score):
 
 def load(cfg, tokenizer, template):
     """Read a file of instructions: `Task`, which shows three answers and has no metric."""
-    score = lambda model, held_out: {"samples": samples(model, tokenizer, template, held_out[:3])}
+    few = 0 if cfg.stream else 3  # a streamed base is read once a token
+    score = lambda model, held_out: {"samples": samples(model, tokenizer, template, held_out[:few])}
     return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)
 
 
