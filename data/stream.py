@@ -6,19 +6,16 @@ needs two slots, each with room for the 4-bit weights of one layer: while layer 
 a thread fills the other for layer i + 1. A step takes as long as computing or as reading, whichever
 is longer, and its loss and gradients are the same, bit for bit.
 
-    freeze_streamed   what `Transformer.freeze` is otherwise: the layers' weights stay in the folder
-    Stream            the slots, the thread, and on a GPU the events
-
 What is small stays on the device: norms, biases, the LM head. Of the embedding a step reads only
 rows, and so it stays on the host, unless it is also the head.
 """
 
 import copy
+import os
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from pathlib import Path
 
 import torch
 
@@ -29,10 +26,9 @@ from quant import InputError, Linear4bit, Quantized4bit
 
 
 def freeze_streamed(model, weights, dtype, device, folder):
-    """Freeze a `Transformer` whose layers' weights a `Stream` brings from a 4-bit folder; returns it.
+    """Freeze a `Transformer`, let a `Stream` bring its layers' weights, and return it.
 
-    weights: {name: function that reads the tensor}, from `choose_weights`
-    Until then these weights are checked, and are tensors that have a shape and no memory.
+    weights: {name: function that reads the tensor}, of a 4-bit folder, from `choose_weights`
     """
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--stream is for a CPU or an NVIDIA GPU, and not for {device.type}.")
@@ -43,13 +39,11 @@ def freeze_streamed(model, weights, dtype, device, folder):
         if not comes(name):
             return tensor
         if not isinstance(tensor, Quantized4bit):
-            raise InputError(
-                f"{folder}: {name} is not in 4 bits, and --stream reads these alone: write them "
-                f"with `python model.py quantize {folder} {folder}-nf4`, and give that folder."
-            )
+            do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
+            raise InputError(f"--stream reads 4 bits, and {folder} has {name} in more: {do}.")
         return check_values(tensor, dtype, f"{folder}: {name}")
 
-    def place(name):
+    def place(name):  # "meta": a tensor with a shape and no memory
         on_host = name == "embed_tokens.weight" and not model.config.tied
         return "meta" if comes(name) else "cpu" if on_host else device
 
@@ -80,19 +74,18 @@ class Stream:
             layer.register_forward_pre_hook(lambda layer, args, i=i: self.enter(i))
         first = [linear.weight for linear in self.layers[0]]
         sizes = [[linear.weight.nbytes for linear in linears] for linears in self.layers]
-        if any(row != sizes[0] for row in sizes):
-            raise InputError("--stream is for layers that are all quantized alike: these are not.")
-        self.nbytes = sum(map(sum, sizes))  # that a step reads
+        if not first or any(row != sizes[0] for row in sizes):
+            raise InputError("--stream is for a base whose layers are all in the same 4 bits.")
+        self.nbytes = sum(map(sum, sizes))  # that a pass reads
         make = lambda: [copy.deepcopy(weight).to_empty(device=device) for weight in first]
         self.slots = [make(), make()]
         for weight in chain(*self.slots) if self.copies else ():
-            for buffer in weight.buffers():  # when freed, it is not reused before the last copy
+            for buffer in weight.buffers():  # once freed, it is not reused before the last copy
                 buffer.record_stream(self.copies)
         for linears in self.layers:
             put(self.slots[0], linears)
-        embedding = base.embed_tokens
-        embedding.register_forward_pre_hook(lambda module, args: args[0].to(module.weight.device))
-        embedding.register_forward_hook(lambda module, args, rows: to_device(rows, device))
+        base.embed_tokens.register_forward_pre_hook(lambda own, ids: ids[0].to(own.weight.device))
+        base.embed_tokens.register_forward_hook(lambda own, ids, rows: to_device(rows, device))
         base.stream = self
 
     def enter(self, i):
@@ -106,23 +99,20 @@ class Stream:
         self.send_for((i + 1) % len(self.layers))  # after the last, the first one of the next pass
 
     def send_for(self, i):
-        """Let the thread fill the slot that was not filled last.
-
-        The layer that has read it is done: on a CPU it has computed; on a GPU its kernels are in
-        the queue, and the copy waits for an event behind them.
+        """Let the thread fill the slot that was not filled last: the layer that has read it is
+        done. On a GPU its kernels are in the queue, and the copies wait for an event behind them.
         """
         self.slots.reverse()
         slot, done = self.slots[0], self.queue_event()
         self.coming = i, slot, self.thread.submit(self.fill, i, slot, done)
 
     def queue_event(self):
-        """On a GPU, an event behind all that it has been given to compute."""
         return self.copies and torch.cuda.current_stream(self.device).record_event()
 
     @torch.no_grad()
     def fill(self, i, slot, done):
-        """Copy layer i's weights into a slot, on a GPU on a CUDA stream of its own, after `done`;
-        returns the event behind the copies."""
+        """Copy layer i's weights into a slot, on a GPU on a CUDA stream of their own, after the
+        event `done`; returns the event behind the copies."""
         with torch.cuda.stream(self.copies):  # None, on a CPU, is no stream
             if done:
                 self.copies.wait_event(done)
@@ -134,35 +124,25 @@ class Stream:
             return self.copies and self.copies.record_event()
 
     def begin(self, folder):
-        """Pin the weights if they are for a GPU and there is room, and say what a step will read.
+        """Pin the weights, if they are for a GPU and there is room, and say what a pass reads.
 
-        The rate is that of two layers drawn by chance: of a file that is half in the disk's cache,
-        some come from there.
+        The rate is that of two layers drawn by chance: some of a file may be in memory already.
         """
-        where = folder
-        if self.copies and 1.5 * self.nbytes * distributed.size() < free_memory():
-            where = "pinned memory"  # which is had in powers of two: hence more than its size
-            for linear in chain.from_iterable(self.layers):
+        where, size = folder, self.nbytes * distributed.size()
+        if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            where = "pinned memory"  # which is had in powers of two: hence 0.6
+            for linear in chain(*self.layers):
                 pinned = linear.source()._apply(torch.Tensor.pin_memory)
                 linear.source = lambda pinned=pinned: pinned
-        start, drawn = time.perf_counter(), random.Random().choices(range(len(self.layers)), k=2)
-        for i, slot in zip(drawn, self.slots):
-            event = self.fill(i, slot, self.queue_event())
-            event and event.synchronize()
+        drawn, start = random.Random().choices(range(len(self.layers)), k=2), time.perf_counter()
+        events = [self.fill(i, slot, self.queue_event()) for i, slot in zip(drawn, self.slots)]
+        for event in filter(None, events):
+            event.synchronize()
         rate = 2 * self.nbytes / len(self.layers) / (time.perf_counter() - start)
-        print(f"stream      {show_bytes(self.nbytes)} a step from {where}, at {show_bytes(rate)} a "
-              f"second: a step takes {self.nbytes / rate:.1f} s, or more if it computes longer")  # fmt: skip
+        seconds = f"{self.nbytes / rate:.1f} s at {show_bytes(rate)}/s, while the layers compute"
+        print(f"stream      {show_bytes(self.nbytes)} a batch from {where}: {seconds}", flush=True)
 
 
 def put(slot, linears):
     for linear, weight in zip(linears, slot):
         linear.weight = weight
-
-
-def free_memory():
-    """Bytes of the host's memory that a program can have; 0 where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    return next((1024 * int(n.split()[1]) for n in lines if n.startswith("MemAvailable")), 0)

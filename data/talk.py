@@ -57,7 +57,8 @@ def answer_prompts(model, tokenizer, template, framed, args):
     choice = args.temperature, args.top_k, args.top_p, end_ids, keep, args.seed
     new = model.generate(idx, max_new_tokens, *choice)[:, longest:].tolist()
     for prompt, ids, answer in zip(prompts.values(), rows, new):
-        print(f"> {prompt}\n" * framed + tokenizer.decode(answer if framed else ids + answer) + "\n")
+        question, said = (f"> {prompt}\n", answer) if framed else ("", ids + answer)
+        print(f"{question}{tokenizer.decode(said)}\n")
 
 
 def prompt_ids(where, prompt, tokenizer, template, framed):

@@ -29,9 +29,10 @@ from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, add_flags, pick_dtype, run, setting  # noqa: E402
+from data.stream import Stream  # noqa: E402
 from model import PRESETS, Transformer, count_weights, model_bytes, read_config  # noqa: E402
 from qst import tune  # noqa: E402
-from quant import InputError, unpack_buffers  # noqa: E402
+from quant import InputError, Quantized4bit, unpack_buffers  # noqa: E402
 from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
 
 
@@ -42,6 +43,8 @@ class AccountConfig(TrainConfig):
     method: str = setting(None, "only this method; default: all of them", tuple(METHODS))
     preset: str = setting("", f"the model's shape, in place of --base: {', '.join(PRESETS)}")
     savings: bool = setting(False, "what each saving saves, one after the other", of=SIDE_METHODS)
+    gb_per_s: float = setting(25.0, "of --stream: from the host's memory, or disk", above=0)
+    tflops: float = setting(150.0, "of --stream: what the GPU computes, 10^12 a second", above=0)
 
 
 aten = torch.ops.aten
@@ -130,6 +133,8 @@ def memory_report(cfg, config=None):
         transient     the step's peak above the four others: logits, a layer's intermediates, the
                       unpacked weight, and what is recomputed
         total         the sum, and so the peak
+        streamed      with --stream, the weights that a batch reads; two layers' are on the device
+        unaccumulated with --stream, the peak of a step that makes its gradients, as activations go
     Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
     """
     config, cfg = config or config_of(cfg), settings_of_step(cfg)
@@ -137,24 +142,36 @@ def memory_report(cfg, config=None):
     dtype = pick_dtype(cfg.dtype, torch.device(device))
     model = untrained(cfg, config, dtype, "meta")
     parameters = [p for p in model.parameters() if p.requires_grad]
+    first = one_step(model, cfg, device)[0].peak if cfg.stream else 0
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in parameters)
-    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
-    unpack_buffers.clear()  # so that this step makes one, and it is counted
-    with attention_of(device), Live() as live:
-        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
-        loss.backward()
-    unpack_buffers.clear()
+    live, activations, forward = one_step(model, cfg, device)
     weights, optimizer = model_bytes(model), optimizer_bytes(make_optimizer(model, cfg))
+    if cfg.stream and not config.tied:
+        weights -= model.base.embed_tokens.weight.nbytes  # it is on the host
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
         trainable_parameters=sum(p.numel() for p in parameters),
-        flops_per_token=round(live.flops / targets.numel()),
+        flops_per_token=round(live.flops / cfg.batch_size / cfg.sequence_len),
+        forward_flops_per_token=round(forward / cfg.batch_size / cfg.sequence_len),
+        streamed_bytes=model.base.stream.nbytes if cfg.stream else 0,
+        unaccumulated_bytes=weights + optimizer + first if cfg.stream else 0,
     )  # fmt: skip
+
+
+def one_step(model, cfg, device):
+    """Forward and backward on meta tensors: `Live`, `activation_bytes`, the FLOP of forward."""
+    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    unpack_buffers.clear()  # so that this step makes one, and it is counted
+    with attention_of(device), Live() as live:
+        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
+        forward = live.flops
+        loss.backward()
+    return live, activations, forward
 
 
 def settings_of_step(cfg):
@@ -165,8 +182,17 @@ def settings_of_step(cfg):
 def untrained(cfg, config, dtype, device):
     """A model with random weights: the base, frozen, and what --method trains."""
     with torch.device(device):
-        base = Transformer(config)
-    return prepare(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
+        base = Transformer(config).freeze(cfg.quant, dtype, device)
+    if cfg.stream:
+        stream_from_memory(base, device)
+    return prepare(tune(base, side_config(cfg)), cfg)
+
+
+def stream_from_memory(base, device):
+    """Let the weights of a base's layers be streamed from where they are."""
+    weights = {n: m for n, m in base.named_modules() if isinstance(m, Quantized4bit)}
+    sources = {name: lambda weight=weight: weight for name, weight in weights.items()}
+    Stream(base, sources, torch.device(device))
 
 
 def config_of(cfg):
@@ -216,6 +242,20 @@ def rows(cfg):
             yield label, replace(own, method=method, checkpoint=checkpoint)
 
 
+def transfer(report, cfg):
+    """What streaming costs: a sentence. While layer i computes forward, the next one comes."""
+    moved, flops = report["streamed_bytes"], report["forward_flops_per_token"]
+    reads, speed = moved / cfg.gb_per_s / 1e9, cfg.tflops * 1e12
+    computes = flops * cfg.batch_size * cfg.sequence_len / speed
+    return (
+        f"  A batch reads {moved / 1e9:.2f} GB: {reads:.2f} s at {cfg.gb_per_s:g} GB/s; forward "
+        f"computes {computes:.2f} s at {cfg.tflops:g} TFLOP/s.\n"
+        f"  Streaming is free from {reads * speed / flops:,.0f} tokens (batch x length) on. Where "
+        f"gradients do not accumulate,\n  they come as activations go: a total of "
+        f"{report['unaccumulated_bytes'] / 1e9:.2f} GB."
+    )
+
+
 def main(cfg):
     """Print the account of a step, and leave it in out_dir: plan.json, a list of reports, and a
     picture.
@@ -223,6 +263,7 @@ def main(cfg):
     cfg: an `AccountConfig`
     """
     config, out_dir = config_of(cfg), Path(cfg.out_dir or "out")
+    cfg = replace(cfg, method=cfg.method or "qst") if cfg.stream else cfg
     step = settings_of_step(replace(cfg, method=cfg.method or "qst"))
     unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
     tokens = f"{step.batch_size} x {step.sequence_len} tokens"
@@ -239,7 +280,8 @@ def main(cfg):
         cells = "".join(f"{number:12.2f}" for number in numbers.values())
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 1e9:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
-        print(*[head] * (not reports), f"{label:20}{cells}{fits}", sep="\n", flush=True)
+        lines = [head] * (not reports) + [f"{label:20}{cells}{fits}"]
+        print(*lines, *[transfer(row, step)] * cfg.stream, sep="\n", flush=True)
         reports.append(row)
         bars[label] = {name: numbers[name] for name in COLUMNS[:-1]}
     write_json(out_dir / "plan.json", reports)
