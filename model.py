@@ -431,7 +431,7 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
     if stream:
-        return freeze_streamed(model, weights, dtype, torch.device(device), folder)
+        return freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
     quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 

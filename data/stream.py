@@ -25,27 +25,28 @@ from data.safetensors import check_values
 from quant import InputError, Linear4bit, Quantized4bit
 
 
-def freeze_streamed(model, weights, dtype, device, folder):
+def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
     """Freeze a `Transformer`, let a `Stream` bring its layers' weights, and return it.
 
-    weights: {name: function that reads the tensor}, of a 4-bit folder, from `choose_weights`
+    weights, in_4_bits: from `choose_weights`
     """
+    if not in_4_bits:
+        do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
+        raise InputError(f"{folder} is not in 4 bits, and --stream reads nothing else: {do}.")
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--stream is for a CPU or an NVIDIA GPU, and not for {device.type}.")
-    comes = lambda name: name.startswith("layers.") and name.endswith("_proj.weight")
+    comes = set()  # names of the weights that are streamed
 
     def read(name):
         tensor = weights[name]()
-        if not comes(name):
-            return tensor
-        if not isinstance(tensor, Quantized4bit):
-            do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
-            raise InputError(f"--stream reads 4 bits, and {folder} has {name} in more: {do}.")
-        return check_values(tensor, dtype, f"{folder}: {name}")
+        if name.startswith("layers.") and isinstance(tensor, Quantized4bit):
+            comes.add(name)
+            check_values(tensor, dtype, f"{folder}: {name}")
+        return tensor
 
     def place(name):  # "meta": a tensor with a shape and no memory
         on_host = name == "embed_tokens.weight" and not model.config.tied
-        return "meta" if comes(name) else "cpu" if on_host else device
+        return "meta" if name in comes else "cpu" if on_host else device
 
     model.freeze("none", dtype, place, read, f"{folder}: ")
     Stream(model, weights, device).begin(folder)
@@ -65,23 +66,23 @@ class Stream:
     def __init__(self, base, sources, device):
         self.device, self.thread = device, ThreadPoolExecutor(1)
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.layers = []  # of each, its linear layers
+        self.layers = []  # of each, its linear layers by name
+        self.nbytes, shapes = 0, {}  # what a pass reads; a weight of each name
         for i, layer in enumerate(base.layers):
-            named = [(n, m) for n, m in layer.named_modules() if isinstance(m, Linear4bit)]
-            for name, linear in named:
+            linears = {n: m for n, m in layer.named_modules() if isinstance(m, Linear4bit)}
+            for name, linear in linears.items():
                 linear.source = sources[f"layers.{i}.{name}.weight"]
-            self.layers.append([linear for _, linear in named])
+                self.nbytes += linear.weight.nbytes
+                if shapes.setdefault(name, linear.weight).nbytes != linear.weight.nbytes:
+                    raise InputError("--stream: not all layers are quantized alike.")
+            self.layers.append(linears)
             layer.register_forward_pre_hook(lambda layer, args, i=i: self.enter(i))
-        first = [linear.weight for linear in self.layers[0]]
-        sizes = [[linear.weight.nbytes for linear in linears] for linears in self.layers]
-        if not first or any(row != sizes[0] for row in sizes):
-            raise InputError("--stream is for a base whose layers are all in the same 4 bits.")
-        self.nbytes = sum(map(sum, sizes))  # that a pass reads
-        make = lambda: [copy.deepcopy(weight).to_empty(device=device) for weight in first]
-        self.slots = [make(), make()]
-        for weight in chain(*self.slots) if self.copies else ():
-            for buffer in weight.buffers():  # once freed, it is not reused before the last copy
-                buffer.record_stream(self.copies)
+        empty = lambda weight: copy.deepcopy(weight).to_empty(device=device)
+        self.slots = [{name: empty(weight) for name, weight in shapes.items()} for _ in range(2)]
+        for slot in self.slots:
+            for buffer in chain(*(weight.buffers() for weight in slot.values())):
+                if self.copies:  # once freed, it is not reused before the last copy
+                    buffer.record_stream(self.copies)
         for linears in self.layers:
             put(self.slots[0], linears)
         base.embed_tokens.register_forward_pre_hook(lambda own, ids: ids[0].to(own.weight.device))
@@ -116,11 +117,10 @@ class Stream:
         with torch.cuda.stream(self.copies):  # None, on a CPU, is no stream
             if done:
                 self.copies.wait_event(done)
-            for linear, weight in zip(self.layers[i], slot):
-                found = dict(linear.source().named_buffers())
-                for name, buffer in weight.named_buffers():
-                    # A memory map may go when the call returns; pinned memory stays.
-                    buffer.copy_(found[name], non_blocking=found[name].is_pinned())
+            for name, linear in self.layers[i].items():
+                # A memory map may go when `copy_` returns; pinned memory stays.
+                for here, there in zip(slot[name].buffers(), linear.source().buffers()):
+                    here.copy_(there, non_blocking=there.is_pinned())
             return self.copies and self.copies.record_event()
 
     def begin(self, folder):
@@ -131,7 +131,7 @@ class Stream:
         where, size = folder, self.nbytes * distributed.size()
         if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             where = "pinned memory"  # which is had in powers of two: hence 0.6
-            for linear in chain(*self.layers):
+            for linear in chain(*(linears.values() for linears in self.layers)):
                 pinned = linear.source()._apply(torch.Tensor.pin_memory)
                 linear.source = lambda pinned=pinned: pinned
         drawn, start = random.Random().choices(range(len(self.layers)), k=2), time.perf_counter()
@@ -144,5 +144,5 @@ class Stream:
 
 
 def put(slot, linears):
-    for linear, weight in zip(linears, slot):
-        linear.weight = weight
+    for name, linear in linears.items():
+        linear.weight = slot[name]
