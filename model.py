@@ -28,6 +28,7 @@ from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling
 from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
+from data.stream import freeze_streamed
 from data.tokenizer import copy_tokenizer
 from quant import InputError, Linear4bit, Quantized, parse_int, quantize
 
@@ -240,7 +241,8 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self):
-        return next(chain(self.buffers(), self.parameters())).device
+        layers = getattr(self, "base", self).layers  # an embedding may stay on the host
+        return next(chain(layers.buffers(), layers.parameters())).device
 
     def loss(self, idx, targets, hidden=None):
         """Mean loss of idx and targets (B, T): only the tokens that have a target reach the head.
@@ -418,14 +420,14 @@ class Transformer(LanguageModel):
 # From a folder to a model
 
 
-def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
+def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False):
     """Load a LLaMA or OPT folder, quantizing tensor by tensor, and freeze it.
 
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
     device: one for all, or a function of a tensor's name (data/placement.py)
     Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized
-    is taken as it is, straight from the memory map.
+    is taken as it is, straight from the memory map; stream: its layers stay there (data/stream.py).
     """
     config = read_config(folder)
     tensors = hub.open_files(folder, config)
@@ -433,8 +435,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
-    if in_4_bits:  # nothing is left to quantize
-        quant = "none"
+    if stream:
+        return freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
+    quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
 

@@ -79,6 +79,7 @@ class TrainConfig(SideConfig):
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
+    stream: bool = of_side(False, "the 4-bit layers of --base stay on disk or in the host's memory")
     dtype: str = setting("auto", "fp32, bf16, fp16 to compute in; auto: bf16 on NVIDIA, else fp32")
     sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
     max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
@@ -145,6 +146,8 @@ def resolve(cfg):
          "weights in 16 bits cannot learn in --dtype fp16: give bf16 or fp32"),
         (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
          "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
+        (cfg.stream and (cfg.task == "tiny" or not cfg.base or cfg.devices or cfg.compile),
+         "--stream needs a --base, and is neither for --devices nor for --compile"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
         (cfg.samples_interval and task not in ("tiny", "instruct"),
@@ -432,10 +435,13 @@ def main(cfg):
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-        load = partial(from_pretrained, folder, cfg.quant, dtype)
+
+        def load(place):
+            streamed = cfg.stream and place is device
+            return from_pretrained(folder, cfg.quant, dtype, place, streamed)
+
         if cfg.cache_hidden:
-            cache = HiddenCache(cfg, folder, config, dtype, task)
-            base = cache.attach(load(cache.place(device)), lambda: load(device))
+            base = HiddenCache(cfg, folder, config, dtype, task).attach(load, device)
         else:
             base = load(device)
         if cfg.devices:

@@ -6,7 +6,7 @@ every later run with another side network, reads them, and the base's layers are
 
 They are asked as ever: `attach` puts a `HiddenCache` before their `forward`. An example is known by
 its ids, whatever batch it is in. The file states.bin has of each, one after the other,
-    the states of layers 1 to N (each --every-th), each (tokens, C) in 16, 8 or 4 bits (`pack_hidden`), or of a
+    the states of layers 1 to N, or of each --every-th, (tokens, C) in 16, 8 or 4 bits; or of a
         pooling downsampler (tokens, C / reduction), what it makes of them, in 16 bits
     the last state, (targets, C) in 16 bits
 and sums.bin a checksum of each example; a missing or damaged one is computed again.
@@ -52,7 +52,7 @@ class HiddenCache:
     """The cache of what the base in a folder says of a task's examples, in --cache_hidden."""
 
     def __init__(self, cfg, folder, config, dtype, task):
-        self.folder, self.config, self.base = Path(cfg.cache_hidden), config, None
+        self.folder, self.config = Path(cfg.cache_hidden), config
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         make_writable_folder(self.folder, "--cache_hidden")
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
@@ -114,13 +114,14 @@ class HiddenCache:
         parts = self.parts(tokens * self.width)
         return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
 
-    def place(self, device):
-        """Where `from_pretrained` is to put what is not cached: without layers, if all is."""
-        return lambda name: "meta" if self.absent and name.startswith("layers.") else device
+    def attach(self, load, device):
+        """Load the base, without its layers if they are not needed, and stand before its functions.
 
-    def attach(self, base, load):
-        """Stand before a base's functions, and return it. load: loads it with its layers"""
-        self.base, self.load = base, load
+        load: function of a device, or of one that gives each tensor's, that loads the base
+        """
+        self.load = lambda: load(device)
+        no_layers = lambda name: "meta" if name.startswith("layers.") else device
+        self.base = base = load(no_layers if self.absent else device)
         if not self.absent:
             self.about["fingerprint"] = fingerprint(base)
             write_json(self.folder / "cache.json", self.about)
@@ -178,7 +179,7 @@ class HiddenCache:
             else:
                 self.write(start, [row[entry.targets].to(self.half)])
                 self.sums[entry.number] = self.sum(entry)
-        if not self.reading and self.sums.all():
+        if not self.reading and self.sums.all() and not hasattr(self.base, "stream"):
             self.base.layers.to("meta")
             self.absent = True
         return h

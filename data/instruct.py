@@ -233,8 +233,8 @@ def load(cfg, tokenizer, template):
     """Read a file of instructions: `Task`, which shows three answers and has no metric."""
 
     def score(model, held_out):
-        """Three answers, for people to read; nobody reads them of a sweep."""
-        shown = held_out[:3] if run_of_sweep() is None else []
+        """Three answers, to read; none of a sweep, nor of a base that a token reads whole."""
+        shown = held_out[:3] if run_of_sweep() is None and not cfg.stream else []
         return {"samples": samples(model, tokenizer, template, shown)}
 
     return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)

@@ -28,8 +28,11 @@ LEARNS = dict.fromkeys(
 }  # fmt: skip
 
 
-def check_quant(method, quant):
+def check_quant(method, quant, streamed=False):
     """Refuse a base that is not stored as the method needs it."""
+    if streamed and method not in SIDE_METHODS:
+        why = "whose backward reads no weight of the base"
+        raise InputError(f"--stream is for qst and lst, {why}; that of --method {method} does.")
     if quant.partition("-")[0] not in METHODS[method]:
         kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")

@@ -94,7 +94,7 @@ def read_state(path):
 
 
 MAY_DIFFER = (
-    "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval",
+    "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
     "samples_interval",
 )  # fmt: skip
 

@@ -11,17 +11,12 @@ is the kernel that a GPU has (`attention_of`), and every storage is added up fro
 makes it until it is freed (`Live`).
 """
 
-import contextlib
 import sys
-import weakref
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
+from live import Live, attention_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -32,12 +27,13 @@ from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, parse_settings, pick_dtype, run, setting  # noqa: E402
+from data.stream import Stream  # noqa: E402
 from data.sweep import settings_of_runs  # noqa: E402
 from model import (  # noqa: E402
     PRESETS, ModelConfig, Transformer, count_weights, model_bytes, read_config,
 )  # fmt: skip
 from qst import tune  # noqa: E402
-from quant import InputError, unpack_buffers  # noqa: E402
+from quant import InputError, Quantized4bit, unpack_buffers  # noqa: E402
 from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
 
 
@@ -48,77 +44,8 @@ class AccountConfig(TrainConfig):
     method: str = setting(None, "only this method; default: all of them", tuple(METHODS))
     preset: str = setting("", f"the model's shape, in place of --base: {', '.join(PRESETS)}")
     savings: bool = setting(False, "what each saving saves, one after the other", of=SIDE_METHODS)
-
-
-aten = torch.ops.aten
-
-
-@contextlib.contextmanager
-def attention_of(device):
-    """Let attention on meta tensors be what it is on a device, "cuda" or "cpu", or "meta" itself.
-
-    By itself the meta device takes the plain formula, and keeps the (T, T) matrices for backward.
-    A fused kernel keeps queries, keys, values, output and one fp32 number a query, and it has a
-    meta implementation that can be called by its name. Which one is used follows torch's own rules:
-    flash attention where keys and values are equally wide (on CUDA in 16 bits only, and padded to a
-    multiple of 8); otherwise on CUDA the memory-efficient one, unless queries share their keys; and
-    what is left is the plain formula, on the real device too.
-    """
-    plain = F.scaled_dot_product_attention
-
-    def attention(q, k, v, is_causal, **other):
-        D, causal, same = v.shape[-1], is_causal, q.shape[-1] == v.shape[-1]
-        if same and device == "cpu":
-            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=causal)[0]
-        if same and device == "cuda" and q.dtype != torch.float32:
-            q, k, v = (F.pad(x, (0, -D % 8)) if D % 8 else x for x in (q, k, v))
-            return aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal)[0][..., :D]
-        if device == "cuda" and q.shape[1] == k.shape[1] and D * q.dtype.itemsize % 16 == 0:
-            return aten._scaled_dot_product_efficient_attention(
-                q, k, v, None, q.requires_grad or v.requires_grad, is_causal=causal
-            )[0]
-        return plain(q, k, v, is_causal=causal, **other)
-
-    # Replaced, and not caught by a TorchFunctionMode: backward computes checkpointed layers again
-    # where no such mode is on.
-    F.scaled_dot_product_attention = attention
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = plain
-
-
-FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention as if not causal
-    aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
-}
-
-
-class Live(TorchDispatchMode):
-    """Add up the storages that operators make, each until it is freed (`peak` is the most), and
-    the floating-point operations."""
-
-    now = peak = flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if formula := FLOPS.get(func.overloadpacket):
-            self.flops += formula(*args, **kwargs, out_val=out)
-        storages = lambda *trees: {
-            t.untyped_storage()._cdata: t.untyped_storage()
-            for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
-        }  # fmt: skip
-        given = storages(args, kwargs)  # views, and what is written in place, are nothing new
-        for key, storage in storages(out).items():
-            if key not in given:
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return out
-
-    def add(self, nbytes):
-        self.now += nbytes
-        self.peak = max(self.peak, self.now)
+    gb_per_s: float = setting(25.0, "of --stream: from the host's memory, or disk", above=0)
+    tflops: float = setting(150.0, "of --stream: what the GPU computes, 10^12 a second", above=0)
 
 
 def memory_report(cfg, config=None, live=None):
@@ -136,6 +63,8 @@ def memory_report(cfg, config=None, live=None):
         transient     the step's peak above the four others: logits, a layer's intermediates, the
                       unpacked weight, and what is recomputed
         total         the sum, and so the peak
+        streamed      with --stream, the weights that a batch reads; two layers' are on the device
+        unaccumulated with --stream, the peak of a step that makes its gradients, as activations go
     Not in it: the workspaces of kernels, the allocator's fragmentation, CUDA's own half gigabyte.
     """
     config, cfg = config or config_of(cfg), settings_of_step(cfg)
@@ -143,16 +72,17 @@ def memory_report(cfg, config=None, live=None):
     dtype = pick_dtype(cfg.dtype, torch.device(device))
     model = untrained(cfg, config, dtype, "meta")
     parameters = [p for p in model.parameters() if p.requires_grad]
+    first = Live()
+    if cfg.stream:
+        one_step(model, cfg, device, first)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     gradients = sum(p.grad.nbytes for p in parameters)
-    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
-    unpack_buffers.clear()  # so that this step makes one, and it is counted
-    with attention_of(device), live or Live() as live:
-        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
-        loss.backward()
-    unpack_buffers.clear()
+    live = live or Live()
+    activations, forward = one_step(model, cfg, device, live)
     weights, optimizer = model_bytes(model), optimizer_bytes(make_optimizer(model, cfg))
+    if cfg.stream and not config.tied:
+        weights -= model.base.embed_tokens.weight.nbytes  # it is on the host
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
         learning_bytes=model_bytes(model.side),
@@ -160,8 +90,25 @@ def memory_report(cfg, config=None, live=None):
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
         trainable_parameters=sum(p.numel() for p in parameters),
-        flops_per_token=round(live.flops / targets.numel()),
+        flops_per_token=round(live.flops / cfg.batch_size / cfg.sequence_len),
+        forward_flops_per_token=round(forward / cfg.batch_size / cfg.sequence_len),
+        streamed_bytes=model.base.stream.nbytes if cfg.stream else 0,
+        unaccumulated_bytes=weights + optimizer + first.peak if cfg.stream else 0,
     )  # fmt: skip
+
+
+def one_step(model, cfg, device, live):
+    """Forward and backward on meta tensors: `activation_bytes`, and the FLOP of forward.
+
+    live: a `Live`, which counts the rest
+    """
+    targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    unpack_buffers.clear()  # so that this step makes one, and it is counted
+    with attention_of(device), live:
+        loss, activations = loss_and_kept(model, targets.to("meta"), targets)
+        forward = live.flops
+        loss.backward()
+    return activations, forward
 
 
 def settings_of_step(cfg):
@@ -175,8 +122,17 @@ def settings_of_step(cfg):
 def untrained(cfg, config, dtype, device):
     """A model with random weights: the base, frozen, and what --method trains."""
     with torch.device(device):
-        base = Transformer(config)
-    return prepare(tune(base.freeze(cfg.quant, dtype, device), side_config(cfg)), cfg)
+        base = Transformer(config).freeze(cfg.quant, dtype, device)
+    if cfg.stream:
+        stream_from_memory(base, device)
+    return prepare(tune(base, side_config(cfg)), cfg)
+
+
+def stream_from_memory(base, device):
+    """Let the weights of a base's layers be streamed from where they are."""
+    weights = {n: m for n, m in base.named_modules() if isinstance(m, Quantized4bit)}
+    sources = {name: lambda weight=weight: weight for name, weight in weights.items()}
+    Stream(base, sources, torch.device(device))
 
 
 def config_of(cfg):
@@ -253,6 +209,20 @@ def together(reports):
     return total
 
 
+def transfer(report, cfg):
+    """What streaming costs: a sentence. While layer i computes forward, the next one comes."""
+    moved, flops = report["streamed_bytes"], report["forward_flops_per_token"]
+    reads, speed = moved / cfg.gb_per_s / 1e9, cfg.tflops * 1e12
+    computes = flops * cfg.batch_size * cfg.sequence_len / speed
+    return (
+        f"  A batch reads {moved / 1e9:.2f} GB: {reads:.2f} s at {cfg.gb_per_s:g} GB/s; forward "
+        f"computes {computes:.2f} s at {cfg.tflops:g} TFLOP/s.\n"
+        f"  Streaming is free from {reads * speed / flops:,.0f} tokens (batch x length) on. Where "
+        f"gradients do not accumulate,\n  they come as activations go: a total of "
+        f"{report['unaccumulated_bytes'] / 1e9:.2f} GB."
+    )
+
+
 def main(cfg):
     """Print the account of a step, and leave it in out_dir: plan.json, a list of reports, and a
     picture.
@@ -260,6 +230,7 @@ def main(cfg):
     cfg: an `AccountConfig`
     """
     config, out_dir, (cfg, name) = config_of(cfg), Path(cfg.out_dir or "out"), about(cfg)
+    cfg = replace(cfg, method=cfg.method or "qst") if cfg.stream else cfg
     step = settings_of_step(replace(cfg, method=cfg.method or "qst"))
     unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
     tokens = f"{step.batch_size} x {step.sequence_len} tokens"
@@ -277,7 +248,8 @@ def main(cfg):
         cells = "".join(f"{number:12.2f}" for number in numbers.values())
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 10**power:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
-        print(*[head] * (not reports), f"{label:20} {cells[1:]}{fits}", sep="\n", flush=True)
+        lines = [head] * (not reports) + [f"{label:20} {cells[1:]}{fits}"]
+        print(*lines, *[transfer(row, step)] * cfg.stream, sep="\n", flush=True)
         reports.append(row)
         bars[label] = {part: numbers[part] for part in COLUMNS[:-1]}
 

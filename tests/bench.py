@@ -20,6 +20,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "tokens": ("speed", "", "speed of generating from a 4-bit and from an fp32 base"),
     "gpu": ("gpu", "[--help] ...", "all of it on one GPU: kernels, tokens, steps, memory"),
     "account": ("memory", "", "the memory account beside the peak memory of real steps"),
+    "stream": ("streaming", "[LAYERS [STEPS]]", "a model four times a hard limit on memory"),
     "lean": ("memory", "FOLDER", "what each saving of account.py --savings saves in real steps"),
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),
     "methods": ("methods", "", "a step of each method, beside transformers, peft, bitsandbytes"),

@@ -38,7 +38,7 @@ def curves(out_dir):
     [(dict(h_f_bits=16), 2e-3), (dict(h_f_bits=8), 5e-3), (dict(h_f_bits=4), 0.1),
      (dict(downsample="avgpool"), 2e-3), (dict(downsample="maxpool", task="text"), 2e-3),
      (dict(standardize=True, gate="sum", downsample="linear", h_f_bits=16), 1e-2),
-     (dict(every=3, read_embedding=False, h_f_bits=16), 2e-3)],
+     (dict(every=3, read_embedding=False, h_f_bits=16), 2e-2)],
     ids=["16", "8", "4", "avgpool", "maxpool, text", "fast", "every"],
 )  # fmt: skip
 def test_as_with_the_base(settings, atol, dtype, cfg, asked, tmp_path):  # noqa: F811
