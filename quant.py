@@ -453,7 +453,7 @@ class Linear4bit(nn.Module):
             y = _FrozenLinear.apply(x, scales, self.weight, bias)
         else:
             y = self.weight.product(x, bias)
-        return y if self.branch is None else y + self.branch(x)
+        return y if self.branch is None else self.branch(x).add_(y)
 
     def extra_repr(self):
         return f"{self.in_features} -> {self.out_features}, {self.weight.kind}"
