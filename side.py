@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data.hidden import PackedInputFunction
-from data.methods import METHODS, of_4_bits, of_side
+from data.methods import METHODS, of_4_bits, of_side, step_length
 from data.repair import hand_over
 from data.settings import check, setting
 from data.variants import LST, PAPER, RELEASED
@@ -110,15 +110,6 @@ def make_downsample(config, n_in, n_out):
 
 # --------------------------------------------------------------------------------------
 # The side network
-
-
-def step_length(every, N):
-    """How many of a base's N layers there are to a step: --every, or for 0 as many as leave six."""
-    fitting = [k for k in range(1, N + 1) if N % k == 0]
-    every = every or max(k for k in fitting if k == 1 or N // k >= 6)
-    if every not in fitting:
-        raise InputError(f"--every {every} does not divide {N} layers: choose one of {fitting}.")
-    return every
 
 
 def side_model_config(config, reduction):

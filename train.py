@@ -11,8 +11,6 @@ held-out examples), last/ (the same of the last iteration), log.csv, loss.svg an
 """
 
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -21,8 +19,9 @@ from pathlib import Path
 import torch
 
 from data import (
-    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, quiet, repair, sweep, text, tiny, to_device,
+    chat, check_length, collate, contradictions, count_tokens, distributed, glue, instruct,
+    iteration_batches, mean_loss, mmlu, placement, prefetch, quiet, repair, sweep, text, tiny,
+    to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hidden_cache import HiddenCache
@@ -103,7 +102,8 @@ class TrainConfig(SideConfig):
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
     seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
-    data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0)
+    data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0,
+        below=2**63)  # fmt: skip
     cache_hidden: str = setting("", "a folder for what the base says of the examples: later epochs "
         "and runs go without it")  # fmt: skip
     cache_limit_gb: float = setting(50.0, "what --cache_hidden may take of the disk", above=0)
@@ -135,37 +135,8 @@ def resolve(cfg):
     variant = VARIANTS[cfg.variant] | RUNS.get(cfg.variant, {})
     cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
     task = cfg.task or ("instruct" if cfg.base else "tiny")
-    on_glue, cores = task in glue.FORMS, os.cpu_count() or 1
-    no_classifier = cfg.eval_only and not cfg.side
-    refuse_if(
-        (cfg.base and not cfg.data, "--base needs --data: see --task"),
-        (cfg.data and not cfg.base, "--data needs --base: the folder of a LLaMA or OPT model"),
-        (bool(cfg.base) == (task == "tiny"),
-         f"--task {task} is not for this: all but tiny need --base, and tiny has its own"),
-        (cfg.dtype == "fp16" and cfg.method == "full",
-         "weights in 16 bits cannot learn in --dtype fp16: give bf16 or fp32"),
-        (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
-         "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
-        (cfg.stream and (cfg.task == "tiny" or not cfg.base or cfg.devices or cfg.compile),
-         "--stream needs a --base, and is neither for --devices nor for --compile"),
-        (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
-        (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
-        (cfg.samples_interval and task not in ("tiny", "instruct"),
-         f"--samples_interval is of --task tiny and instruct, and not of {task}"),
-        (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
-        (cfg.method == "lst" and cfg.mix not in (None, "side"),
-         "--method lst predicts from the side network alone: leave out --mix, --variant"),
-        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
-         "--compile needs a C++ compiler, and there is none here"),
-        (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.samples_interval
-                        or cfg.method not in SIDE_METHODS),
-         "--sweep is not for --eval_only, --compile, --samples_interval and other methods"),
-        (cfg.cache_hidden and (cfg.eval_only or cfg.devices or cfg.repair
-                               or cfg.method not in SIDE_METHODS),
-         "--cache_hidden is for training side networks, without --devices and --repair"),
-        (cfg.head == "classifier" and no_classifier,
-         "--head classifier: the base has none; give --head lm, or --side"),
-    )  # fmt: skip
+    contradictions.refuse(cfg, task)
+    on_glue = task in glue.FORMS
     column = 2 if task == "tiny" else 1 if on_glue else 0
     defaults = {name: row[column] for name, row in DEFAULTS.items()}
     if cfg.method == "lst":
@@ -441,7 +412,8 @@ def main(cfg):
             return from_pretrained(folder, cfg.quant, dtype, place, streamed)
 
         if cfg.cache_hidden:
-            base = HiddenCache(cfg, folder, config, dtype, task).attach(load, device)
+            cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
+            base = cache.attach(load, device)
         else:
             base = load(device)
         if cfg.devices:

@@ -14,6 +14,7 @@ and sums.bin a checksum of each example; a missing or damaged one is computed ag
 
 import hashlib
 import math
+import re
 import shutil
 import zlib
 from functools import partial
@@ -22,13 +23,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE_INDEX
 from data.files import make_writable_folder, read_json, write_json
 from data.fingerprint import fingerprint
 from data.hidden import pack_hidden, unpack_hidden
-from quant import BLOCK_SIZE, InputError
+from data.methods import step_length
+from quant import BLOCK_SIZE, InputError, Linear4bit
 
 POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
@@ -49,18 +52,23 @@ class Entry(NamedTuple):
 
 
 class HiddenCache:
-    """The cache of what the base in a folder says of a task's examples, in --cache_hidden."""
+    """The cache of what the base in a folder says of a task's examples, in --cache_hidden.
 
-    def __init__(self, cfg, folder, config, dtype, task):
+    runs: settings of all the side networks that are to read it, of which cfg is one or their like
+    """
+
+    def __init__(self, cfg, runs, folder, config, dtype, task):
         self.folder, self.config = Path(cfg.cache_hidden), config
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         make_writable_folder(self.folder, "--cache_hidden")
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
-        pools = cfg.downsample in POOLS and not cfg.standardize
+        forms = {(run.downsample, run.reduction, run.standardize) for run in runs}
+        pools = len(forms) == 1 and cfg.downsample in POOLS and not cfg.standardize
+        every = math.gcd(*(step_length(run.every, config.n_layer) for run in runs))
         own = dict(
             base=signature(folder), quant=cfg.quant, dtype=str(dtype),
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
-            pool=[cfg.downsample, cfg.reduction] if pools else None, every=cfg.every,
+            pool=[cfg.downsample, cfg.reduction] if pools else None, every=every,
             bits=16 if pools else cfg.h_f_bits,
         )  # fmt: skip
         self.about = read_json(self.folder / "cache.json", optional=True) or own
@@ -81,7 +89,7 @@ class HiddenCache:
         self.check_room(start, cfg.cache_limit_gb)
         self.sums = self.map("sums.bin", np.uint32, len(examples))
         self.bytes = self.map("states.bin", np.uint8, start)
-        self.absent = bool(self.sums.all())  # whether the base's layers need not be loaded
+        self.absent = bool(self.sums.all())  # the base's matrices, which nobody needs
 
     def check_room(self, nbytes, limit):
         path = self.folder / "states.bin"
@@ -120,8 +128,9 @@ class HiddenCache:
         load: function of a device, or of one that gives each tensor's, that loads the base
         """
         self.load = lambda: load(device)
-        no_layers = lambda name: "meta" if name.startswith("layers.") else device
-        self.base = base = load(no_layers if self.absent else device)
+        large = re.compile(r"layers\..*proj\.weight")
+        without = lambda name: "meta" if large.fullmatch(name) else device
+        self.base = base = load(without if self.absent else device)
         if not self.absent:
             self.about["fingerprint"] = fingerprint(base)
             write_json(self.folder / "cache.json", self.about)
@@ -180,7 +189,9 @@ class HiddenCache:
                 self.write(start, [row[entry.targets].to(self.half)])
                 self.sums[entry.number] = self.sum(entry)
         if not self.reading and self.sums.all() and not hasattr(self.base, "stream"):
-            self.base.layers.to("meta")
+            for module in self.base.layers.modules():
+                if isinstance(module, (Linear4bit, nn.Linear)):
+                    module.to("meta")
             self.absent = True
         return h
 
