@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import subprocess
 import sys
 import textwrap
@@ -14,13 +15,13 @@ from benchmarks.streaming import ONE_ARENA
 from conftest import (
     FAMILIES, FIXTURES, ROOT, VARIANTS, each_family, shaken, small_base, small_config,
 )  # fmt: skip
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qst
 import train
-from data import Task, pad_left, tiny
+from data import choice_logits, tiny
 from data.hub import save_pretrained
-from data.stream import Stream
-from data.tokenizer import load_tokenizer
+from data.safetensors import read_safetensors, write_safetensors
 from model import Transformer, from_pretrained, model_bytes, quantize_folder
 from qst import QST
 from quant import InputError, Linear4bit, quantize_4bit
@@ -190,6 +191,23 @@ def test_on_a_gpu_copies_and_kernels_wait_for_each_other(base, idx, monkeypatch)
             assert computed[k - 2] < log.index(done)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_with_the_embedding_on_the_host(tied, idx):
+    """Every operator finds its inputs on one device, shown with two that need no GPU, and a batch
+    goes where the layers are; the embedding stays on the host, unless it is the head."""
+    config, meta = small_config(tied=tied), torch.device("meta")
+    place = lambda name: "cpu" if name == "embed_tokens.weight" and not tied else meta
+    base = Transformer(config).freeze("nf4", torch.float32, place)
+    stream_from_memory(base, meta)
+    model = QST(base, SideConfig(reduction=4, rank=2))
+    assert model.device == base.device == meta
+    assert base.embed_tokens.weight.device == torch.device("meta" if tied else "cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        idx = torch.ones(2, 9, dtype=torch.long, device=model.device)
+        model(idx, idx)[1].backward()
+    assert all(p.grad.device == meta for p in model.parameters())
+
+
 # --------------------------------------------------------------------------------------
 # From a folder
 
@@ -324,8 +342,6 @@ def test_evaluation(cfg, tmp_path):
 
 def test_choices(base):
     """Prompts with a common beginning, which a cache holds for all of them, are scored the same."""
-    from data import choice_logits
-
     prompts = [[3, 4, 5, 6], [3, 4, 7], [3, 4, 5, 9, 9]]
     with torch.no_grad():
         expected = choice_logits(base, prompts, batch_size=2)
@@ -411,6 +427,12 @@ def test_a_damaged_folder(packed):
         base(idx), base(idx)
     path.write_bytes(content[:-7])
     with pytest.raises(InputError, match="is damaged"):
+        from_pretrained(packed, "nf4", torch.float32, stream=True)
+    path.write_bytes(content)
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    tensors["model.layers.1.mlp.up_proj.weight.nested_absmax"].fill_(math.nan)
+    write_safetensors(path, tensors)
+    with pytest.raises(InputError, match="layers.1.mlp.up_proj.weight has NaN"):
         from_pretrained(packed, "nf4", torch.float32, stream=True)
 
 
