@@ -11,10 +11,10 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -119,18 +119,30 @@ def pretraining_examples(tokenizer):
     return examples
 
 
-def in_child(function, *args):
-    """Call a function in a process of its own: what it takes is not in this one's peak memory."""
-    threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as child:
-        return child.submit(function, *args).result()
+def make_in_child(folder, train, save):
+    """`make_base` in a process of its own: what it takes is not in this one's peak memory.
+
+    Not by multiprocessing, which would run a reader's script once more, from its top.
+    """
+    root, calls = Path(__file__).resolve().parent.parent, []
+    for function in (train, save):
+        path = Path(function.__code__.co_filename).resolve().relative_to(root).with_suffix("")
+        calls.append(f"import_module({'.'.join(path.parts)!r}).{function.__name__}")
+    code = (
+        "from importlib import import_module; from pathlib import Path; from data import settings, "
+        f"tiny; settings.run(lambda: tiny.make_base(Path({str(folder)!r}), {', '.join(calls)}))"
+    )
+    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
+        raise InputError("The embedded default's base could not be made: see what is said above.")
+    return folder
 
 
-def base_folder(train, save, call=in_child):
+def base_folder(train, save, make=make_in_child):
     """Return the folder of the embedded default's base model; make it if it is not there yet.
 
     train: function of a tokenizer that returns the trained model; save: of the model and a folder
-    call: calls the function that makes it
+    make: of the folder and both, in this process or in another
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     for cache in caches():
@@ -138,7 +150,7 @@ def base_folder(train, save, call=in_child):
         if folder.is_dir():
             return folder
         if can_write(cache):
-            return call(make_base, folder, train, save)
+            return make(folder, train, save)
     raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
 
 

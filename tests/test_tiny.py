@@ -36,7 +36,7 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     """The base is a folder like any other; a run that fails leaves none."""
     monkeypatch.setattr(tiny, "CACHE", tmp_path)
     monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
-    here = lambda function, *args: function(*args)  # and not in a process without these patches
+    here = tiny.make_base  # and not in a process without these patches
     make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save, here)
 
     def interrupted(model, folder):
@@ -60,19 +60,26 @@ def test_the_sizes_that_are_written_down(tiny_model):
     assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
 
 
-def test_the_base_is_made_in_another_process(monkeypatch, tmp_path):
-    """So that a run's peak memory is its own, the first time too; it has as many threads, and what
-    it refuses is refused here."""
-    monkeypatch.setattr(tiny, "CACHE", tmp_path / "cache")
-    asked = []
-    call = lambda function, *args: asked.append((function, *args))
-    tiny.base_folder("train", "save", call)
-    assert [(function, *rest) for function, _, *rest in asked] == [(tiny.make_base, "train", "save")]
-    assert tiny.base_folder.__defaults__ == (tiny.in_child,)
-    assert tiny.in_child(os.getpid) != os.getpid()
-    assert tiny.in_child(torch.get_num_threads) == torch.get_num_threads()
-    with pytest.raises(InputError, match="QST_CACHE"):
-        tiny.in_child(tiny.make_base, Path("/proc/nowhere"), None, None)
+def made_here(tokenizer):
+    """Stands for a training, and says where it has run."""
+    return f"{os.getpid()}, {torch.get_num_threads()} threads"
+
+
+def save_name(model, folder):
+    (folder / "made").write_text(model)
+
+
+def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
+    """So that a run's peak memory is its own, the first time too; with as many threads. A reader's
+    script is not run again for it; and what goes wrong there is a sentence here."""
+    monkeypatch.setenv("QST_CACHE", str(tmp_path / "cache"))
+    folder = tiny.base_folder(made_here, save_name)
+    process, _, threads = (folder / "made").read_text().partition(", ")
+    assert int(process) != os.getpid() and threads == f"{torch.get_num_threads()} threads"
+    assert tiny.base_folder(None, None) == folder
+    with pytest.raises(InputError, match="could not be made: see what is said above"):
+        tiny.make_in_child(Path("/proc/nowhere"), made_here, save_name)
+    assert "error: /proc/nowhere" in capfd.readouterr().err
 
 
 def test_the_embedded_default_learns(tmp_path):
