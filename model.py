@@ -25,12 +25,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
+from data.integers import check_kind, quantize
+from data.report import model_bytes
 from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
 from data.stream import freeze_streamed
 from data.tokenizer import copy_tokenizer
-from quant import InputError, Linear4bit, Quantized, parse_int, quantize
+from quant import InputError, Linear4bit, Quantized
 
 
 @dataclass
@@ -387,10 +389,7 @@ class Transformer(LanguageModel):
         is; default: this model's weights. Only one module's tensors are in memory at a time.
         device: one, or a function of a tensor's name; where: the start of messages, as "folder: "
         """
-        if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
-            raise InputError(
-                f"--quant {quant} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
-            )
+        check_kind(quant)
         own = dict(self.named_parameters())
         read = read or (lambda name: own.pop(name).detach())
         place = device if callable(device) else lambda name: device
@@ -455,12 +454,6 @@ def quantize_folder(source, target, quant="nf4"):
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
     print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
-
-
-def model_bytes(module):
-    """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 def count_weights(config):

@@ -6,7 +6,8 @@ import torch
 
 from data.charts import histogram, line_chart
 from data.files import make_writable_folder
-from quant import BLOCK_SIZE, CODEBOOKS, nearest, quantize, quantize_4bit
+from data.integers import quantize
+from quant import BLOCK_SIZE, CODEBOOKS, nearest, quantize_4bit
 
 BLOCK_SIZES = [2**i for i in range(4, 13)]  # 16 to 4096
 

@@ -55,6 +55,12 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def model_bytes(module):
+    """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({id(t): t.nbytes for t in tensors}.values())
+
+
 def activation_bytes(model, idx, targets):
     """Bytes that a forward pass keeps for the backward pass, each storage counted once.
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import quant
 from conftest import small_base
 from data.hub import save_pretrained
+from data.integers import quantize
 from model import from_pretrained
 from qst import QST
 from side import SideConfig
@@ -116,7 +117,7 @@ def test_quantized_on_the_gpu():
     """Quantizing there stores the bytes that quantizing on the CPU does."""
     weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
     for kind in (*CODEBOOKS, "int4", "int3-50"):
-        here, there = quant.quantize(weight, kind), quant.quantize(weight.to(DEVICE), kind)
+        here, there = quantize(weight, kind), quantize(weight.to(DEVICE), kind)
         for one, two in zip(here.buffers(), there.buffers()):
             assert torch.equal(one, two.cpu())
 

@@ -34,7 +34,7 @@ def test_a_run(cfg, tmp_path):
     other; it shows no answers, which would take a pass a token."""
     runs = {}
     for name, parts in dict(whole=[False], streamed=[True], mixed=[True, False]).items():
-        folder = cfg["out_dir"] = str(tmp_path / name)
+        cfg["out_dir"] = str(tmp_path / name)
         for k, stream in enumerate(parts):
             iterations = 4 if k == len(parts) - 1 else 2
             now = cfg | dict(stream=stream, resume=k > 0, max_iters=iterations)
@@ -46,7 +46,7 @@ def test_a_run(cfg, tmp_path):
 
 
 def test_evaluation(cfg, tmp_path):
-    """--eval_only, of the base and of a side network, and MMLU's kind of prompts: one pass a batch."""
+    """--eval_only, of the base and of a side network, and MMLU's prompts: one pass a batch."""
     train.main(TrainConfig(**cfg))
     for side in ({}, dict(side=cfg["out_dir"], reduction=None)):
         settings = cfg | dict(eval_only=True, out_dir=str(tmp_path / "eval")) | side
@@ -110,7 +110,7 @@ def test_16_bits_are_refused(tiny_model, tmp_path):
 
 def test_in_base_methods_are_refused(base):
     stream_from_memory(base, "cpu")
-    with pytest.raises(InputError, match="whose backward reads no weight of the base; that of --me"):
+    with pytest.raises(InputError, match="whose backward reads no weight of the base; that of"):
         qst.tune(base, SideConfig(method="qlora"))
 
 
