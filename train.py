@@ -314,7 +314,8 @@ def fit(model, optimizer, task, cfg, result):
             tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
-            known = log.stepped(loss, taken, tokens, wait=due or shows)  # False: a GPU is at it
+            cached = getattr(model.base, "is_read", False)  # from --cache_hidden
+            known = log.stepped(loss, taken, tokens, due or shows, cached)  # False: a GPU is at it
             if due:
                 evaluate()
             if shows:

@@ -154,6 +154,7 @@ class HiddenCache:
         ids = [key(row) for row in idx.cpu().numpy()]
         self.rows = [self.entries[one] for one in ids] if self.entries.keys() >= set(ids) else None
         self.reading = self.rows is not None and all(map(self.whole, self.rows))
+        self.base.is_read = self.reading
         return forward(idx, positions)
 
     def layer(self, i, x, mask=None, rope=None, cache=None):

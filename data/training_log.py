@@ -47,6 +47,7 @@ class TrainingLog:
         "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
         "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
         "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
+        "cached_iterations": COUNT, "cached_tokens": COUNT, "cached_seconds": REAL,
         "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
     }  # fmt: skip
 
@@ -56,6 +57,8 @@ class TrainingLog:
         self.best_loss = self.held_out_loss = self.loss_before = math.inf
         self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
         self.tokens, self.seconds, self.step_ms = 0, 0.0, []
+        # The same of iterations that were read from --cache_hidden.
+        self.cached_iterations, self.cached_tokens, self.cached_seconds = 0, 0, 0.0
         self.rows, self.curves = [], {name: [] for name in NAMES}
         self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
 
@@ -97,13 +100,17 @@ class TrainingLog:
                 self.start = time.perf_counter()
             yield iteration
 
-    def stepped(self, loss, taken, tokens, wait):
+    def stepped(self, loss, taken, tokens, wait, cached=False):
         """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
 
         wait: whether this must be one of them; on a CPU each is. Returns whether it was.
+        cached: whether the base's hidden states were read from --cache_hidden
         """
         self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
         self.unread.append((loss, taken))
+        if cached:
+            self.cached_iterations += 1
+            self.cached_tokens += tokens
         self.due = wait or self.iteration % self.cfg.log_interval == 0
         if not self.due and self.device.type != "cpu":
             return False
@@ -113,6 +120,7 @@ class TrainingLog:
             self.skipped += self.failures > 0
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
+        self.cached_seconds += seconds * cached
         self.step_ms.append(1000 * seconds / len(self.unread))
         self.unread = []
         return True
@@ -165,8 +173,12 @@ class TrainingLog:
             self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
-        """The mean rate of all steps, and the median time of one."""
+        """The mean rate of all steps, and of those from a cache; and the median time of one."""
+        cached = dict(
+            cached_iterations=self.cached_iterations,
+            tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),
+        )
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return dict(
+        return cached | dict(
             tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
         )

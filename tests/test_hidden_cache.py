@@ -55,11 +55,13 @@ def test_as_with_the_base(settings, atol, dtype, cfg, asked, tmp_path):  # noqa:
         result = train.main(TrainConfig(**cfg | cached | dict(out_dir=str(tmp_path / name))))
         found.append(curves(tmp_path / name))
         counts.append(len(asked))
+        read = result["cached_iterations"], result["tokens_per_second_cached"]
+        assert read == (0, 0) if name == "alone" else 24 >= read[0] > 12 and read[1] > 0
         assert result["loss_after"] < result["loss_before"]
     slack = 2e-2 if dtype == "bf16" else 0
     for curve in found[1:]:
         np.testing.assert_allclose(curve, found[0], atol=atol + slack, rtol=0)
-    assert counts[2] == 0 < counts[1] < counts[0] / 2
+    assert counts[2] == 0 < counts[1] < counts[0] / 2 and read[0] == 24
 
 
 def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
