@@ -217,7 +217,7 @@ def test_a_folder_is_streamed(kind, family, idx, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["bnb_llama", "bnb_opt"])
 def test_a_folder_of_bitsandbytes(name, idx):
-    """What bitsandbytes has written; of OPT's layers one has a matrix in 16 bits, which stays."""
+    """What bitsandbytes has written; of OPT's layers one matrix is in 16 bits, and stays."""
     kind = json.loads((FIXTURES / name / "config.json").read_text())["quantization_config"]
     kind = kind["bnb_4bit_quant_type"]
     whole, streamed = (

@@ -47,7 +47,7 @@ def test_a_run(cfg, tmp_path):
 
 
 def test_evaluation(cfg, tmp_path):
-    """--eval_only has the same loss, of the base and of a side network."""
+    """--eval_only, of the base and of a side network, and MMLU's prompts: one pass a batch."""
     train.main(TrainConfig(**cfg))
     for side in ({}, dict(side=cfg["out_dir"], reduction=None)):
         settings = cfg | dict(eval_only=True, out_dir=str(tmp_path / "eval")) | side
@@ -119,7 +119,7 @@ def test_no_more_memory():
 
 def test_in_base_methods_are_refused(base):
     stream_from_memory(base, "cpu")
-    with pytest.raises(InputError, match="whose backward reads no weight of the base; that"):
+    with pytest.raises(InputError, match="whose backward reads no weight of the base; that of"):
         qst.tune(base, SideConfig(method="qlora"))
 
 

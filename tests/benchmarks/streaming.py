@@ -37,7 +37,8 @@ def stream(layers=LARGE.n_layer, steps=2):
         limit = nbytes // 4
         print_table(
             f"{nbytes / 1e9:.2f} GB of 4-bit weights, RLIMIT_AS {limit / 1e9:.2f} GB", "limit",
-            "at the start, MB", "peak growth, MB", "account, MB", "s of each step", "losses",
+            "resident at the start, MB", "peak growth, MB", "account, MB", "s of each step",
+            "losses",
         )  # fmt: skip
         for name, most in (("with", limit), ("without", None)):
             start, grown, seconds, losses = alone(limited, folder, most, steps, **ONE_ARENA)
