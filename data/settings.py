@@ -107,6 +107,11 @@ def run(main):
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: The GPU has no more memory: give a shorter text, or --quant nf4.")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # a CPU has no exception of its own for it
+            raise
+        advice = "lower --batch_size, or leave the layers of a 4-bit folder on disk (--stream)"
+        sys.exit(f"error: The machine has no more memory: {advice}.")
     except KeyboardInterrupt:
         sys.exit("interrupted")
 

@@ -6,7 +6,7 @@ import re
 
 import bench
 import pytest
-from benchmarks import learning, memory, methods, paper, speed, step
+from benchmarks import learning, memory, methods, paper, speed, step, streaming
 from benchmarks.common import write_model
 
 from model import PRESETS, ModelConfig
@@ -19,8 +19,10 @@ TINY = ModelConfig(32000, n_layer=2, n_head=2, n_embd=64, n_ffn=128)
 @pytest.fixture
 def tiny(monkeypatch):
     """Small models, in this process, where torch is loaded already."""
-    for module in (memory, methods, speed):
+    for module in (memory, methods, speed, streaming):
         monkeypatch.setattr(module, "alone", lambda function, *args, **environment: function(*args))
+    monkeypatch.setattr(streaming, "LARGE", streaming.SMALL)
+    monkeypatch.setattr(streaming.resource, "setrlimit", lambda *args: None)
     monkeypatch.setattr(step, "MODEL", TINY)
     monkeypatch.setattr(step, "STEP", step.STEP + " --batch_size 1")
     monkeypatch.setattr(memory, "LEAN", "--savings --sequence_len 64")
@@ -56,12 +58,12 @@ def test_each_command_is_a_function(capsys):
 
 @pytest.mark.parametrize("command, tables", [
     ("load", [3]), ("quant", [2]), ("tokens", [2]), ("account", [2]), ("lean", [6]),
-    ("paper", [6, 5, 4, 4, 5, 3, 3, 2]),
+    ("stream", [2, 1]), ("paper", [6, 5, 4, 4, 5, 3, 3, 2]),
 ])  # fmt: skip
 def test_tables_are_whole(command, tables, tiny, tmp_path, capsys):
     """Every command prints tables with as many rows, of as many cells, as there should be."""
     write_model(tmp_path, PRESETS["opt-125m"])
-    bench.main([command, str(tmp_path)] if command == "lean" else [command])
+    bench.main([command, *{"lean": [str(tmp_path)], "stream": ["3", "1"]}.get(command, [])])
     found = []
     for table in capsys.readouterr().out.split("\n**")[1:]:
         head, _, *rows = [line for line in table.splitlines() if line.startswith("|")]

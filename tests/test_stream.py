@@ -265,9 +265,8 @@ def test_four_times_the_memory(tmp_path):
         from model import ModelConfig
         from quant import InputError
         config = ModelConfig(100, n_layer=60, n_head=8, n_embd=1024, n_ffn=2816)
-        small = ModelConfig(100, n_layer=2, n_head=1, n_embd=128, n_ffn=128)
         streaming.FLAGS += " --sequence_len 8"
-        streaming.write_random({str(tmp_path / "small")!r}, small)
+        streaming.write_random({str(tmp_path / "small")!r}, streaming.SMALL)
         streaming.trainer({str(tmp_path / "small")!r}, stream=True)()  # torch has what it needs
         quarter = streaming.write_random({str(tmp_path)!r}, config) // 4
         most = resident("VmSize") + quarter

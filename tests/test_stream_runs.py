@@ -12,6 +12,7 @@ import qst
 import train
 from data import choice_logits, tiny
 from data.safetensors import read_safetensors, write_safetensors
+from data.settings import run
 from model import from_pretrained
 from qst import QST
 from quant import InputError, quantize_4bit
@@ -106,6 +107,14 @@ def test_16_bits_are_refused(tiny_model, tmp_path):
         stream_from_memory(base, "cpu")
     with pytest.raises(InputError, match="not for mps"):
         from_pretrained(FIXTURES / "bnb_llama", "nf4", torch.float32, "mps", stream=True)
+
+
+def test_no_more_memory():
+    """Where a CPU, or a limit on the process, has no more: a sentence that names --stream."""
+    with pytest.raises(SystemExit, match="no more memory: .*--stream"):
+        run(lambda: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(RuntimeError, match="another"):
+        run(lambda: exec('raise RuntimeError("another")'))
 
 
 def test_in_base_methods_are_refused(base):

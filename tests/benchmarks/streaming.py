@@ -22,6 +22,7 @@ from train import make_model, make_optimizer
 
 # 192 layers of the size of TinyLlama's, and few words: 5.09 GB of 4-bit weights.
 LARGE = ModelConfig(4000, n_layer=192, n_head=16, n_embd=2048, n_ffn=5632)
+SMALL = ModelConfig(100, n_layer=2, n_head=1, n_embd=128, n_ffn=128)
 FLAGS = "--method qst --device cpu --dtype fp32 --stream --batch_size 1 --sequence_len 64"
 FLAGS += " --reduction 64 --optimizer_bits 8"
 ONE_ARENA = FREED | dict(MALLOC_ARENA_MAX="1")  # else each thread reserves 64 MB of addresses
@@ -99,6 +100,9 @@ def drawn(weight):
 def limited(folder, most, steps):
     """Steps of a streamed model in a process that may not have more than `most` bytes of addresses:
     what it had at the start, its growth, and of each step the seconds and the loss."""
+    with tempfile.TemporaryDirectory() as small:  # torch has loaded what it needs
+        write_random(small, SMALL)
+        trainer(small, stream=True)()
     if most is not None:
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
     start, run = forget_peak(), trainer(folder, stream=True)
