@@ -25,11 +25,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
+from data.integers import check_kind, quantize
+from data.report import model_bytes
 from data.safetensors import check_values
 from data.sampling import KVCache
 from data.settings import run
+from data.stream import freeze_streamed
 from data.tokenizer import copy_tokenizer
-from quant import InputError, Linear4bit, Quantized, parse_int, quantize
+from quant import InputError, Linear4bit, Quantized
 
 
 @dataclass
@@ -240,7 +243,8 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self):
-        return next(chain(self.buffers(), self.parameters())).device
+        layers = getattr(self, "base", self).layers  # an embedding may stay on the host
+        return next(chain(layers.buffers(), layers.parameters())).device
 
     def loss(self, idx, targets, hidden=None):
         """Mean loss of idx and targets (B, T): only the tokens that have a target reach the head.
@@ -355,18 +359,23 @@ class Transformer(LanguageModel):
     def new_cache(self, max_len):
         return [KVCache(max_len) for _ in self.layers]
 
-    def hidden(self, idx, keep=None, cache=None):
-        """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`."""
+    def hidden(self, idx, keep=None, cache=None, watch=lambda i, x: None):
+        """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`.
+
+        watch: function of 0 and the embedding, and of i and what layer i, from 1 on, returns
+        """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
         positions, mask = positions_and_mask(idx, keep, past)
         x = self.embed(idx, positions)
         rope = rotary_table(self.config, positions, x.dtype)
-        for layer, layer_cache in zip(self.layers, cache):
+        watch(0, x)
+        for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):
             if self.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
+            watch(i, x)
         return self.final(x)
 
     def forward(self, idx, keep=None, cache=None):
@@ -380,10 +389,7 @@ class Transformer(LanguageModel):
         is; default: this model's weights. Only one module's tensors are in memory at a time.
         device: one, or a function of a tensor's name; where: the start of messages, as "folder: "
         """
-        if quant not in ("nf4", "fp4", "none") and not parse_int(quant):
-            raise InputError(
-                f"--quant {quant} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
-            )
+        check_kind(quant)
         own = dict(self.named_parameters())
         read = read or (lambda name: own.pop(name).detach())
         place = device if callable(device) else lambda name: device
@@ -413,14 +419,14 @@ class Transformer(LanguageModel):
 # From a folder to a model
 
 
-def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
+def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False):
     """Load a LLaMA or OPT folder, quantizing tensor by tensor, and freeze it.
 
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
     device: one for all, or a function of a tensor's name (data/placement.py)
     Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized
-    is taken as it is, straight from the memory map.
+    is taken as it is, straight from the memory map; stream: its layers stay there (data/stream.py).
     """
     config = read_config(folder)
     tensors = hub.open_files(folder, config)
@@ -428,8 +434,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu"):
         model = Transformer(config)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
-    if in_4_bits:  # nothing is left to quantize
-        quant = "none"
+    if stream:
+        return freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
+    quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
 
@@ -441,15 +448,12 @@ def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
     if any(Path(target).glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
+    if config_json.is_quantized(source):
+        raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
-
-
-def model_bytes(module):
-    """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({id(t): t.nbytes for t in tensors}.values())
+    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
 
 
 def count_weights(config):

@@ -39,7 +39,7 @@ class Tuned(LanguageModel):
         if any(True for _ in base.parameters()):
             message = "The base is not frozen, or holds another method's modules: load it anew."
             raise InputError(message)
-        check_quant(config.method, quant_kind(base))
+        check_quant(config.method, quant_kind(base), hasattr(base, "stream"))
         self.base, self.config = base, base.config  # a ModelConfig; side.config is the SideConfig
         # Computed first: the method may modify the base.
         self.fingerprint = None if base.device.type == "meta" else fingerprint(base)
@@ -220,11 +220,12 @@ def load_base(args):
     device = pick_device(args.device)
     side = getattr(args, "side", None)
     quant = args.quant or side and read_side(side)[1].get("quant") or "nf4"
-    return from_pretrained(args.base, quant, pick_dtype(args.dtype, device), device)
+    return from_pretrained(args.base, quant, pick_dtype(args.dtype, device), device, args.stream)
 
 
 def load_model(args):
     """The base, with its side network if --side names one, and its tokenizer."""
+    talk.check(args)
     tokenizer, base = load_tokenizer(args.base), load_base(args)
     model = QST.from_side(base, args.side) if args.side else base
     if args.side and model.side.classifier is not None:
@@ -233,10 +234,10 @@ def load_model(args):
 
 
 def prompt_command(args):
-    """Answer one prompt, or go on with it."""
+    """Answer one prompt, or all of a file, or go on with them."""
     template = chat.ChatTemplate() if args.raw else chat.load_template(args.base)
     framed = not args.raw and (args.side or template.name != "plain")
-    talk.answer_prompt(*load_model(args), template, framed, args)
+    talk.answer_prompts(*load_model(args), template, framed, args)
 
 
 def start_talk(args, default_max_new_tokens):
@@ -277,6 +278,7 @@ def merge_command(args):
     dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
     save_pretrained(model.merge(dtype), args.out)
     copy_tokenizer(args.base, args.out)
+    chat.keep_frame(args.out)
     print(f"{args.out}: {model.side.config.method}, merged in {str(dtype).removeprefix('torch.')}")
 
 
@@ -286,7 +288,9 @@ FLAGS = {
     "quant": dict(help="nf4, fp4, none, int4, int4-64, ...; default: --side's, or nf4"),
     "dtype": dict(default="auto", help="fp32, bf16, fp16; auto: by the device"),
     "device": dict(default="auto", help="auto: a GPU where there is one"),
-    "prompt": dict(required=True, help="a question, framed by the chat template of --base; "
+    "stream": dict(action="store_true", help="the 4-bit layers stay on disk or in host memory"),
+    "batch": dict(help="in place of --prompt, a file with one a line: all are answered at once"),
+    "prompt": dict(help="a question, framed by the chat template of --base; "
         "without template and --side, a text to go on with"),
     "raw": dict(action="store_true", help="always go on with the text"),
     "system": dict(help="a system message before the conversation"),
@@ -295,10 +299,10 @@ FLAGS = {
     **sampling.FLAGS,
     **mt_bench.FLAGS,
 }  # fmt: skip
-BASE = "base quant dtype device"
+BASE = "base quant dtype device stream"
 SAMPLE, ANSWER = " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
 COMMANDS = {  # name: (function, its flags); the first is the default
-    "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt raw"),
+    "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
     "answer": (answer_command, f"{BASE} side {SAMPLE} out {ANSWER}"),
     "merge": (merge_command, f"{BASE} side out"),

@@ -22,11 +22,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data.hidden import PackedInputFunction
-from data.methods import METHODS, of_4_bits, of_side
+from data.methods import METHODS, of_4_bits, of_side, step_length
 from data.repair import hand_over
 from data.settings import check, setting
 from data.variants import LST, PAPER, RELEASED
@@ -113,15 +112,6 @@ def make_downsample(config, n_in, n_out):
 # The side network
 
 
-def step_length(every, N):
-    """How many of a base's N layers there are to a step: --every, or for 0 as many as leave six."""
-    fitting = [k for k in range(1, N + 1) if N % k == 0]
-    every = every or max(k for k in fitting if k == 1 or N // k >= 6)
-    if every not in fitting:
-        raise InputError(f"--every {every} does not divide {N} layers: choose one of {fitting}.")
-    return every
-
-
 def side_model_config(config, reduction):
     """The base's `ModelConfig` -> the side network's: as many heads, narrower."""
     rotary = config.family != "opt"  # which turns channels in pairs
@@ -191,14 +181,15 @@ class SideNetwork(nn.Module):
         """h_g_0 from the embedding."""
         if not self.config.read_embedding:
             return h_f.new_zeros(*h_f.shape[:-1], self.model_config.n_embd)
-        return self.downsample[0](self.standardized(0, h_f))
+        reads_h_f, rest = self.downsample[0][0], self.downsample[0][1:]
+        return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
         """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
         gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. h_f comes from the base's layer
         (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
         reads_h_f, *rest = self.downsample[i - len(self.layers)]  # the embedding's stands before
-        z = reads_h_f(self.standardized(i + 1, h_f))  # backward needs no more of h_f than this
+        z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a slice keeps all of h_f
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
             return checkpoint(self._narrow_part, *args, **RECOMPUTE)

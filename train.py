@@ -3,6 +3,7 @@
     python train.py                                       the embedded default: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
     python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
+    python train.py --config out/result.json              a run again; other flags count more
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
@@ -10,8 +11,6 @@ held-out examples), last/ (the same of the last iteration), log.csv, loss.svg an
 """
 
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -20,16 +19,18 @@ from pathlib import Path
 import torch
 
 from data import (
-    chat, check_length, collate, count_tokens, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, repair, text, tiny, to_device,
+    chat, check_length, collate, contradictions, count_tokens, distributed, glue, instruct,
+    iteration_batches, mean_loss, mmlu, placement, prefetch, quiet, repair, sweep, text, tiny,
+    to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
+from data.hidden_cache import HiddenCache
 from data.hub import save_pretrained
 from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import learning_rate_at, make_optimizer
 from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
 from data.settings import (
-    Parser, add_flags, check, check_used, pick_device, pick_dtype, refuse_if, run, setting,
+    Parser, check, check_used, parse_settings, pick_device, pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
@@ -77,6 +78,7 @@ class TrainConfig(SideConfig):
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
+    stream: bool = of_side(False, "the 4-bit layers of --base stay on disk or in the host's memory")
     dtype: str = setting("auto", "fp32, bf16, fp16 to compute in; auto: bf16 on NVIDIA, else fp32")
     sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
     max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
@@ -95,10 +97,18 @@ class TrainConfig(SideConfig):
     eval_interval: int = setting(50, "iterations between held-out evaluations", at_least=1)
     eval_examples: int = setting(200, "held-out examples of an evaluation, at most", at_least=1)
     score_examples: int = setting(0, "examples of a test set to score; 0: all", at_least=0)
+    samples_interval: int = setting(0, "iterations between answers shown; 0: none", at_least=0)
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
     compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(1337, "of weights, split and order of examples", at_least=0, below=2**63)
+    seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
+    data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0,
+        below=2**63)  # fmt: skip
+    cache_hidden: str = setting("", "a folder for what the base says of the examples: later epochs "
+        "and runs go without it")  # fmt: skip
+    cache_limit_gb: float = setting(50.0, "what --cache_hidden may take of the disk", above=0)
+    sweep: str = setting("", "train a side network for each combination, beside one base: "
+        "\"learning_rate=1e-3,3e-3 seed=1,2\"")  # fmt: skip
 
     def __post_init__(self):
         """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
@@ -125,34 +135,16 @@ def resolve(cfg):
     task = cfg.task or ("instruct" if cfg.base else "tiny")
     variant = settings_of_run(cfg.variant, task)
     cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
-    on_glue, cores = task in glue.FORMS, os.cpu_count() or 1
-    no_classifier = cfg.eval_only and not cfg.side
-    refuse_if(
-        (cfg.base and not cfg.data, "--base needs --data: see --task"),
-        (cfg.data and not cfg.base, "--data needs --base: the folder of a LLaMA or OPT model"),
-        (bool(cfg.base) == (task == "tiny"),
-         f"--task {task} is not for this: all but tiny need --base, and tiny has its own"),
-        (cfg.dtype == "fp16" and cfg.method == "full",
-         "weights in 16 bits cannot learn in --dtype fp16: give bf16 or fp32"),
-        (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
-         "--optimizer_bits 8 is of --optimizer adamw, and not of muon"),
-        (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
-        (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
-        (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
-        (cfg.method == "lst" and cfg.mix not in (None, "side"),
-         "--method lst predicts from the side network alone: leave out --mix, --variant"),
-        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
-         "--compile needs a C++ compiler, and there is none here"),
-        (cfg.head == "classifier" and no_classifier,
-         "--head classifier: the base has none; give --head lm, or --side"),
-    )  # fmt: skip
+    contradictions.refuse(cfg, task)
+    on_glue = task in glue.FORMS
     column = 2 if task == "tiny" else 1 if on_glue else 0
     defaults = {name: row[column] for name, row in DEFAULTS.items()}
     if cfg.method == "lst":
         defaults["reduction"] = 8
     classifier = on_glue and (cfg.n_labels if cfg.side else not cfg.eval_only)
     defaults |= dict(
-        task=task, optimizer="adamw", out_dir="out-eval" if cfg.eval_only else "out",
+        task=task, optimizer="adamw", data_seed=cfg.seed,
+        out_dir="out-eval" if cfg.eval_only else "out",
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )  # fmt: skip
@@ -303,16 +295,17 @@ def fit(model, optimizer, task, cfg, result):
 
     def evaluate():
         """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
-        if log.evaluated(mean_loss(model, held_out, cfg.batch_size)) and first:
+        if log.evaluated(mean_loss(model, held_out, cfg.batch_size, "held out")) and first:
             model.save_side(out_dir)
         log.end_if(not math.isfinite(log.held_out_loss))
 
+    sweep.meet()
     if not (cfg.resume and state.load()):
         evaluate()  # the start, which is never kept
         if first:
             remove_earlier_run(out_dir)
     rows = iteration_batches(
-        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.seed, log.iteration
+        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.data_seed, log.iteration
     )
     with log, stop_signals() as stopped:
         for iteration, batches in zip(log.iterations(), prefetch(rows)):
@@ -320,11 +313,14 @@ def fit(model, optimizer, task, cfg, result):
             loss, taken = train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg)
             tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
-            known = log.stepped(loss, taken, tokens, wait=due)  # False: the GPU is still at it
+            shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
+            known = log.stepped(loss, taken, tokens, wait=due or shows)  # False: a GPU is at it
             if due:
                 evaluate()
+            if shows:
+                log.show(task.samples(model))
             if known:
-                log.write(learning_rate)
+                log.write(learning_rate, model.side)
                 log.end_if(log.failures >= 10)
             stop = known and any(distributed.join([bool(stopped)]))
             if due or stop:
@@ -334,7 +330,7 @@ def fit(model, optimizer, task, cfg, result):
     interrupted = log.iteration < cfg.max_iters
     if first:
         model.save_side(out_dir / "last")
-    if interrupted:
+    if interrupted and not quiet():
         print(f"Stopped after iteration {log.iteration}: go on with --resume.", flush=True)
     distributed.join([None])  # the others wait for the files
     if log.best_iteration:
@@ -343,7 +339,7 @@ def fit(model, optimizer, task, cfg, result):
         loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
         loss_after=log.best_loss if log.best_iteration else log.loss_before,
         iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
-        peak_memory_bytes=peak_memory(device),
+        peak_memory_bytes=peak_memory(device), curves=log.curves,
     )  # fmt: skip
 
 
@@ -352,7 +348,9 @@ def train(model, task, folder, cfg, result):
     optimizer = make_optimizer(model, cfg)
     longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
     introduce(folder, model, optimizer, cfg, collate(longest), result)
-    before = task.score(model) if not task.n_labels else {}  # an untrained classifier is at chance
+    sweep.meet()
+    # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
+    before = task.score(model) if not task.n_labels and not cfg.cache_hidden else {}
     fit(model, optimizer, task, cfg, result)
     if result["interrupted"]:
         return
@@ -364,12 +362,35 @@ def train(model, task, folder, cfg, result):
     result |= {f"{name}_after": value for name, value in after.items()}
 
 
+def run_one(cfg, started, base, task, folder):
+    """Train or evaluate one model on a loaded base and task; write and return its result."""
+    torch.manual_seed(cfg.seed)
+    model = make_model(cfg, base, task)
+    result = sizes(model, count_weights(base.config)) | dict(weights_bytes=model_bytes(model))
+    if cfg.eval_only:
+        result |= task.score(model)
+        if task.held_out and "loss" not in result:
+            result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
+    else:
+        try:
+            train(model, task, folder, cfg, result)
+        except torch.OutOfMemoryError:
+            raise InputError(out_of_memory(cfg)) from None
+    result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
+    result["peak_memory_bytes"] = peak_memory(model.device)
+    if distributed.rank() == 0:
+        write_json(Path(cfg.out_dir) / "result.json", result)
+    return result
+
+
 def main(cfg):
-    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (data/README.md).
+    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (data/README.md),
+    or, of a sweep, sweep.json.
 
     cfg: a `TrainConfig`
     """
-    started, cfg = time.time(), resolve(cfg)
+    started, given, cfg = time.time(), cfg, resolve(cfg)
+    runs = sweep.settings_of_runs(given, cfg, resolve)
     make_writable_folder(cfg.out_dir, "--out_dir")
     device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)
@@ -385,27 +406,24 @@ def main(cfg):
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
         if cfg.devices:
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-        base = from_pretrained(folder, cfg.quant, dtype, device)
+
+        def load(place):
+            streamed = cfg.stream and place is device
+            return from_pretrained(folder, cfg.quant, dtype, place, streamed)
+
+        if cfg.cache_hidden:
+            cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
+            base = cache.attach(load, device)
+        else:
+            base = load(device)
         if cfg.devices:
             placement.join(base)
-        torch.manual_seed(cfg.seed)
         if cfg.repair and not cfg.side:
+            torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
-        model = make_model(cfg, base, task)
-        result = sizes(model, count_weights(config)) | dict(weights_bytes=model_bytes(model))
-        if cfg.eval_only:
-            result |= task.score(model)
-            if task.held_out:
-                result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
-        else:
-            try:
-                train(model, task, folder, cfg, result)
-            except torch.OutOfMemoryError:
-                raise InputError(out_of_memory(cfg)) from None
-        result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
-        result["peak_memory_bytes"] = peak_memory(model.device)
-        if distributed.rank() == 0:
-            write_json(Path(cfg.out_dir) / "result.json", result)
+        if cfg.sweep:
+            return sweep.run(cfg, runs, base, lambda one: run_one(one, started, base, task, folder))
+        result = run_one(cfg, started, base, task, folder)
     conclude(folder, cfg, result)
     return result
 
@@ -413,8 +431,7 @@ def main(cfg):
 def parse_args(argv=None):
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
     shown = {name: "{}, on GLUE {}, embedded {}".format(*row) for name, row in DEFAULTS.items()}
-    add_flags(parser, TrainConfig, PAPER | shown)
-    return TrainConfig(**vars(parser.parse_args(argv)))
+    return parse_settings(parser, TrainConfig, argv, PAPER | shown)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands a
 """
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from os.path import commonprefix
@@ -35,6 +36,7 @@ class Task:
     score: Callable = lambda model: {}
     n_labels: int = 0
     notes: list = field(default_factory=list)  # what a user should know of the data
+    samples: Callable = None  # function of a model: a held-out question or two, with its answers
 
 
 def collate(examples, pad_id=0):
@@ -132,6 +134,17 @@ def label(ids, target):
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
 
+def run_of_sweep():
+    """The number of this run among those that run at once, each in a thread; None: it is alone."""
+    kind, _, number = threading.current_thread().name.partition("sweep ")
+    return int(number) if number and not kind else None
+
+
+def quiet():
+    """Whether this is one of many runs at once, of which the first alone prints."""
+    return bool(run_of_sweep())
+
+
 def check_length(config, length, advice):
     if length > config.max_positions:
         raise InputError(
@@ -146,7 +159,8 @@ def mean_loss(model, examples, batch_size, desc=None):
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
     sums = []  # of each batch: its targets and their losses
-    for start in tqdm(starts, desc, unit="batch", leave=False, disable=desc is None):
+    hidden = not desc or quiet()
+    for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=hidden):
         idx, targets = collate(examples[start : start + batch_size])
         n = count_targets(targets)
         sums.append((n, model.loss(idx.to(model.device), targets).item() * n))
@@ -170,7 +184,7 @@ def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
         model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
     parts = []
     starts = distributed.split(range(0, len(order), batch_size))
-    for start in tqdm(starts, desc, unit="batch", leave=False):
+    for start in tqdm(starts, desc, unit="batch", leave=False, disable=quiet()):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
@@ -203,21 +217,19 @@ def channel_statistics(model, prompts, skip=1):
     prompts: lists of ids; skip: how many positions at the start of each do not count
     returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
     """
-    layers, C = model.layers, model.config.n_embd
-    sums = torch.zeros(2, len(layers) + 1, C, dtype=torch.float64)
+    config = model.config
+    sums = torch.zeros(2, config.n_layer + 1, config.n_embd, dtype=torch.float64)
 
     def add(i, h):
-        counts = (keep.bool() & (keep.cumsum(dim=1) > skip)).to(h.device)
+        counts = (keep & (keep.cumsum(dim=1) > skip)).to(h.device)
         h = h[counts].to(torch.float32 if h.device.type == "mps" else torch.float64)
         sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
 
-    hooks = [layers[0].register_forward_pre_hook(lambda layer, args: add(0, args[0]))]
-    for i, layer in enumerate(layers, 1):
-        hooks.append(layer.register_forward_hook(lambda layer, args, h, i=i: add(i, h)))
     for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
-        idx, keep = pad_left(prompts[start : start + 4], device=model.device)
-        model.hidden(idx, keep)
-    for hook in hooks:
-        hook.remove()
+        rows = prompts[start : start + 4]
+        idx, _ = collate([(ids, []) for ids in rows])
+        keep = torch.tensor([[i < len(ids) for i in range(idx.shape[1])] for ids in rows])
+        keep = keep.to(model.device)
+        model.hidden(idx.to(model.device), watch=add)
     mean, square = sums / max(1, sum(max(0, len(prompt) - skip) for prompt in prompts))
     return mean, square - mean.square()

@@ -1,4 +1,5 @@
-"""Pictures as SVG, written by hand: curves, and stacked bars. They show on a Hub page as it is."""
+"""Pictures as SVG, written by hand: curves, stacked bars, histograms. They show on a Hub page as
+they are."""
 
 import math
 from html import escape
@@ -9,25 +10,30 @@ WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 64  # of a picture and of its margins, in
 COLOURS = ("#2b6cb0", "#dd6b20", "#2f855a", "#805ad5", "#b83280", "#718096")
 
 
-def line_chart(path, title, x_label, lines):
-    """Draw curves from 0 upwards, without what is not finite. lines: {name: [(x, y), ...]}"""
+def line_chart(path, title, x_label, lines, ticks=None):
+    """Draw curves from 0 upwards, or from the lowest below it, without what is not finite.
+
+    lines: {name: [(x, y), ...]}; ticks: {x: text below it}, in place of round numbers
+    """
     height, bottom = 300, 300 + TOP
     lines = {name: [p for p in line if math.isfinite(p[1])] for name, line in lines.items()}
     points = [(0, 0), *(point for line in lines.values() for point in line)]
     x_step, x_top = round_scale(max(x for x, _ in points))
     y_step, y_top = round_scale(max(y for _, y in points))
+    y_low = y_step * math.floor(min(y for _, y in points) / y_step)
 
     def place(x, y):
-        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - y / y_top * height
+        part = (y - y_low) / (y_top - y_low)
+        return LEFT + x / x_top * (WIDTH - LEFT - RIGHT), bottom - part * height
 
     shapes = []
-    for i in range(round(y_top / y_step) + 1):
+    for i in range(round(y_low / y_step), round(y_top / y_step) + 1):
         _, y = place(0, i * y_step)
         shapes.append(line(LEFT, y, WIDTH - RIGHT, y))
         shapes.append(label(LEFT - 8, y + 4, f"{i * y_step:g}", "end"))
-    for i in range(round(x_top / x_step) + 1):
-        x, _ = place(i * x_step, 0)
-        shapes.append(label(x, bottom + 18, f"{i * x_step:g}", "middle"))
+    round_numbers = {i * x_step: f"{i * x_step:g}" for i in range(round(x_top / x_step) + 1)}
+    for x, text in (ticks or round_numbers).items():
+        shapes.append(label(place(x, 0)[0], bottom + 18, text, "middle"))
     shapes.append(label(WIDTH - RIGHT, bottom + 36, x_label, "end"))
     for colour, curve in zip(COLOURS, lines.values()):
         corners = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
@@ -52,6 +58,28 @@ def bar_chart(path, title, bars):
         shapes.append(label(x + 6, y + 15, f"{sum(parts.values()):.3g}"))
         y += row
     write_svg(path, title, next(iter(bars.values())), shapes, y + 16)
+
+
+def histogram(path, title, counts, marks):
+    """Draw how often values from -1 to 1 occur, and below it marks on the same axis.
+
+    counts: of intervals of equal width; marks: {name: [x, ...]}, a row of ticks each
+    """
+    height, bottom, width = 220, 220 + TOP, (WIDTH - LEFT - RIGHT) / len(counts)
+    place = lambda x: LEFT + (x + 1) / 2 * (WIDTH - LEFT - RIGHT)
+    shapes = []
+    for i, count in enumerate(counts):
+        high = count / max(counts) * height
+        box = f'x="{LEFT + i * width:.1f}" y="{bottom - high:.1f}" width="{width:.1f}"'
+        shapes.append(f'<rect {box} height="{high:.1f}" fill="#cbd5e0"/>')
+    for row, (colour, xs) in enumerate(zip(COLOURS, marks.values())):
+        y = bottom + 6 + 24 * row
+        for x in map(place, xs):
+            style = f'stroke="{colour}" stroke-width="2"'
+            shapes.append(f'<line x1="{x:.1f}" y1="{y}" x2="{x:.1f}" y2="{y + 18}" {style}/>')
+    y = bottom + 24 * len(marks) + 20
+    shapes += [label(place(x), y, f"{x:g}", "middle") for x in (-1, -0.5, 0, 0.5, 1)]
+    write_svg(path, title, marks, shapes, y + 14)
 
 
 def round_scale(top):

@@ -9,7 +9,8 @@ The frame is chosen by the markers in the folder's chat template:
     ChatML     <|im_start|>user\\n..<|im_end|>\\n               SmolLM2, Qwen2, Qwen2.5
     LLaMA-3    <|start_header_id|>user<|end_header_id|>\\n\\n..<|eot_id|>       also 3.1 and 3.2
     LLaMA-2    <s>[INST] .. [/INST] answer </s>
-    plain      the frame of instruct.py, for a base model, which has no template
+    plain      the frame of instruct.py, for a base model, which has no template; a merged model has
+               the same frame as a template, `keep_frame`
 The loss counts an answer and the token that ends it: the model has to learn to stop.
 
 differs from the templates: answers are encoded apart from what stands before them, since that is
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.fields import TABLE, TEXT, Refused, either, field, list_of
-from data.files import read_json, read_text
+from data.files import read_json, read_text, write_atomically
 from data.instruct import frame
 from data.tokenizer import SentencePiece
 from quant import InputError
@@ -39,7 +40,7 @@ class ChatTemplate:
 
         `Refused` says why a template cannot hold it.
         """
-        if self.name != "plain":
+        if FRAMES[self.name] is not plain:
             messages = [{**m, "content": with_input(m)} for m in messages]
         return FRAMES[self.name](messages, tokenizer, self.system)
 
@@ -126,7 +127,9 @@ def plain(messages, tokenizer, system):
     return parts
 
 
-FRAMES = {"ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2, "plain": plain}
+FRAMES = {
+    "ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2, "plain": plain, "written out": plain,
+}  # fmt: skip
 
 
 def turns(messages, header, end, after=()):
@@ -190,6 +193,13 @@ SIGNS = {  # what a template must contain
 }
 
 
+# The plain frame as a template, which transformers renders to the same text.
+WRITTEN_OUT = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "### Instruction:\n{{ message.content }}\n\n### Response:\n"
+    "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
+    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
+)
 LONGEST_TEMPLATE = 1 << 15  # letters, since a search below is quadratic; LLaMA-3.1's has 4,000
 
 
@@ -202,6 +212,8 @@ def load_template(folder):
         path = Path(folder) / "tokenizer_config.json"
         kinds = either(TEXT, list_of(TABLE))
         text = field(path, read_json(path, optional=True), "chat_template", kinds, "")
+    if text == WRITTEN_OUT:
+        return ChatTemplate("written out")
     if isinstance(text, list):  # several, by name
         several = text
         text = ""
@@ -221,6 +233,13 @@ def load_template(folder):
         )
     system = {"ChatML": chatml_system, "LLaMA-3": llama3_system}.get(names[0], lambda text: "")
     return ChatTemplate(names[0], system(text))
+
+
+def keep_frame(folder):
+    """Give a merged model the frame in which it has learned, if its base has no template."""
+    if load_template(folder).name == "plain":
+        path = Path(folder) / "chat_template.jinja"
+        write_atomically(path, lambda file: file.write(WRITTEN_OUT.encode()))
 
 
 def chatml_system(text):

@@ -141,6 +141,12 @@ def to_theirs(config):
     )  # fmt: skip
 
 
+def is_quantized(folder):
+    """Whether a folder's weights are in bitsandbytes' 4 bits already."""
+    path = Path(folder) / "config.json"
+    return bool(field(path, read_json(path), "quantization_config", TABLE, {}))
+
+
 def read_dtype(folder):
     """The torch dtype that a folder's config.json names for its weights."""
     path = Path(folder) / "config.json"

@@ -29,12 +29,13 @@ def fingerprint(base):
     "weights", all that older files have, is of the scales too, in which a sum may be rounded in
     another way on another device.
     """
+    if hasattr(base, "known_fingerprint"):  # where only a part of the base is in memory
+        return base.known_fingerprint
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
     weights = codes.copy()
     for module in base.modules():
-        packed = module.weight.named_buffers() if isinstance(module, Linear4bit) else ()
-        for name, tensor in packed:
+        for name, tensor in packed(module):
             part = some(tensor).cpu().numpy().tobytes()
             weights.update(part)
             if name == "codes":
@@ -49,6 +50,13 @@ def fingerprint(base):
 
 def some(tensor):
     return tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+
+
+def packed(module):
+    """The tensors of a quantized weight by name, also of one that data/stream.py will bring."""
+    if not isinstance(module, Linear4bit):
+        return ()
+    return (module.source() if hasattr(module, "source") else module.weight).named_buffers()
 
 
 def unpacked(module):

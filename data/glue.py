@@ -201,7 +201,7 @@ def score(model, rows, prompts, form, choices, batch_size):
     else:
         predicted = logits[:, 0] * RATING
     found = {name: METRICS[name](predicted, labels) for name in form.metrics}
-    if form.labels:
+    if "accuracy" in form.metrics:
         found["majority_class"] = labels.unique(return_counts=True)[1].max().item() / len(labels)
     return {**found, "examples": len(rows)}
 
@@ -230,7 +230,7 @@ def load(cfg, tokenizer, template):
     if cfg.eval_only:
         return Task([], [example(row) for row in dev], scored, n_labels)
     rows, more = read(data / "train.tsv", form)
-    parts = split(rows, cfg.held_out, cfg.seed, cfg.max_examples)
+    parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     halves = [[example(row) for row in part] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
     return Task(*halves, scored, n_labels, notes)
@@ -248,8 +248,9 @@ def show(folder):
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
             found = True
     if not found:
-        names = ", ".join(dict.fromkeys(form.folder for form in FORMS.values()))
-        raise InputError(f"{folder} has no task's dev.tsv: give one of {names}, or their folder.")
+        names = ", ".join(f"{form.folder}/{form.dev}" for form in FORMS.values())
+        there = "has none of" if Path(folder).is_dir() else "is not a folder, which would have"
+        raise InputError(f"{folder} {there} {names}: give GLUE's folder, or that of one task.")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ Names are "ours", LLaMA's, and "theirs", of a folder; where OPT's differ, OPT_NA
 import re
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import bnb, config_json
 from data.fields import TEXT, field, first_few, shown, table_of
 from data.files import read_json, write_json
@@ -114,10 +116,13 @@ def choose_weights(folder, config, tensors, shapes, quant):
         names = first_few(sorted(surplus))
         raise InputError(f"{folder} has {names}, which this architecture does not use, or not so.")
 
+    bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
+
     def reader(ours):
         name, shape = theirs[ours], tuple(shapes[ours])
 
         def read():
+            bar.update()
             where, tensor = f"{folder}: {name}", tensors[name]()
             if name in packed:
                 tensor = bnb.read_weight(where, tensor, packed[name], quant)

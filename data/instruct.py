@@ -22,7 +22,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from data import IGNORE_INDEX, Task, distributed, pad_left, split
+from tqdm import tqdm
+
+from data import IGNORE_INDEX, Task, distributed, pad_left, run_of_sweep, split
 from data.download import command_line
 from data.fields import HALF, LIST, TABLE, TEXT, Refused
 from data.files import read_records
@@ -187,7 +189,8 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
     long for the model is shortened from the front."""
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids of a prompt
-    for start in distributed.split(range(0, len(conversations), batch_size)):
+    starts = distributed.split(range(0, len(conversations), batch_size))
+    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2):
         part = conversations[start : start + batch_size]
         prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)
@@ -208,7 +211,7 @@ def samples(model, tokenizer, template, conversations):
 
 def make_task(conversations, tokenizer, template, cfg, score):
     """Split and encode: `Task`. score: function of a model and the held-out conversations"""
-    train, held_out = split(conversations, cfg.held_out, cfg.seed, cfg.max_examples)
+    train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
         train, held_out = [], train + held_out
     kept, notes = [], []
@@ -222,12 +225,18 @@ def make_task(conversations, tokenizer, template, cfg, score):
     return Task(
         [pair for _, pair in train], [pair for _, pair in held_out],
         lambda model: score(model, [one for one, _ in held_out]), notes=notes,
+        samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
     )  # fmt: skip
 
 
 def load(cfg, tokenizer, template):
     """Read a file of instructions: `Task`, which shows three answers and has no metric."""
-    score = lambda model, held_out: {"samples": samples(model, tokenizer, template, held_out[:3])}
+
+    def score(model, held_out):
+        """Three answers, to read; none of a sweep, nor of a base that a token reads whole."""
+        shown = held_out[:3] if run_of_sweep() is None and not cfg.stream else []
+        return {"samples": samples(model, tokenizer, template, shown)}
+
     return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)
 
 

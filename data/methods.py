@@ -28,8 +28,21 @@ LEARNS = dict.fromkeys(
 }  # fmt: skip
 
 
-def check_quant(method, quant):
+def step_length(every, N):
+    """How many of a base's N layers there are to a step: --every, or for 0 as many as leave six."""
+    fitting = [k for k in range(1, N + 1) if N % k == 0]
+    every = every or max(k for k in fitting if k == 1 or N // k >= 6)
+    if every not in fitting:
+        known = ", ".join(map(str, fitting))
+        raise InputError(f"--every {every} does not divide {N} layers: choose one of {known}.")
+    return every
+
+
+def check_quant(method, quant, streamed=False):
     """Refuse a base that is not stored as the method needs it."""
+    if streamed and method not in SIDE_METHODS:
+        why = "whose backward reads no weight of the base"
+        raise InputError(f"--stream is for qst and lst, {why}; that of --method {method} does.")
     if quant.partition("-")[0] not in METHODS[method]:
         kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")

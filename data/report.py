@@ -16,7 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from data import tiny
+from data import quiet, tiny
 from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
 from quant import ABSMAX_BLOCK_SIZE, Linear4bit
@@ -27,7 +27,9 @@ SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 def progress(iterations, desc, initial=0, total=None):
     """A progress bar; where it is no terminal, a line now and then."""
     often = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(iterations, desc, total, unit="it", mininterval=often, initial=initial)
+    return tqdm(
+        iterations, desc, total, unit="it", mininterval=often, initial=initial, disable=quiet()
+    )
 
 
 def show_bytes(n):
@@ -51,6 +53,12 @@ def peak_memory(device):
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def model_bytes(module):
+    """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({id(t): t.nbytes for t in tensors}.values())
 
 
 def activation_bytes(model, idx, targets):
@@ -122,6 +130,8 @@ def introduce(folder, model, optimizer, cfg, batch, result):
         optimizer_bytes=optimizer_bytes(optimizer),
         activations_bytes=activation_bytes(model, idx.to(model.device), targets),
     )
+    if quiet():
+        return
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
@@ -157,11 +167,31 @@ def out_of_memory(cfg):
     )
 
 
+def start_name(cfg):
+    """What a run starts at: --side, the base, or a network that predicts without having learned."""
+    return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
+
+
+def yardstick(name, result, end):
+    """How many examples a score is of, and what one reaches that knows nothing of them."""
+    rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
+    rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
+    if rival is None:
+        return examples
+    return f"{examples}; always the most frequent class: {rival:.1%}"
+
+
+def show_sample(sample, who):
+    """A question with the answers that are expected and given. who: names, as in result.json"""
+    lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
+    lines += [f"   {one:10}{sample.get(one, sample['answer'])}" for one in who]
+    return "\n".join(lines)
+
+
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
     tuned = cfg.method.upper()
-    start = "base" if cfg.head == "lm" and cfg.method != "lst" else "untrained"
-    who = {start: "_before", tuned: "_after"}
+    who = {start_name(cfg): "_before", tuned: "_after"}
     if cfg.eval_only:
         who = {tuned if cfg.side else "base": ""}
 
@@ -175,17 +205,13 @@ def conclude(folder, cfg, result):
     line("perplexity", "perplexity", ".3f")
     if not cfg.eval_only and result["loss_after"] >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
-    for name in SCORES:
-        line(name.replace("_", " "), name, ".1%", f" ({result.get('examples', 0):,} examples)")
     end = list(who.values())[-1]
+    for name in SCORES:
+        line(name.replace("_", " "), name, ".1%", f" ({yardstick(name, result, end)})")
     for part, accuracy in result.get("accuracy_by_category" + end, {}).items():
         print(f"   {part:12} {accuracy:.1%}")
-    if majority := result.get("majority_class" + end):
-        print(f"majority class  {majority:.1%}")
     for sample in result.get("samples", ()):
-        print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
-        for one in who:
-            print(f"   {one:10}{sample.get(one, sample['answer'])}")
+        print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
     if not cfg.eval_only and cfg.head == "lm":

@@ -20,6 +20,11 @@ FLAGS = {  # of every command of qst.py that generates
     "seed": dict(type=int, default=1337, help="of the sampling"),
 }
 
+ONE_BY_ONE = (
+    "--stream reads all weights anew for every token, too much for one answer: give --batch FILE, "
+    "with a prompt a line, whose answers share each pass; or leave out --stream"
+)
+
 
 class KVCache:
     """One layer's keys and values of the tokens so far, in buffers made once for `max_len`."""
@@ -76,9 +81,11 @@ def stream(
     temperature, top_k, top_p: see `sample`; eos_id: one id or several
     A row that has ended repeats its end token.
     """
+    streamed = hasattr(getattr(model, "base", model), "stream")
     check_length(model.config, idx.shape[1], "shorten the prompt")
     check_length(model.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
     refuse_if(
+        (streamed and len(idx) == 1 < max_new_tokens, ONE_BY_ONE),
         (max_new_tokens < 1, f"max_new_tokens {max_new_tokens} must be at least 1"),
         (temperature != 0 and not 0.001 <= temperature <= 1000,
          f"temperature {temperature} must be 0, or from 0.001 to 1000"),

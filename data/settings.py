@@ -5,12 +5,16 @@ import operator
 import os
 import sys
 from dataclasses import field, fields
+from pathlib import Path
 
 import torch
 
 from data import distributed
-from data.fields import NAME, NEEDED, TRUE_OR_FALSE, first_few, number, one_of, shown, whole
+from data.fields import (
+    NAME, NEEDED, TABLE, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole,
+)  # fmt: skip
 from data.fields import field as field_of_file
+from data.files import read_json
 from quant import InputError
 
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
@@ -43,25 +47,25 @@ def check(settings):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
-def from_table(kind, where, table, optional=()):
+def from_table(kind, where, table, optional=(), text=NAME):
     """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
-    bounds; only those that are optional may be left out."""
+    bounds; only those that are optional may be left out. text: what a text may be"""
     own = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
         raise InputError(f"{where}: config has {names}, which this code does not know: update it.")
-    read = lambda f: field_of_file(
-        where, table, f"config.{f.name}", kind_of(f), f.default if f.name in optional else NEEDED
-    )
+    absent = lambda f: f.default if f.name in optional else NEEDED
+    read = lambda f: field_of_file(where, table, f"config.{f.name}", kind_of(f, text), absent(f))
     return kind(**{name: read(f) for name, f in own.items()})
 
 
-def kind_of(f):
+def kind_of(f, text=NAME):
     """What a setting may be, in a file."""
-    choices, least = f.metadata["choices"], f.metadata["bounds"].get("at_least", 0)
+    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
     if choices:
         return one_of(*choices)
-    kinds = {int: whole(least, 1 << 20), float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: NAME}
+    numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
+    kinds = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}
     return kinds[f.type]
 
 
@@ -124,6 +128,26 @@ def add_flags(parser, settings, shown_defaults=()):
         default = dict(shown_defaults).get(f.name, f.default)
         help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+
+
+def parse_settings(parser, kind, argv, shown_defaults=()):
+    """The command line as a dataclass of settings. --config FILE gives them too, as a table or in a
+    run's result.json; flags count more, and what the method does not read is left out."""
+    add_flags(parser, kind, shown_defaults)
+    parser.add_argument("--config", help="a file of settings, such as a run's result.json; flags "
+        "on the command line count more")  # fmt: skip
+    path = parser.parse_args(argv).config
+    if path is not None:
+        table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")
+        own = {f.name: f for f in fields(kind)}
+        table = field_of_file(path, table, "config", TABLE, table)
+        found = vars(from_table(kind, path, table, own, TEXT))
+        parser.set_defaults(method=found["method"])
+        method = parser.parse_args(argv).method
+        readers = lambda name: own[name].metadata["of"] or (method,)
+        parser.set_defaults(**{n: v for n, v in found.items() if method in readers(n)})
+    args = vars(parser.parse_args(argv))
+    return kind(**{name: value for name, value in args.items() if name != "config"})
 
 
 def pick_device(name):

@@ -93,7 +93,10 @@ def read_state(path):
     return with_tensors(tree, tensors)
 
 
-MAY_DIFFER = "resume", "out_dir", "max_iters", "device", "threads", "compile", "log_interval"
+MAY_DIFFER = (
+    "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
+    "samples_interval",
+)  # fmt: skip
 
 
 class RunState:
@@ -140,7 +143,7 @@ class RunState:
 
 def remove_earlier_run(out_dir):
     """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
-    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "result.json", *NAMES
+    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *NAMES
     for path in [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]:
         path.unlink(missing_ok=True)
 
@@ -162,23 +165,26 @@ def only_run_in(out_dir):
         os.close(folder)
 
 
+ASKED = []  # the signals that have asked the runs of this process to stop
+
+
 @contextlib.contextmanager
 def stop_signals():
     """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
     is never left half done. A second Ctrl-C stops at once."""
-    asked = []
 
     def ask(number, frame):
-        if asked and number == signal.SIGINT:
+        if ASKED and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        ASKED.append(number)
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # signals come to the main thread only
+        ASKED.clear()
+    except ValueError:  # signals come to the main thread, which may have runs in others
         old = {}
     try:
-        yield asked
+        yield ASKED
     finally:
         for one, handler in old.items():
             signal.signal(one, handler)

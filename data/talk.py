@@ -8,9 +8,11 @@ from itertools import chain
 
 import torch
 
-from data import sampling
+from data import pad_left, sampling
 from data.fields import Refused
+from data.files import read_text
 from data.instruct import prompt_that_fits
+from data.settings import refuse_if
 from quant import InputError
 
 
@@ -25,19 +27,47 @@ def stream_ids(model, ids, max_new_tokens, end_ids, args):
         yield token.item()
 
 
-def answer_prompt(model, tokenizer, template, framed, args):
-    """Print the answer to --prompt; if it is not framed as a question, print its continuation."""
-    if framed:
-        try:
-            ids, _ = template.encode([{"role": "user", "content": args.prompt}], tokenizer)
-        except Refused as error:
-            raise InputError(f"--prompt {error}.") from None
-    else:
-        ids = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
-    room = max(1, min(128, model.config.max_positions - len(ids) + 1))
+def check(args):
+    """Refuse flags of a command that say nothing together, before a model is loaded."""
+    batch = getattr(args, "batch", None)
+    refuse_if(
+        (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
+         "give --prompt, or --batch FILE with one a line"),
+        (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
+    )  # fmt: skip
+
+
+def answer_prompts(model, tokenizer, template, framed, args):
+    """Print the answer to --prompt, or the answers to those of --batch, all made at once; if they
+    are not framed as questions, print their continuations."""
+    prompts = {"--prompt": args.prompt}  # where it stands: a prompt
+    if args.batch:
+        lines = enumerate(read_text(args.batch, "give --batch a file of prompts").splitlines(), 1)
+        prompts = {f"{args.batch}, line {i}": line for i, line in lines if line.strip()}
+    rows = [prompt_ids(*item, tokenizer, template, framed) for item in prompts.items()]
+    if not rows:
+        raise InputError(f"--batch {args.batch} has no prompts: give a file with one a line.")
+    end_ids, longest = template.end_ids(tokenizer), max(map(len, rows))
+    room = max(1, min(128, model.config.max_positions - longest + 1))
     max_new_tokens = room if args.max_new_tokens is None else args.max_new_tokens
-    new = stream_ids(model, ids, max_new_tokens, template.end_ids(tokenizer), args)
-    print_stream(tokenizer.stream(new if framed else chain(ids, new)))
+    if not args.batch:
+        new = stream_ids(model, rows[0], max_new_tokens, end_ids, args)
+        return print_stream(tokenizer.stream(new if framed else chain(rows[0], new)))
+    idx, keep = pad_left(rows, device=model.device)
+    choice = args.temperature, args.top_k, args.top_p, end_ids, keep, args.seed
+    new = model.generate(idx, max_new_tokens, *choice)[:, longest:].tolist()
+    for prompt, ids, answer in zip(prompts.values(), rows, new):
+        question, said = (f"> {prompt}\n", answer) if framed else ("", ids + answer)
+        print(f"{question}{tokenizer.decode(said)}\n")
+
+
+def prompt_ids(where, prompt, tokenizer, template, framed):
+    if not framed:
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    try:
+        return template.encode([{"role": "user", "content": prompt}], tokenizer)[0]
+    except Refused as error:
+        raise InputError(f"{where} {error}.") from None
 
 
 def start(model, tokenizer, template, args, default_max_new_tokens):

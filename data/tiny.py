@@ -11,9 +11,13 @@ import hashlib
 import os
 import random
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
 
 from data import chat, instruct
 from data.files import make_writable_folder
@@ -24,6 +28,7 @@ from quant import InputError
 CACHE = Path(os.path.relpath(Path(__file__).parent / "cache"))  # git-ignored
 # The base model, and how train.py trains it.
 BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
+VOCAB_SIZE, LONGEST = 768, 47  # LONGEST: tokens of a question with its answer
 BASE_RUN = dict(
     max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
     optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
@@ -114,10 +119,30 @@ def pretraining_examples(tokenizer):
     return examples
 
 
-def base_folder(train, save):
+def make_in_child(folder, train, save):
+    """`make_base` in a process of its own: what it takes is not in this one's peak memory.
+
+    Not by multiprocessing, which would run a reader's script once more, from its top.
+    """
+    root, calls = Path(__file__).resolve().parent.parent, []
+    for function in (train, save):
+        path = Path(function.__code__.co_filename).resolve().relative_to(root).with_suffix("")
+        calls.append(f"import_module({'.'.join(path.parts)!r}).{function.__name__}")
+    code = (
+        "from importlib import import_module; from pathlib import Path; from data import settings, "
+        f"tiny; settings.run(lambda: tiny.make_base(Path({str(folder)!r}), {', '.join(calls)}))"
+    )
+    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
+        raise InputError("The embedded default's base could not be made: see what is said above.")
+    return folder
+
+
+def base_folder(train, save, make=make_in_child):
     """Return the folder of the embedded default's base model; make it if it is not there yet.
 
     train: function of a tokenizer that returns the trained model; save: of the model and a folder
+    make: of the folder and both, in this process or in another
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     for cache in caches():
@@ -125,7 +150,7 @@ def base_folder(train, save):
         if folder.is_dir():
             return folder
         if can_write(cache):
-            return make_base(folder, train, save)
+            return make(folder, train, save)
     raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
 
 
@@ -182,11 +207,11 @@ def load(cfg, tokenizer, template):
         right = [sample["answer"] == sample["expected"] for sample in found]
         return dict(exact_match=sum(right) / len(right), examples=len(right), samples=found[:2])
 
-    conversations = [instruct.conversation(record) for record in task(2200, cfg.seed)]
+    conversations = [instruct.conversation(record) for record in task(2200, cfg.data_seed)]
     return instruct.make_task(conversations, tokenizer, template, cfg, score)
 
 
-def train_tokenizer(path, vocab_size=768):
+def train_tokenizer(path, vocab_size=VOCAB_SIZE):
     """Train a sentencepiece tokenizer, of LLaMA's kind, on the language of the grammar."""
     import sentencepiece
 

@@ -1,37 +1,53 @@
-"""What a run tells while it trains: log.csv, loss.svg, the progress bar, the best held-out loss."""
+"""What a run tells while it trains: log.csv, loss.svg, mix.svg, the progress bar, the best held-out
+loss."""
 
 import csv
 import math
 import statistics
 import time
 
+import torch
+
 from data.charts import line_chart
 from data.fields import TEXT, Kind, either, list_of, whole
-from data.report import peak_memory, progress, show_bytes
+from data.report import peak_memory, progress, show_bytes, show_sample, start_name
 from quant import InputError
 
 COUNT = whole(0, 1 << 50)
 REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
 POINTS = list_of(list_of(REAL, 2, 2), 1)
+NAMES = "training", "held out", "alpha", "gate"  # of the curves: two losses, and what mixes
 CURVES = Kind(
-    "the curves of a training and a held-out loss",
-    lambda v: type(v) is dict and [*v] == ["training", "held out"] and POINTS.fits(v["held out"])
-    and (v["training"] == [] or POINTS.fits(v["training"])),
+    f"the curves {', '.join(NAMES)}",
+    lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
+    and all(line == [] or POINTS.fits(line) for line in v.values()),
 )  # fmt: skip
 
 
+def mixing(side):
+    """Of a side network: alpha, and the mean gate beta; None where it has none."""
+    alpha, gamma = getattr(side, "alpha", None), getattr(side, "gamma", None)
+    if alpha is not None and side.config.mix == "released":
+        alpha = torch.sigmoid(alpha)
+    gate = None if gamma is None else torch.sigmoid(gamma)
+    return [None if x is None else x.detach().float().mean().item() for x in (alpha, gate)]
+
+
 class TrainingLog:
-    """log.csv, loss.svg, the progress bar, the best held-out loss, and the speed of a run's steps.
+    """The files above, the progress bar, the best held-out loss, and the speed of a run's steps.
 
     out_dir: None: nothing is written, as in all processes but the first
     """
 
-    COLUMNS = "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms"
+    COLUMNS = (
+        "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms",
+        "alpha", "gate",
+    )  # fmt: skip
     STATE = {  # what a run that goes on needs of the one before it, and what each may be in a file
         "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
         "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
         "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
-        "rows": list_of(list_of(either(COUNT, TEXT), 6, 6)),
+        "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
     }  # fmt: skip
 
     def __init__(self, out_dir, cfg, device):
@@ -40,7 +56,7 @@ class TrainingLog:
         self.best_loss = self.held_out_loss = self.loss_before = math.inf
         self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
         self.tokens, self.seconds, self.step_ms = 0, 0.0, []
-        self.rows, self.curves = [], {"training": [], "held out": []}
+        self.rows, self.curves = [], {name: [] for name in NAMES}
         self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
 
     def state(self):
@@ -62,8 +78,17 @@ class TrainingLog:
         if self.out_dir:
             self.file.close()
             if self.rows:
-                path = self.out_dir / "loss.svg"
-                line_chart(path, "Loss of an answer's token", "iteration", self.curves)
+                self.draw()
+
+    def draw(self):
+        """The losses, with that of the start as a level line; and alpha and the mean gate."""
+        lines = {name: self.curves[name] for name in NAMES[:2]}
+        lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
+        title = "Loss of an answer's token"
+        line_chart(self.out_dir / "loss.svg", title, "iteration", lines)
+        if lines := {name: self.curves[name] for name in NAMES[2:] if self.curves[name]}:
+            title = "alpha: how much of h_f the LM head reads; gate: how much of h_g a step keeps"
+            line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
 
     def iterations(self):
         """Count from 1, with a progress bar, and time the iterations."""
@@ -112,15 +137,19 @@ class TrainingLog:
                 f"{kept if self.best_iteration else 'No side network is kept'}."
             )
 
-    def write(self, learning_rate):
-        """Show the iteration, and write a line if one is due."""
+    def write(self, learning_rate, side=None):
+        """Show the iteration, and write a line if one is due. side: what learns"""
         rate = self.speed()["tokens_per_second"]
         if self.due:
             self.curves["training"].append((self.iteration, self.loss))
-            new = self.curves["held out"][-1][0] == self.iteration
+            new, mixed = self.curves["held out"][-1][0] == self.iteration, mixing(side)
+            for name, value in zip(NAMES[2:], mixed):
+                if value is not None:
+                    self.curves[name].append((self.iteration, value))
             self.rows.append([
                 self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
                 f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
+                *("" if value is None else f"{value:.5f}" for value in mixed),
             ])  # fmt: skip
             if self.out_dir:
                 csv.writer(self.file).writerow(self.rows[-1])
@@ -128,6 +157,12 @@ class TrainingLog:
             f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
             f"peak {show_bytes(peak_memory(self.device))}", refresh=False
         )  # fmt: skip
+
+    def show(self, samples):
+        """Print what the model answers by now, above the progress bar."""
+        for sample in samples:
+            self.bar.write(f"\niteration {self.iteration}")
+            self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
         """The mean rate of all steps, and the median time of one."""

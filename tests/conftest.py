@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from data.variants import FAST, RELEASED  # noqa: E402
 from halves import Halves  # noqa: E402
-from model import ModelConfig, Transformer  # noqa: E402
+from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
@@ -145,4 +145,12 @@ def tiny_model(tmp_path_factory):
     torch.manual_seed(0)
     size = load_tokenizer(folder).vocab_size
     save_pretrained(Transformer(small_config(vocab_size=size, max_positions=128)), folder)
+    return folder
+
+
+@pytest.fixture
+def packed(tiny_model, tmp_path_factory):
+    """The same in 4 bits, anew for each test."""
+    folder = tmp_path_factory.mktemp("packed") / "nf4"
+    quantize_folder(tiny_model, folder)
     return folder

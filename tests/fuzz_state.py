@@ -50,6 +50,7 @@ def states(work):
     run.optimizer.step()
     run.log.evaluated(3.0)
     run.log.curves["training"].append((0, 2.5))
-    run.log.rows.append([1, "2.5", "", "1e-3", "9", "8.1"])
+    run.log.curves["alpha"].append((0, 1.0))
+    run.log.rows.append([1, "2.5", "", "1e-3", "9", "8.1", "1", ""])
     run.save()
     return [{name: (work / name).read_bytes() for name in state.NAMES[:1]}]

@@ -8,18 +8,21 @@ from conftest import small_config
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import PRESETS, Transformer, model_bytes
+from data import tiny
+from model import PRESETS, ModelConfig, Transformer, model_bytes
 from qst import QST
 from quant import InputError
 from data.methods import METHODS, SIDE_METHODS
 from side import SideConfig
 from account import (
-    METHOD_ROWS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows,
+    METHOD_ROWS, SAVINGS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows,
     settings_of_step, untrained,
 )  # fmt: skip
 from data.report import activation_bytes
 from data.settings import pick_dtype
-from train import make_optimizer
+from timeline import Timeline, thinned
+from timeline import main as timeline
+from train import TrainConfig, make_optimizer, resolve
 
 SMALL = dict(device="cpu", batch_size=3, sequence_len=12)
 QST_STEP = SMALL | dict(method="qst", reduction=2)
@@ -183,6 +186,39 @@ def test_all_methods(small, tmp_path, capsys):
     assert totals["qst"] < totals["qlora"] < totals["lora"]
 
 
+def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
+    """Its shape, batch and settings, on a CPU, as a run has them; --savings shows each on it."""
+    rows = main(parse_args(["--out_dir", str(tmp_path)]))
+    assert "step of the embedded default, 32 x 47 tokens" in capsys.readouterr().out
+    totals = {row["label"]: row["total_bytes"] for row in rows}
+    assert totals["qst, checkpoint"] < totals["qlora, checkpoint"] < totals["full, checkpoint"]
+    saved = main(parse_args(["--savings", "--out_dir", str(tmp_path)]))
+    totals = [row["total_bytes"] for row in saved]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(SAVINGS)
+    cfg = resolve(TrainConfig())
+    model = untrained(cfg, ModelConfig(tiny.VOCAB_SIZE, **tiny.BASE), torch.float32, "cpu")
+    (qst,) = [row for row in rows if row["label"] == "qst"]
+    assert qst["weights_bytes"] == model_bytes(model)
+    idx = torch.zeros(32, tiny.LONGEST, dtype=torch.long)
+    assert qst["activations_bytes"] == activation_bytes(model, idx, idx)
+
+
+def test_the_live_bytes_through_a_step(tmp_path, capsys):
+    """They begin and end with what is there always, and their largest is the account's peak; what
+    is drawn of them keeps it."""
+    cfg, live = AccountConfig(**QST_STEP | dict(method="qlora", reduction=None)), Timeline()
+    report = memory_report(cfg, small_config(), live)
+    assert live.points[0] == (0, 0) and live.points[-1][1] == 0
+    most = report["activations_bytes"] + report["transient_bytes"]
+    for points in (live.points, thinned(live.points, 5), thinned(live.points)):
+        assert max(now for _, now in points) == most
+        assert [flops for flops, _ in points] == sorted(flops for flops, _ in points)
+    assert len(thinned(live.points, 5)) <= 12
+    timeline(parse_args(["--out_dir", str(tmp_path)]))
+    assert "QLoRA, checkpoint" in capsys.readouterr().out
+    assert (tmp_path / "timeline.svg").read_text().count("<polyline") == 5
+
+
 def test_the_shape_of_a_folder(tmp_path):
     """With --base, the shape is that of the folder's config.json; weights need not be there."""
     fields = dict(
@@ -201,7 +237,6 @@ def test_the_shape_of_a_folder(tmp_path):
     "flags, message",
     [
         ("--preset llama-9", "choose smollm2-135m, "),
-        ("", "Give --base, or --preset"),
         ("--preset opt-125m --side x", "leave out --side"),
         ("--preset opt-125m --method lora --savings", "--savings is of --method qst and lst"),
         ("--preset opt-1.3b --sequence_len 4096", "2048 positions"),

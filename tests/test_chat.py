@@ -5,6 +5,7 @@ with its `apply_chat_template`; ids with those of the whole text, encoded at onc
 """
 
 import json
+import shutil
 
 import pytest
 from chat_templates import CHATML, LLAMA2, LLAMA3, TEMPLATES
@@ -214,3 +215,26 @@ def test_template_files_and_lists(tmp_path, tiny_model):
     with pytest.raises(InputError, match="begin_of_text"):
         chat.load_template(tmp_path).parts(say("user: "), load_tokenizer(tiny_model))
     assert chat.load_template(tiny_model) == chat.ChatTemplate("plain")
+
+
+def test_a_merged_model_keeps_its_frame(tiny_model, tmp_path):
+    """The plain frame, written into a folder without a template, is recognized there, with the same
+    ids; and Jinja renders the same text. A template that is there already stays."""
+    folder = tmp_path / "merged"
+    shutil.copytree(tiny_model, folder)
+    for _ in range(2):
+        chat.keep_frame(folder)
+    kept, tokenizer = chat.load_template(folder), load_tokenizer(tiny_model)
+    messages = say("system: Be kind.", "user: Who?", "assistant: Tom.", "user: Where?")
+    framed = [*messages[:1], {**messages[1], "input": "A story."}, *messages[2:]]
+    assert kept.encode(framed, tokenizer) == chat.ChatTemplate().encode(framed, tokenizer)
+    assert kept.name != "plain" and kept.end_ids(tokenizer) == tokenizer.eos_ids
+    jinja = pytest.importorskip("jinja2").Environment(trim_blocks=True, lstrip_blocks=True)
+    text = jinja.from_string(chat.WRITTEN_OUT).render(messages=messages, bos_token="<s>",
+                                                      eos_token="</s>")  # fmt: skip
+    names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
+    parts = chat.ChatTemplate().parts(messages, tokenizer)
+    assert text == "".join(names.get(part, part) for part, _ in parts)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    chat.keep_frame(folder)
+    assert (folder / "chat_template.jinja").read_text() == CHATML

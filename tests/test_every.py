@@ -9,12 +9,13 @@ from account import AccountConfig, memory_report
 from conftest import shaken, small_base, small_config
 
 import train
+from data.methods import step_length
 from data.safetensors import read_header, read_safetensors, write_safetensors
 from data.variants import FAST
 from model import PRESETS, positions_and_mask, rotary_table
 from qst import QST
 from quant import InputError
-from side import SideConfig, SideNetwork, step_length
+from side import SideConfig, SideNetwork
 from train import TrainConfig
 
 
@@ -57,7 +58,7 @@ def test_side_layer_i_reads_the_state_after_base_layer_i_plus_1_times_k(every, r
 def test_what_does_not_fit_is_refused():
     """In a sentence that names the flag and says what to give."""
     config = small_config(n_layer=30)
-    with pytest.raises(InputError, match="--every 7 does not divide 30 layers: .* 5, 6, 10"):
+    with pytest.raises(InputError, match="--every 7 does not divide 30 layers: choose one of 1, 2"):
         SideNetwork(config, SideConfig(reduction=4, every=7))
     with pytest.raises(InputError, match="--every -1 must be at least 0"):
         SideConfig(every=-1)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, copy_folder, small_config
+from conftest import FIXTURES, copy_folder, run_script, small_config
 from test_model import oracle
 from torch import nn
 
@@ -61,6 +61,15 @@ def test_quantized_folder(name, kind, tmp_path, idx):
     assert fingerprint(ours) == fingerprint(direct)
     settings = json.loads((tmp_path / "out/config.json").read_text())
     assert settings["quantization_config"]["bnb_4bit_quant_type"] == kind
+
+
+def test_quantizing_on_the_command_line(tiny_model, tmp_path):
+    """It says what it has written; a folder in 4 bits is left as it is, and named."""
+    printed = run_script("model.py", "quantize", str(tiny_model), str(tmp_path / "out"))
+    assert printed.startswith(f"{tmp_path / 'out'}: nf4, 0.000 GB")
+    with pytest.raises(SystemExit, match="out is in 4 bits already: there is nothing to do"):
+        run_script("model.py", "quantize", str(tmp_path / "out"), str(tmp_path / "again"))
+    assert not (tmp_path / "again").exists()
 
 
 def test_transformers_reads_our_folder(tmp_path, idx):

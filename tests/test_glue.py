@@ -1,6 +1,7 @@
 """GLUE: reading its files, asking in words or with a classifier, and the metrics."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -150,7 +151,8 @@ def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
 
 def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
     """A character that is four tokens is not cut off four times."""
-    ids = glue.prompt(["\U0001f9ff" * 60, "It was late"], FORMS["rte"], tokenizer, 120, "classifier")
+    texts = ["\U0001f9ff" * 60, "It was late"]
+    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, "classifier")
     assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
 
 
@@ -189,6 +191,30 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     side = QST.from_side(from_pretrained(tiny_model, "nf4", torch.float32), out).side
     labels = 0 if head else len(FORMS[task].labels) or 1
     assert side.config.n_labels == labels and (side.classifier is not None) == bool(labels)
+
+
+@pytest.mark.parametrize("task, shown", [
+    ("sst2", r"accuracy +\d+\.\d% base \(6 examples; always the most frequent class: 50.0%\)"),
+    ("qqp", r"f1 +\d+\.\d% base \(6 examples\)"),
+    ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
+])  # fmt: skip
+def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
+    """What guessing reaches: the largest class beside accuracy, and 0 beside Matthews'."""
+    result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
+    printed = capsys.readouterr().out
+    assert re.search(shown, printed), printed
+    assert ("majority_class" in result) == (task != "cola")
+    assert printed.count("most frequent") == 1
+
+
+def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
+    """Each file that would do."""
+    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is not a folder")):
+        with pytest.raises(InputError) as error:
+            glue.show(folder)
+        said = str(error.value)
+        assert f"{folder} {why}" in said and "RTE/dev.tsv" in said
+        assert "MNLI/dev_matched.tsv" in said and "MNLI/dev_mismatched.tsv" in said
 
 
 def test_the_base_is_scored_in_words(tiny_model, folder, tmp_path):

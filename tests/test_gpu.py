@@ -8,6 +8,12 @@ import torch
 from torch.nn import functional as F
 
 import quant
+from conftest import small_base
+from data.hub import save_pretrained
+from data.integers import quantize
+from model import from_pretrained
+from qst import QST
+from side import SideConfig
 from quant import BLOCK_SIZE, CODEBOOKS, Quantized4bit, plain_dequantize, quantize_4bit
 
 GPU = torch.cuda.is_available()
@@ -111,7 +117,7 @@ def test_quantized_on_the_gpu():
     """Quantizing there stores the bytes that quantizing on the CPU does."""
     weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
     for kind in (*CODEBOOKS, "int4", "int3-50"):
-        here, there = quant.quantize(weight, kind), quant.quantize(weight.to(DEVICE), kind)
+        here, there = quantize(weight, kind), quantize(weight.to(DEVICE), kind)
         for one, two in zip(here.buffers(), there.buffers()):
             assert torch.equal(one, two.cpu())
 
@@ -185,3 +191,32 @@ def test_in_a_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert same_bits(weight, q.dequantize(torch.bfloat16)) and within_rounding(y, x, weight)
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_layers_that_are_streamed(pinned, tmp_path, monkeypatch):
+    """From pinned memory and from the disk, pass after pass: the hidden states of a base that is on
+    the GPU, bit for bit, while the kernels of earlier passes are still in the queue."""
+    sizes = dict(n_embd=1024, n_ffn=2816, vocab_size=500) if GPU else {}
+    save_pretrained(small_base(n_layer=7, **sizes), tmp_path)
+    monkeypatch.setattr("os.sysconf", lambda name: 1 << 30 if pinned else 0)
+    generator, found = torch.Generator().manual_seed(0), []
+    passes = [torch.randint(3, 60, (4, 50), generator=generator).to(DEVICE) for _ in range(5)]
+    for stream in (False, True):
+        base = from_pretrained(tmp_path, "nf4", torch.bfloat16, DEVICE, stream=stream)
+        torch.manual_seed(0)
+        model = QST(base, SideConfig(reduction=4, rank=2))
+        states = []
+        for idx in passes:
+            loss = model.loss(idx, idx.cpu())
+            loss.backward()
+            states += [loss.detach(), base.hidden(idx)]
+        found.append([*states, *(p.grad for p in model.parameters())])
+        on_device = [b for b in model.buffers() if b is not base.embed_tokens.weight]
+        assert model.device == DEVICE and {b.device for b in on_device} == {DEVICE}
+    for one, two in zip(*(rows[:10] for rows in found)):
+        assert torch.equal(one, two)
+    for one, two in zip(*(rows[10:] for rows in found)):  # a GPU adds in an order of its own
+        assert torch.allclose(one, two, rtol=1e-2, atol=1e-4 * float(one.abs().max()))
+    source = base.layers[3].mlp.up_proj.source
+    assert not GPU or source().codes.is_pinned() == pinned

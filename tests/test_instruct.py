@@ -257,7 +257,7 @@ def test_a_question_that_is_too_long_loses_its_front(tokenizer):
 def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
     """Of twenty conversations a tenth, and with --eval_only every one."""
     found = [say(f"user: Is it {i}?", "assistant: yes") for i in range(20)]
-    cfg = dict(held_out=0.1, seed=1, max_examples=0, sequence_len=60, eval_only=eval_only)
+    cfg = dict(held_out=0.1, data_seed=1, max_examples=0, sequence_len=60, eval_only=eval_only)
     score = lambda model, held_out: len(held_out)
     task = instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
     sizes = len(task.train), len(task.held_out), task.score(None)

@@ -220,6 +220,12 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     merged = from_pretrained(tmp_path / "merged", "none", torch.float32)(idx)
     base = from_pretrained(tiny_model, again["config"]["quant"], torch.float32)
     assert torch.allclose(merged, QST.from_side(base, out)(idx)[0], atol=1e-4)
+    question = ["--prompt", "Who?", "--max_new_tokens", "9", "--dtype", "fp32"]
+    capsys.readouterr()
+    qst.main([*tuned, *question])
+    answer = capsys.readouterr().out
+    qst.main(["--base", str(tmp_path / "merged"), "--quant", "none", *question])
+    assert capsys.readouterr().out == answer  # in the frame in which it was trained
     for taken in (tiny_model, tmp_path / "merged"):
         with pytest.raises(InputError, match="is not empty: give a new folder"):
             qst.main([*merge[:-1], str(taken)])

@@ -7,10 +7,11 @@ from conftest import small_base, small_config
 from test_methods import make
 from torch.nn import functional as F
 
-import quant
+from data import integers
+from data.integers import QuantizedInt, pack, quantize_int, unpack_codes
 from data.safetensors import read_safetensors
 from model import Transformer
-from quant import InputError, Linear4bit, QuantizedInt, pack, quantize_int, unpack_codes
+from quant import InputError, Linear4bit, _FrozenLinear
 
 CASES = pytest.mark.parametrize("bits, group", [(4, 0), (3, 0), (4, 12), (3, 12)])
 
@@ -59,9 +60,9 @@ def test_chunks_do_not_show(monkeypatch):
     whole = all_of_it()
     odd = quantize_int(weight[:, :12], 3).codes  # nine rows of 12 would end inside of a byte
     for rows in (8, 9):
-        monkeypatch.setattr(quant, "chunk_size", lambda device: 24 * rows)
+        monkeypatch.setattr(integers, "chunk_size", lambda device: 24 * rows)
         assert all(torch.allclose(a, b) for a, b in zip(whole, all_of_it()))
-        monkeypatch.setattr(quant, "chunk_size", lambda device: 12 * rows)
+        monkeypatch.setattr(integers, "chunk_size", lambda device: 12 * rows)
         assert torch.equal(quantize_int(weight[:, :12], 3).codes, odd)
 
 
@@ -90,7 +91,7 @@ def test_gradients_against_numerical_differences(bits, group):
 
     def product(x, scales):
         weight.scales.data.copy_(scales.detach())
-        return quant._FrozenLinear.apply(x, scales, weight, layer.bias)
+        return _FrozenLinear.apply(x, scales, weight, layer.bias)
 
     scales = weight.scales.detach().clone().requires_grad_()
     assert torch.autograd.gradcheck(product, (x, scales))

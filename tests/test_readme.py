@@ -85,18 +85,22 @@ def test_commands_run(place):
 
 def test_the_python_example_runs(place):
     """Its three lines turn a model into a side-tuned one, which learns, is saved and generates."""
-    code, _ = re.findall(r"```python\n(.*?)```", README, re.S)
+    code, run_of_it, _ = re.findall(r"```python\n(.*?)```", README, re.S)
     code = code.replace("torch.bfloat16", "torch.float32").replace("QST(base)", "QST(base, SMALL)")
     before = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from side import SideConfig\n"
     (place / "example.py").write_text(before + "SMALL = SideConfig(reduction=4)\n" + code)
     printed = run([str(place / "example.py")], place)
     assert printed.startswith("tensor([[")
     assert (place / "my-side/side.safetensors").exists()
+    small = 'max_iters=2, sequence_len=100, reduction=4, dtype="fp32"'
+    code = before + run_of_it.replace("max_iters=200", small) + "print(iterations, losses)\n"
+    (place / "example.py").write_text(code)
+    assert "(0, 2) (" in run([str(place / "example.py")], place)
 
 
 def test_the_forward_pass_is_the_codes():
     """The function that the README shows stands in qst.py, letter for letter."""
-    _, shown = re.findall(r"```python\n(.*?)```", README, re.S)
+    *_, shown = re.findall(r"```python\n(.*?)```", README, re.S)
     assert shown.startswith("def hidden(self, idx") and "side.step(" in shown
     assert textwrap.indent(shown, "    ") in (ROOT / "qst.py").read_text()
 

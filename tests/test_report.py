@@ -4,8 +4,10 @@ import csv
 
 import pytest
 import torch
+from conftest import small_config
 
-from data.training_log import TrainingLog
+from data.training_log import TrainingLog, mixing
+from side import SideConfig, SideNetwork
 from train import TrainConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")  # all but a CPU are not waited for
@@ -67,10 +69,32 @@ def test_lines_and_curves(tmp_path):
     assert [float(row["loss"]) for row in rows] == [3, 5, 6]
     assert log.curves == {
         "training": [(3, 3), (5, 5), (6, 6)],
-        "held out": [(0, 9), (2, 3), (4, 1), (6, -1), (8, -3)],
+        "held out": [(0, 9), (2, 3), (4, 1), (6, -1), (8, -3)], "alpha": [], "gate": [],
     }
     assert log.speed()["tokens_per_second"] == pytest.approx(80 / log.seconds)
     assert (tmp_path / "loss.svg").exists()
+
+
+@pytest.mark.parametrize("settings, columns", [
+    ({}, ("1.00000", "0.50000")), (dict(mix="released"), ("0.73106", "0.50000")),
+    (dict(gate="channel"), ("1.00000", "0.62246")), (dict(mix="side", gate="sum"), ("", "")),
+])  # fmt: skip
+def test_alpha_and_the_mean_gate_are_logged(settings, columns, tmp_path):
+    """Each a column and a curve, empty where a side network has none; mix.svg draws what there is,
+    and loss.svg the loss of the start as a line by its name."""
+    side = SideNetwork(small_config(), SideConfig(reduction=4, **settings))
+    log = TrainingLog(tmp_path, TrainConfig(max_iters=2, log_interval=1, side="mine"), CPU)
+    log.evaluated(9.0)
+    with log:
+        for _ in log.iterations():
+            log.stepped(torch.tensor(1.0), torch.tensor(True), 10, wait=True)
+            log.write(1e-3, side)
+    rows = list(csv.DictReader(open(tmp_path / "log.csv")))
+    assert [(row["alpha"], row["gate"]) for row in rows] == [columns] * 2
+    assert [len(log.curves[name]) for name in ("alpha", "gate")] == [2 * bool(x) for x in columns]
+    assert (tmp_path / "mix.svg").exists() == any(columns)
+    assert ">mine</text>" in (tmp_path / "loss.svg").read_text()
+    assert mixing(torch.nn.Linear(2, 2)) == [None, None]  # what other methods train
 
 
 def test_a_log_goes_on_with_all_that_it_has_counted():

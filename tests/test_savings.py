@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from account import AS_WRITTEN, SAVINGS, AccountConfig, Live, main, memory_report, parse_args, rows
+from account import AS_WRITTEN, SAVINGS, AccountConfig, main, memory_report, parse_args, rows
 from conftest import shaken, small_base, small_config
+from live import Live
 from torch.nn import functional as F
 
 import model as model_py

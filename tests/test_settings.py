@@ -1,13 +1,14 @@
 """Settings and command lines: flags, defaults, and the user's mistakes."""
 
 import re
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 
 import pytest
 from conftest import ROOT, command, run_script
 
 import qst
 import train
+from data.files import write_json
 from data.settings import run
 from quant import InputError
 from side import METHODS, RELEASED, SideConfig
@@ -100,6 +101,8 @@ def test_a_variant_is_one_flag():
     (["train.py", "--weight_decay=nan"], "--weight_decay nan must be at least 0"),
     (["train.py", "--seed", "1" + "0" * 22], "--seed 1"), (["train.py", "--seed=-1"], "--seed -1"),
     (["train.py", "--head", "classifier"], "--head classifier is not of --task tiny"),
+    (["train.py", "--base=x", "--data=y", "--task=rte", "--samples_interval=1"],
+     "--samples_interval is of --task tiny and instruct, and not of rte"),
     (["train.py", "--instructions", "x"], "--instructions is for --task mmlu, not tiny"),
     (["train.py", "--method", "lst", "--mix", "alpha"], "leave out --mix"),
     (["train.py", "--optimizer=muon", "--optimizer_bits=8"], "--optimizer_bits 8"),
@@ -131,6 +134,54 @@ def test_flags_that_contradict_the_method(flags, message):
     """The sentence names the flag, and the methods that read it or what they allow."""
     with pytest.raises(InputError, match=message):
         train.resolve(TrainConfig(**flags))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_can_be_given_back(method, tmp_path):
+    """--config: those in a result.json make the same run, whatever the method; flags count more,
+    of another method too."""
+    given = dict(base="a/b", data="c d.jsonl", seed=2**40, method=method, max_iters=7, held_out=0.2)
+    more = dict(variant="fast", h_f_bits=4) if method == "qst" else {}
+    cfg = train.resolve(TrainConfig(**given | more))
+    path = tmp_path / "result.json"
+    write_json(path, dict(loss_before=1.0, config=asdict(cfg)))
+    words = ["--config", str(path)]
+    assert train.resolve(train.parse_args(words)) == cfg
+    again = train.resolve(train.parse_args([*words, "--max_iters=9", "--seed", "3"]))
+    assert again == replace(cfg, max_iters=9, seed=3)
+    write_json(path, asdict(cfg))  # the settings alone
+    assert train.resolve(train.parse_args(words)) == cfg
+    other = train.resolve(train.parse_args([*words, "--method=qlora", "--quant=nf4"]))
+    assert (other.method, other.max_iters) == ("qlora", 7)
+
+
+def test_a_few_settings_in_a_file(tmp_path):
+    """What is not in it has its default."""
+    path = tmp_path / "mine.json"
+    write_json(path, dict(rank=4, compile=True, learning_rate=1))
+    assert train.parse_args(["--config", str(path)]) == TrainConfig(
+        rank=4, compile=True, learning_rate=1
+    )
+
+
+@pytest.mark.parametrize("text, message", [
+    ("{", "mine.json"), ("[1]", "mine.json"), ('{"config": 3}', "config is 3; it must be a table"),
+    ('{"lerning_rate": 1}', "lerning_rate"), ('{"rank": "x"}', "config.rank is 'x'"),
+    ('{"rank": 0}', "config.rank is 0"), ('{"method": "QST"}', "config.method is 'QST'"),
+    ('{"method": "lora"} --reduction 4', "--reduction is of --method qst"),
+    ('{"base": 3}', "config.base is 3"),
+])  # fmt: skip
+def test_a_file_of_settings_that_is_wrong(text, message, tmp_path):
+    """It is refused in one sentence, by its name and the field's; and so are flags that do not go
+    with it."""
+    path, (content, _, flags) = tmp_path / "mine.json", text.partition(" --")
+    path.write_text(content)
+    words = ["--config", str(path), *(f"--{flags}".split() if flags else ())]
+    with pytest.raises(InputError) as error:
+        train.resolve(train.parse_args(words))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(InputError, match="nowhere.json"):
+        train.parse_args(["--config", "nowhere.json"])
 
 
 def test_a_mistake_shows_no_traceback():

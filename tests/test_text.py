@@ -52,7 +52,7 @@ def test_perplexity():
     assert text.perplexity(math.log(50)) == pytest.approx(50) and text.perplexity(1e4) == math.inf
 
 
-def test_perplexity_of_a_file(tiny_model, tokenizer, tmp_path):
+def test_perplexity_of_a_file(tiny_model, tokenizer, tmp_path, monkeypatch):
     """--task text: the perplexity of a base is exp of its mean loss over all windows."""
     path = tmp_path / "some.txt"
     path.write_text("Is it one, or two?\n\nIt is two. " * 40)
@@ -62,6 +62,13 @@ def test_perplexity_of_a_file(tiny_model, tokenizer, tmp_path):
         learning_rate=1e-2,
     )  # fmt: skip
     result = train.main(replace(cfg, eval_only=True))
+    read, loss_of = [], train.Transformer.loss
+    monkeypatch.setattr(train.Transformer, "loss", lambda *args: read.append(1) or loss_of(*args))
+    assert train.main(replace(cfg, eval_only=True))["loss"] == pytest.approx(result["loss"])
+    monkeypatch.undo()
+    windows = text.read(path, tokenizer, 50)
+    assert len(read) == -(-len(windows) // cfg.batch_size)  # each batch once
+    assert math.exp(result["loss"]) == pytest.approx(result["perplexity"])
     base = from_pretrained(tiny_model, "none", torch.float32)
     losses, count = 0.0, 0
     for ids, targets in text.read(path, tokenizer, 50):

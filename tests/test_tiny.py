@@ -1,8 +1,11 @@
 """data/tiny.py: the embedded default's language, task and base, and that it is learned."""
 
 import math
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from data import tiny
@@ -33,7 +36,8 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     """The base is a folder like any other; a run that fails leaves none."""
     monkeypatch.setattr(tiny, "CACHE", tmp_path)
     monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
-    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save)
+    here = tiny.make_base  # and not in a process without these patches
+    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save, here)
 
     def interrupted(model, folder):
         raise KeyboardInterrupt
@@ -46,6 +50,36 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     made = (folder / "model.safetensors").stat().st_mtime_ns
     assert make() == folder and (folder / "model.safetensors").stat().st_mtime_ns == made
     assert from_pretrained(folder).config.vocab_size == train.load_tokenizer(folder).vocab_size
+
+
+def test_the_sizes_that_are_written_down(tiny_model):
+    """Of the vocabulary, and of the longest example, which the memory account takes."""
+    tokenizer = train.load_tokenizer(tiny_model)
+    task = tiny.load(train.resolve(TrainConfig()), tokenizer, train.chat.ChatTemplate())
+    assert tokenizer.vocab_size == tiny.VOCAB_SIZE
+    assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
+
+
+def made_here(tokenizer):
+    """Stands for a training, and says where it has run."""
+    return f"{os.getpid()}, {torch.get_num_threads()} threads"
+
+
+def save_name(model, folder):
+    (folder / "made").write_text(model)
+
+
+def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
+    """So that a run's peak memory is its own, the first time too; with as many threads. A reader's
+    script is not run again for it; and what goes wrong there is a sentence here."""
+    monkeypatch.setenv("QST_CACHE", str(tmp_path / "cache"))
+    folder = tiny.base_folder(made_here, save_name)
+    process, _, threads = (folder / "made").read_text().partition(", ")
+    assert int(process) != os.getpid() and threads == f"{torch.get_num_threads()} threads"
+    assert tiny.base_folder(None, None) == folder
+    with pytest.raises(InputError, match="could not be made: see what is said above"):
+        tiny.make_in_child(Path("/proc/nowhere"), made_here, save_name)
+    assert "error: /proc/nowhere" in capfd.readouterr().err
 
 
 def test_the_embedded_default_learns(tmp_path):

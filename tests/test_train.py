@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 
@@ -61,6 +62,43 @@ def test_what_a_run_leaves(cfg, tmp_path):
         side = QST.from_side(base, folder).side
         assert sum(p.numel() for p in side.parameters()) == result["trainable_parameters"]
     assert not list(out.rglob("*.tmp"))
+
+
+def test_answers_are_shown_while_it_learns(cfg, capsys):
+    """--samples_interval: a held-out question with its answers, now and then."""
+    result = train.main(TrainConfig(**cfg | dict(samples_interval=2)))
+    _, *parts = re.split(r"\niteration (\d+)\n", capsys.readouterr().out.split("held-out")[0])
+    assert parts[::2] == ["2", "4", "6"]
+    sample = result["samples"][0]
+    for part in parts[1::2]:
+        assert sample["prompt"].strip() in part and f"expected  {sample['expected']}" in part
+        assert "   QST " in part and "   base " not in part
+
+
+@pytest.mark.usefixtures("no_answers")
+def test_a_run_from_a_side_checkpoint_names_its_start(cfg, tmp_path, capsys):
+    """In what it prints and in loss.svg: it is not the base's loss."""
+    first = train.main(TrainConfig(**cfg))
+    assert f"{first['loss_before']:.3f} base, " in capsys.readouterr().out
+    assert ">base</text>" in (tmp_path / "out/loss.svg").read_text()
+    again = train.main(TrainConfig(**cfg | dict(side=cfg["out_dir"], out_dir=str(tmp_path / "2"))))
+    printed = capsys.readouterr().out
+    assert f"{first['loss_after']:.3f} {cfg['out_dir']}, {again['loss_after']:.3f} QST" in printed
+    assert " base," not in printed
+    assert f">{cfg['out_dir']}</text>" in (tmp_path / "2/loss.svg").read_text()
+
+
+@pytest.mark.usefixtures("no_answers")
+def test_a_result_can_be_repeated_and_plotted(cfg, tmp_path):
+    """Its settings, given back, give its numbers; and it has the curves."""
+    first = train.main(TrainConfig(**cfg))
+    words = ["--config", f"{cfg['out_dir']}/result.json", "--out_dir", str(tmp_path / "again")]
+    again = train.main(train.parse_args(words))
+    assert again["loss_after"] == first["loss_after"] and again["curves"] == first["curves"]
+    curves = first["curves"]
+    assert [i for i, _ in curves["training"]] == [i for i, _ in curves["alpha"]] == [2, 3, 4, 6]
+    assert curves["held out"][0] == (0, first["loss_before"])
+    assert curves["alpha"][-1][1] < 1 and curves["gate"][-1][1] != 0.5
 
 
 @pytest.mark.usefixtures("no_answers")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_steps, gpu_trace
+from benchmarks import gpu_kernels, gpu_steps, gpu_stream, gpu_trace
 from benchmarks.common import ROOT, print_row, print_table
 from benchmarks.gpu_common import Sizes
 from data.files import make_writable_folder, write_json
@@ -30,6 +30,7 @@ PARTS = {  # name: (a function of the sizes that yields rows, its columns, secon
     "default": (gpu_trace.default, "what score seconds step_ms", 150),
     "steps_70b": (gpu_steps.steps_70b, gpu_steps.COLUMNS, 180),
     "memory": (gpu_steps.memory, gpu_steps.MEMORY_COLUMNS, 120),
+    "streamed": (gpu_stream.streamed, gpu_stream.COLUMNS, 120),
 }  # fmt: skip
 SHOWN = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
          "power.draw", "power.limit", "temperature.gpu")  # fmt: skip

@@ -1,0 +1,65 @@
+"""What an epoch from the cache of hidden states costs beside one with the base: --cache_hidden."""
+
+import shlex
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import train
+from benchmarks.common import alone, print_row, print_table
+
+FORMS = {
+    "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",
+    "adapter, 4 bits": "--h_f_bits 4", "linear, 8 bits": "--downsample linear --h_f_bits 8",
+    "avgpool": "--downsample avgpool",
+}  # fmt: skip
+
+
+def cached(flags):
+    """Processor seconds of an iteration: without a cache, while it is written, and from it."""
+    columns = "alone, s", "writing", "from the cache", "alone / cached", "MB on disk", "held out"
+    print_table("An iteration", "", *columns)
+    for name, more in FORMS.items():
+        folder = tempfile.mkdtemp()
+        rows, words = [], shlex.split(f"{flags} {more}")
+        for with_cache in ((), ("--cache_hidden", folder), ("--cache_hidden", folder)):
+            rows.append(alone(run_once, [*words, *with_cache]))
+        size = sum(512 * path.stat().st_blocks for path in Path(folder).iterdir())
+        shutil.rmtree(folder)
+        seconds, losses = zip(*rows)
+        print_row(
+            name, *(f"{s:.3f}" for s in seconds), f"{seconds[0] / seconds[2]:.1f}",
+            f"{size / 1e6:,.0f}", " ".join(f"{loss:.4f}" for loss in losses),
+        )  # fmt: skip
+
+
+def run_once(words):
+    """The median of an iteration's processor seconds, and the held-out loss at the end."""
+    step, seconds = train.train_step, []
+
+    def timed(*args):
+        start = time.process_time()
+        result = step(*args)
+        result[0].item()
+        seconds.append(time.process_time() - start)
+        return result
+
+    train.train_step = timed
+    with tempfile.TemporaryDirectory() as out_dir:
+        cfg = train.parse_args([*words, "--out_dir", out_dir])
+        train.load_task = without_score(train.load_task)
+        result = train.main(cfg)
+    return statistics.median(seconds), result["loss_after"]
+
+
+def without_score(load_task):
+    """Load a task whose score, which needs the base, is not asked."""
+
+    def load(*args):
+        task = load_task(*args)
+        task.score = lambda model: {}
+        return task
+
+    return load

@@ -1,0 +1,154 @@
+"""data/hidden_cache.py: an epoch from the cache is one with the base; others are refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_resume import cfg, left, one_thread  # noqa: F401
+
+import train
+from quant import InputError, Linear4bit
+from train import TrainConfig
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A list with an item for each product of a 4-bit layer."""
+    calls, forward = [], Linear4bit.forward
+
+    def counted(layer, x):
+        calls.append(1)
+        return forward(layer, x)
+
+    monkeypatch.setattr(Linear4bit, "forward", counted)
+    return calls
+
+
+def curves(out_dir):
+    rows = (Path(out_dir) / "log.csv").read_text().splitlines()[1:]
+    return np.array([float(cell or "nan") for row in rows for cell in row.split(",")[1:3]])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "settings, atol",
+    [(dict(h_f_bits=16), 2e-3), (dict(h_f_bits=8), 5e-3), (dict(h_f_bits=4), 0.1),
+     (dict(downsample="avgpool"), 2e-3), (dict(downsample="maxpool", task="text"), 2e-3),
+     (dict(standardize=True, gate="sum", downsample="linear", h_f_bits=16), 1e-2),
+     (dict(every=3, read_embedding=False, h_f_bits=16), 2e-2)],
+    ids=["16", "8", "4", "avgpool", "maxpool, text", "fast", "every"],
+)  # fmt: skip
+def test_as_with_the_base(settings, atol, dtype, cfg, asked, tmp_path):  # noqa: F811
+    """A run that writes the cache and one that reads it have the losses of one without: to rounding
+    with 16 bits. Once all is written, no layer of the base is asked."""
+    if settings.get("task") == "text":
+        Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 400)
+        cfg |= dict(data=str(Path(cfg["data"]).with_suffix(".txt")), sequence_len=32)
+    cfg |= settings | dict(dtype=dtype)
+    found, counts = [], []
+    for name in ("alone", "writing", "reading"):
+        asked.clear()
+        cached = {} if name == "alone" else dict(cache_hidden=str(tmp_path / "cache"))
+        result = train.main(TrainConfig(**cfg | cached | dict(out_dir=str(tmp_path / name))))
+        found.append(curves(tmp_path / name))
+        counts.append(len(asked))
+        assert result["loss_after"] < result["loss_before"]
+    slack = 2e-2 if dtype == "bf16" else 0
+    for curve in found[1:]:
+        np.testing.assert_allclose(curve, found[0], atol=atol + slack, rtol=0)
+    assert counts[2] == 0 < counts[1] < counts[0] / 2
+
+
+def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
+    """What an interrupted run has written serves the next; of a damaged file only the damage is
+    made again, with the same bytes; what is generated has the base."""
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
+    train.main(TrainConfig(**cfg | dict(max_iters=3)))
+    sums = np.fromfile(tmp_path / "cache" / "sums.bin", np.uint32)
+    assert 0 < (sums == 0).sum() < len(sums)
+    asked.clear()
+    train.main(TrainConfig(**cfg))
+    first = len(asked)
+    states = (tmp_path / "cache" / "states.bin").read_bytes()
+    assert np.fromfile(tmp_path / "cache" / "sums.bin", np.uint32).all() and first
+    expected = left(cfg["out_dir"])
+    damaged = bytearray(states)
+    damaged[1000] ^= 1
+    (tmp_path / "cache" / "states.bin").write_bytes(damaged)
+    asked.clear()
+    train.main(TrainConfig(**cfg))
+    assert 0 < len(asked) <= 3 * 7 * 2 < first
+    np.testing.assert_allclose(curves(cfg["out_dir"])[:4], np.array(
+        [float(cell or "nan") for row in expected[1][1:3] for cell in row[1:3]]), atol=2e-3)
+    mended = np.frombuffer((tmp_path / "cache" / "states.bin").read_bytes(), np.uint8)
+    assert (mended != np.frombuffer(states, np.uint8)).mean() < 0.05
+    asked.clear()
+    train.main(TrainConfig(**cfg))
+    assert not asked
+
+
+def test_the_base_is_loaded_again_to_answer(tiny_model, cfg, asked, tmp_path, monkeypatch):  # noqa: F811
+    """After training the score may generate: the layers come back, and answer as ever."""
+    monkeypatch.undo()
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12)
+    found = []
+    load = train.load_task
+
+    def asking(*args):
+        task = load(*args)
+        idx = torch.tensor([[1, 5, 9]])
+        task.score = lambda model: dict(said=model.generate(idx, 6).tolist())
+        return task
+
+    monkeypatch.setattr(train, "load_task", asking)
+    for cached in (cfg, cfg, cfg | dict(cache_hidden="")):
+        found.append(train.main(TrainConfig(**cached))["said_after"])
+    assert found[0] == found[1] and len(found[1][0]) == len(found[2][0]) == 9
+
+
+def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
+    """A laboratory: many side networks, and no base. Each is what it is alone with the cache."""
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8)
+    train.main(TrainConfig(**cfg))
+    asked.clear()
+    table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum learning_rate=1e-2,3e-3"))
+    assert not asked and len(table["runs"]) == 4
+    worst = table["runs"][-1]["out_dir"]
+    settings = json.loads((Path(worst) / "result.json").read_text())["config"]
+    train.main(TrainConfig(**settings | dict(out_dir=str(tmp_path / "alone"))))
+    assert left(worst) == left(tmp_path / "alone")
+
+
+def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
+    """Each is refused in a sentence, and nothing is touched."""
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
+    train.main(TrainConfig(**cfg))
+    before = (tmp_path / "cache" / "states.bin").read_bytes()
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    path = other / "model.safetensors"
+    tensors = bytearray(path.read_bytes())
+    tensors[-3] ^= 1
+    path.write_bytes(tensors)
+    for settings, message in (
+        (dict(base=str(other)), "of another base"), (dict(quant="fp4"), "of another --quant"),
+        (dict(dtype="bf16"), "of another --dtype"), (dict(data_seed=5), "of other examples"),
+        (dict(sequence_len=40), "of other examples"), (dict(max_examples=30), "other examples"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message):
+            train.main(TrainConfig(**cfg | settings))
+    for settings in (dict(method="qlora", reduction=None), dict(eval_only=True)):
+        with pytest.raises(InputError, match="--cache_hidden is for training side networks"):
+            train.main(TrainConfig(**cfg | settings))
+    assert (tmp_path / "cache" / "states.bin").read_bytes() == before
+
+
+def test_room_is_checked_before(cfg, tmp_path):  # noqa: F811
+    """Nothing is written that has no room."""
+    folder = tmp_path / "cache"
+    with pytest.raises(InputError, match="needs .* GB, and --cache_limit_gb is 1e-06: --h_f_bits"):
+        train.main(TrainConfig(**cfg, cache_hidden=str(folder), cache_limit_gb=1e-6))
+    assert not list(folder.glob("*"))

@@ -1,0 +1,147 @@
+"""data/sweep.py: many side networks beside one base are, to the bit, what each is alone."""
+
+import json
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from test_resume import cfg, left, one_thread  # noqa: F401
+
+import train
+from data import sweep
+from quant import InputError, Linear4bit
+from train import TrainConfig
+
+SWEEPS = {
+    "architecture": "gate=scalar,sum standardize=false,true seed=1,2",
+    "memory": "h_f_bits=16,4 optimizer_bits=32,8 checkpoint=false,true",
+    "width": "reduction=2,4 downsample=linear,avgpool learning_rate=1e-2,3e-3",
+    "the rest": "optimizer=adamw,muon mix=alpha,residual lr_schedule=linear,cosine",
+}
+
+
+@pytest.mark.parametrize("words", SWEEPS.values(), ids=SWEEPS)
+def test_each_run_is_what_it_is_alone(words, cfg):  # noqa: F811
+    """The bytes of the side network, the log, the scores; for the first run, the last, and one
+    between."""
+    table = train.main(TrainConfig(**cfg, sweep=words))
+    names = [row["settings"] for row in table["runs"]]
+    assert len(names) == 8 == len(set(names))
+    assert json.loads((Path(cfg["out_dir"]) / "sweep.json").read_text()) == table
+    losses = [row["loss"] for row in table["runs"]]
+    assert losses == sorted(losses) and table["best"].endswith(names[0])
+    for name in sorted(names)[::3]:
+        together = Path(cfg["out_dir"]) / name
+        settings = json.loads((together / "result.json").read_text())["config"]
+        assert settings["sweep"] == "" and settings["data_seed"] == 1337
+        result = train.main(TrainConfig(**settings | dict(out_dir=cfg["out_dir"] + "-alone")))
+        assert left(together) == left(cfg["out_dir"] + "-alone")
+        row = table["runs"][names.index(name)]
+        assert result["loss_after"] == row["loss"]
+
+
+def test_the_base_computes_once(cfg, monkeypatch):  # noqa: F811
+    """Six runs ask each linear layer as often as one does; two that are standardized, also for a
+    look at the 36 training examples, four at a time."""
+    asked = []
+    forward = Linear4bit.forward
+    monkeypatch.setattr(Linear4bit, "forward", lambda self, x: asked.append(1) or forward(self, x))
+    counts = []
+    for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
+        asked.clear()
+        train.main(TrainConfig(**cfg, sweep=words))
+        counts.append(len(asked))
+    assert counts[0] == counts[1] == counts[2] - 9 * 3 * 7
+
+
+def test_a_run_that_fails_leaves_the_others(cfg, monkeypatch):  # noqa: F811
+    """Its row has the reason; they are what they would have been. If none ends well, so it says."""
+    words = "learning_rate=1e-2,3e-3,1e-3"
+    expected = train.main(TrainConfig(**cfg, sweep=words))
+    step = train.train_step
+
+    def broken(loss_of, optimizer, scaler, batches, learning_rate, settings):
+        loss, taken = step(loss_of, optimizer, scaler, batches, learning_rate, settings)
+        return (loss * float("nan"), ~taken) if settings.learning_rate in lost else (loss, taken)
+
+    monkeypatch.setattr(train, "train_step", broken)
+    lost = [3e-3]
+    table = train.main(TrainConfig(**cfg, sweep=words))
+    assert [row["settings"] for row in table["runs"]][-1] == "learning_rate=0.003"
+    assert "not a number" in table["runs"][-1]["error"]
+    ended = {row["settings"]: row for row in expected["runs"]}
+    assert all(row == ended[row["settings"]] for row in table["runs"][:-1])
+    lost = [1e-2, 3e-3, 1e-3]
+    with pytest.raises(InputError, match="No run of the sweep has ended well. The first: The loss"):
+        train.main(TrainConfig(**cfg, sweep=words))
+
+
+def test_a_bug_is_not_swallowed(cfg, monkeypatch):  # noqa: F811
+    """What is no mistake of the user comes out of the thread, and the base is as it was."""
+    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(TrainConfig(**cfg, sweep="seed=1,2"))
+    assert threading.active_count() < 5
+
+
+def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
+    """One signal stops all runs, and --resume ends them as if nothing had happened."""
+    words = "seed=1,2 gate=scalar,sum"
+    names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
+    expected = {name: left(Path(cfg["out_dir"]) / name) for name in names}
+    again = cfg | dict(out_dir=cfg["out_dir"] + "-again", resume=True)
+    step, steps = train.train_step, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == 30:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", signalled)
+        table = train.main(TrainConfig(**again, sweep=words))
+    assert all(row["interrupted"] and row["iterations"] < 10 for row in table["runs"])
+    train.main(TrainConfig(**again, sweep=words))
+    assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
+
+
+@pytest.mark.parametrize("words, message", {
+    "gate": "--gate '' is unknown", "max_iters=1,2": "it takes NAME=VALUE,VALUE of",
+    "quant=nf4,none": "it takes NAME=VALUE", "reduction=x": "not all of these are values",
+    "seed=1,1": "has seed=1 twice", "gate=sum,round": "--gate 'round' is unknown",
+    "learning_rate=-1": "--learning_rate -1.0 must be above 0",
+}.items())  # fmt: skip
+def test_mistakes(words, message, cfg):  # noqa: F811
+    """Before anything is loaded or written."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        train.main(TrainConfig(**cfg, sweep=words))
+    assert not Path(cfg["out_dir"]).exists()
+    with pytest.raises(InputError, match="--sweep is not for"):
+        train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
+
+
+def test_runs_that_part_and_meet():
+    """Who asks for something else computes it, and loses nobody."""
+    turns, calls, found = sweep.Turns(3), [], {}
+    double = lambda x: calls.append(x) or 2 * x
+
+    def one(number):
+        sweep.THREAD.number, sweep.THREAD.turns = number, turns
+        turns.take()
+        with sweep.torch.no_grad():
+            own = [turns.once(double, number) for _ in range(number)]
+            turns.meet()
+            found[number] = [*own, turns.once(double, "ab"), turns.once(double, "cd")]
+        turns.leave()
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=20)
+    assert found == {i: [2 * i] * i + ["abab", "cdcd"] for i in range(3)}
+    assert calls.count("ab") == calls.count("cd") == 1
