@@ -35,7 +35,7 @@ from data.settings import (
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
 from data.training_log import TrainingLog
-from data.variants import PAPER, RUNS, VARIANTS
+from data.variants import PAPER, VARIANTS, settings_of_run
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
@@ -132,9 +132,9 @@ def resolve(cfg):
         cfg = settings_of_side(cfg)
     else:
         check_used(cfg, METHODS)
-    variant = VARIANTS[cfg.variant] | RUNS.get(cfg.variant, {})
-    cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
     task = cfg.task or ("instruct" if cfg.base else "tiny")
+    variant = settings_of_run(cfg.variant, task)
+    cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
     contradictions.refuse(cfg, task)
     on_glue = task in glue.FORMS
     column = 2 if task == "tiny" else 1 if on_glue else 0

@@ -30,6 +30,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),
+    "channels": ("probe", "FLAGS", "how many texts --standardize needs"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
 }
 

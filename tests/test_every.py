@@ -110,7 +110,8 @@ def test_older_checkpoints_are_the_papers(tmp_path, idx):
 def test_fast_is_the_recipe():
     """With its optimizer and learning rate; a flag of the user's wins, also one that says what the
     paper does; and other methods do not take it."""
-    resolved = lambda *words: train.resolve(train.parse_args(["--variant", "fast", *words]))
+    real = "--base x --data y --variant fast".split()
+    resolved = lambda *words: train.resolve(train.parse_args([*real, *words]))
     cfg = resolved()
     assert (cfg.optimizer, cfg.learning_rate, cfg.reduction) == ("muon", 3e-3, 8)
     assert {name: getattr(cfg, name) for name in FAST} == FAST
@@ -118,6 +119,8 @@ def test_fast_is_the_recipe():
     cfg = resolved(*words.split())
     assert (cfg.learning_rate, cfg.optimizer, cfg.gate) == (1e-4, "adamw", "scalar")
     assert not cfg.standardize and cfg.every == 5 and cfg.mix == "residual"
+    small = train.resolve(TrainConfig(variant="fast"))  # the embedded default
+    assert (small.optimizer, small.learning_rate, small.reduction) == ("muon", 1e-2, 4)
     paper = train.resolve(TrainConfig())
     assert (paper.optimizer, paper.learning_rate, paper.every) == ("adamw", 1e-2, 1)
     with pytest.raises(InputError, match="leave out --mix, --variant"):

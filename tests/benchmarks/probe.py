@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks.common import print_row, print_table
+from data import channel_statistics
 from data.chat import load_template
 from data.tokenizer import load_tokenizer
 from model import from_pretrained
@@ -67,3 +68,31 @@ def regress(x, y, n, weight):
     a, b = x[:n], 2.0 * y[:n] - 1
     w = torch.linalg.solve(a.T @ a + weight * torch.eye(a.shape[1]), a.T @ b)
     return ((x[n:] @ w > 0) == y[n:].bool()).float().mean().item()
+
+
+def channels(*flags):
+    """How far the channels' standard deviations over some training examples are from those over
+    the other half of them: what --standardize divides by, and how many texts it takes; and what
+    each text's first position makes of them.
+
+    flags: those of train.py, with --max_examples for some hundred examples
+    """
+    cfg = resolve(parse_args(flags))
+    tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
+    task = load_task(cfg, tokenizer, load_template(cfg.base), base.config)
+    texts = [ids for ids, _ in task.train]
+    half = len(texts) // 2
+    std = lambda texts, skip=1: channel_statistics(base, texts, skip)[1].clamp(min=1e-12).sqrt()
+    known = std(texts[half:])
+    print_table("Channels' standard deviations", "texts", "half within", "99 of 100", "furthest")
+    for n in [n for n in (16, 32, 64, 128, 256) if n < half] + [half]:
+        ratio = (std(texts[:n]) / known).log()
+        off = [ratio.abs().flatten().quantile(q).item() for q in (0.5, 0.99)]
+        furthest = f"{ratio.min().exp():.2f} and {ratio.max().exp():.2f} times"
+        print_row(n, *(f"{o:.1%}" for o in off), furthest)
+    print_table("With the first position, and without", "after layer", "largest", "median")
+    with_it, without = std(texts[:64], 0), std(texts[:64])
+    for i in range(5, len(base.layers) + 1, 5):
+        two = with_it[i], without[i]
+        print_row(i, "; ".join(f"{s.max():.1f}" for s in two),
+                  "; ".join(f"{s.median():.2f}" for s in two))  # fmt: skip
