@@ -7,7 +7,7 @@
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
-held-out examples), last/ (the same of the last iteration), log.csv, loss.svg and result.json.
+held-out examples), last/ (the same of the last iteration), log.csv, loss.svg, mix.svg, result.json.
 """
 
 import math

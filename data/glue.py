@@ -249,7 +249,7 @@ def show(folder):
             found = True
     if not found:
         names = ", ".join(f"{form.folder}/{form.dev}" for form in FORMS.values())
-        there = "has none of" if Path(folder).is_dir() else "is not a folder, which would have"
+        there = "has none of" if Path(folder).is_dir() else "is no folder with any of"
         raise InputError(f"{folder} {there} {names}: give GLUE's folder, or that of one task.")
 
 

@@ -209,7 +209,7 @@ def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, show
 
 def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
     """Each file that would do."""
-    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is not a folder")):
+    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is no folder with any of")):
         with pytest.raises(InputError) as error:
             glue.show(folder)
         said = str(error.value)

@@ -109,7 +109,7 @@ def short_recipe(monkeypatch, folder):
 
 
 def make():
-    return tiny.base_folder(train.train_tiny_base, save_pretrained)
+    return tiny.base_folder(train.train_tiny_base, save_pretrained, tiny.make_base)  # patched
 
 
 def test_two_first_runs_at_once_both_end_well(monkeypatch, tmp_path):

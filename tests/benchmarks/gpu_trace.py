@@ -172,7 +172,8 @@ def default(sizes):
         with patch.dict(os.environ, cache):
             start = time.time()
             # On a CPU a base that has learned nothing, which is made in a moment.
-            tiny.base_folder(untrained if small else train_tiny_base, save_pretrained)
+            learn = (untrained, save_pretrained, tiny.make_base)
+            tiny.base_folder(*learn if small else (train_tiny_base, save_pretrained))
             yield dict(what="the base, once, on the CPU", seconds=time.time() - start)
             for dtype in ("fp32",) if small else ("bf16", "fp16"):
                 own = f"--dtype {dtype} --device {sizes.device.type} {flags}".split()
