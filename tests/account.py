@@ -108,6 +108,7 @@ def one_step(model, cfg, device, live):
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
         forward = live.flops
         loss.backward()
+    unpack_buffers.clear()
     return activations, forward
 
 

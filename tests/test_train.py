@@ -183,9 +183,9 @@ def test_what_a_run_counts(dtype, cfg, monkeypatch):
         sent.append(sum(idx.numel() for idx, *_ in batches))
         return torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0)
 
-    def count(log, loss, taken, tokens, wait):
+    def count(log, loss, taken, tokens, *more):
         counted.append(tokens)
-        return stepped(log, loss, taken, tokens, wait)
+        return stepped(log, loss, taken, tokens, *more)
 
     monkeypatch.setattr(train, "train_step", step)
     monkeypatch.setattr(train.TrainingLog, "stepped", count)
