@@ -12,6 +12,7 @@ from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
 from data import sweep
+from model import quantize_folder
 from quant import InputError, Linear4bit
 from train import TrainConfig
 
@@ -149,3 +150,19 @@ def test_runs_that_part_and_meet():
         thread.join(timeout=20)
     assert found == {i: [2 * i] * i + ["abab", "cdcd"] for i in range(3)}
     assert calls.count("ab") == calls.count("cd") == 1
+
+
+def test_a_streamed_base(cfg, tmp_path):  # noqa: F811
+    """Its layers come once a batch for all, and each run is what it is alone with the whole base;
+    also from a cache, which a streamed base has written."""
+    quantize_folder(cfg["base"], tmp_path / "nf4")
+    cfg |= dict(base=str(tmp_path / "nf4"), max_iters=12, h_f_bits=16)
+    table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum", stream=True))
+    alone = TrainConfig(**cfg | dict(gate="sum", out_dir=str(tmp_path / "alone")))
+    loss = train.main(alone)["loss_after"]
+    assert left(Path(cfg["out_dir"]) / "gate=sum") == left(alone.out_dir)
+    cached = dict(cache_hidden=str(tmp_path / "cache"))
+    for stream in (True, False):
+        table = train.main(TrainConfig(**cfg, **cached, sweep="gate=scalar,sum", stream=stream))
+        (row,) = [row for row in table["runs"] if row["settings"] == "gate=sum"]
+        assert row["loss"] == pytest.approx(loss, abs=5e-3)
