@@ -68,6 +68,8 @@ class Halves:
             report = hook.pytest_report_from_serializable(
                 config=self.config, data=json.loads(line)
             )
+            if isinstance(report.longrepr, list):  # a tuple where and why one was skipped
+                report.longrepr = tuple(report.longrepr)
             hook.pytest_runtest_logreport(report=report)
         if ended:  # 1: a test has failed
             session.exitstatus = 1

@@ -23,17 +23,17 @@ def suite(folder, last):
         (folder / f"test_{i}.py").write_text(body)
     env = {name: value for name, value in os.environ.items() if name != halves.FOLDER}
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder], cwd=folder,
-        env=env, capture_output=True, text=True,
+        [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", folder],
+        cwd=folder, env=env, capture_output=True, text=True,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "last, found",
-    {"pass": "^10 passed", "assert 1 == 2": "assert 1 == 2", "__import__('os')._exit(7)":
-     "The second process: 7"}.items(), ids=["pass", "failure", "crash"],
-)  # fmt: skip
+@pytest.mark.parametrize("last, found", [
+    ("pass", "^10 passed"), ("assert 1 == 2", "assert 1 == 2"),
+    ("__import__('pytest').skip('why')", "(?s)test_4.py:3: why.*^9 passed, 1 skipped"),
+    ("__import__('os')._exit(7)", "The second process: 7"),
+], ids=["pass", "failure", "skip", "crash"])  # fmt: skip
 def test_every_test_counts(last, found, tmp_path):
     result = suite(tmp_path, last)
     assert re.search(found, result.stdout, re.MULTILINE), result.stdout
-    assert (result.returncode == 0) == (last == "pass")
+    assert (result.returncode == 0) == ("passed" in found)
