@@ -3,6 +3,7 @@ they are."""
 
 import math
 from html import escape
+from itertools import cycle
 
 from data.files import write_atomically
 
@@ -35,7 +36,7 @@ def line_chart(path, title, x_label, lines, ticks=None):
     for x, text in (ticks or round_numbers).items():
         shapes.append(label(place(x, 0)[0], bottom + 18, text, "middle"))
     shapes.append(label(WIDTH - RIGHT, bottom + 36, x_label, "end"))
-    for colour, curve in zip(COLOURS, lines.values()):
+    for colour, curve in zip(cycle(COLOURS), lines.values()):
         corners = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve)
         style = f'fill="none" stroke="{colour}" stroke-width="2"'
         shapes.append(f'<polyline points="{corners}" {style}/>')
@@ -49,7 +50,7 @@ def bar_chart(path, title, bars):
     shapes, y = [], TOP
     for name, parts in bars.items():
         x = left
-        for colour, value in zip(COLOURS, parts.values()):
+        for colour, value in zip(cycle(COLOURS), parts.values()):
             width = value / top * (WIDTH - left - right)
             size = f'width="{width:.1f}" height="{row - 8}"'
             shapes.append(f'<rect x="{x:.1f}" y="{y}" {size} fill="{colour}"/>')
@@ -72,7 +73,7 @@ def histogram(path, title, counts, marks):
         high = count / max(counts) * height
         box = f'x="{LEFT + i * width:.1f}" y="{bottom - high:.1f}" width="{width:.1f}"'
         shapes.append(f'<rect {box} height="{high:.1f}" fill="#cbd5e0"/>')
-    for row, (colour, xs) in enumerate(zip(COLOURS, marks.values())):
+    for row, (colour, xs) in enumerate(zip(cycle(COLOURS), marks.values())):
         y = bottom + 6 + 24 * row
         for x in map(place, xs):
             style = f'stroke="{colour}" stroke-width="2"'
@@ -100,7 +101,7 @@ def label(x, y, text, anchor="start"):
 def write_svg(path, title, names, shapes, height):
     """Put a title, a legend and a white ground to the shapes, and write the file."""
     x, legend = LEFT, []
-    for colour, name in zip(COLOURS, names):
+    for colour, name in zip(cycle(COLOURS), names):
         legend.append(f'<rect x="{x}" y="36" width="10" height="10" fill="{colour}"/>')
         legend.append(label(x + 15, 45, name))
         x += 35 + 7 * len(name)

@@ -143,8 +143,9 @@ def run(cfg, runs, base, run_one):
         called = f"sweep {number}"  # see data.run_of_sweep
         threads.append(threading.Thread(target=thread, args=args, name=called, daemon=True))
     shared = [(base, "embed"), (base, "final"), *((layer, "forward") for layer in base.layers)]
-    for module, name in shared:
-        setattr(module, name, partial(turns.once, getattr(module, name)))
+    own = [getattr(*place) for place in shared]
+    for place, function in zip(shared, own):
+        setattr(*place, partial(turns.once, function))
     try:
         with stop_signals():
             for one in threads:
@@ -152,8 +153,8 @@ def run(cfg, runs, base, run_one):
             for one in threads:
                 one.join()
     finally:
-        for module, name in shared:
-            delattr(module, name)
+        for place, function in zip(shared, own):
+            setattr(*place, function)
     if crashes:
         raise crashes[0]
     return conclude(cfg, runs, results)
