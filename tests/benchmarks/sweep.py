@@ -18,7 +18,8 @@ def sweep(flags):
     print_table("A sweep", "side networks", "processor, s", "of one", "peak, MB", "MB for one more")
     one = None
     for n, words in SWEEPS.items():
-        seconds, peak = alone(run_once, flags, words, **FREED)
+        # One arena for all threads: glibc has one for each, which keep what is freed.
+        seconds, peak = alone(run_once, flags, words, MALLOC_ARENA_MAX="1", **FREED)
         one = one or (seconds, peak)
         more = f"{(peak - one[1]) / (n - 1) / 1e6:,.0f}" if n > 1 else ""
         print_row(n, f"{seconds:,.1f}", f"{seconds / one[0]:.2f}", f"{peak / 1e6:,.0f}", more)
