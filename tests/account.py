@@ -203,7 +203,7 @@ def together(reports):
     total = dict(label="all of them", transient_bytes=max(r["transient_bytes"] for r in reports))
     for name in ("gradients_bytes", "optimizer_bytes", "activations_bytes", "trainable_parameters"):
         total[name] = sum(report[name] for report in reports)
-    total["flops_per_token"] = max(r["flops_per_token"] for r in reports)
+    total["flops_per_token"] = 0  # not known: forward is of base and side
     base = reports[0]["weights_bytes"] - reports[0]["learning_bytes"]
     total["weights_bytes"] = base + sum(report["learning_bytes"] for report in reports)
     total["total_bytes"] = sum(total[f"{name}_bytes"] for name in COLUMNS[:-1])
@@ -250,7 +250,8 @@ def main(cfg):
         cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 10**power:14.1f}  "
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         lines = [head] * (not reports) + [f"{label:20} {cells[1:]}{fits}"]
-        print(*lines, *[transfer(row, step)] * cfg.stream, sep="\n", flush=True)
+        lines += [transfer(row, step)] if row.get("streamed_bytes") else []
+        print(*lines, sep="\n", flush=True)
         reports.append(row)
         bars[label] = {part: numbers[part] for part in COLUMNS[:-1]}
 
