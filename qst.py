@@ -114,7 +114,8 @@ class Tuned(LanguageModel):
         """
         config, trained_on = read_side(folder)
         if different := differences(trained_on, self.fingerprint):
-            raise InputError(f"{folder} was trained on another base: {', '.join(different)}.")
+            different = f"another base: {', '.join(different)}; give the same --base and --quant"
+            raise InputError(f"{folder} was trained on {different}.")
         if config != self.side.config:
             if not {config.method, self.side.config.method} <= set(SIDE_METHODS):
                 message = f"{folder} has other settings than these modules: load the base anew."

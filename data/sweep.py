@@ -43,8 +43,11 @@ def settings_of_runs(given, cfg, resolve):
     axes = []
     for word in cfg.sweep.split():
         name, _, values = word.partition("=")
-        if name not in kinds:
-            raise InputError(f"--sweep {word}: it takes NAME=VALUE,VALUE of {', '.join(kinds)}.")
+        if name not in kinds or not values:
+            raise InputError(
+                f"--sweep {word}: it takes NAME=VALUE,VALUE ..., apart by spaces. What leaves the "
+                f"base and the batches as they are can be a NAME: {', '.join(kinds)}."
+            )
         try:
             axes.append([(name, kinds[name](value)) for value in values.split(",")])
         except ValueError:

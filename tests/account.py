@@ -11,6 +11,7 @@ is the kernel that a GPU has (`attention_of`), and every storage is added up fro
 makes it until it is freed (`Live`).
 """
 
+import math
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -203,7 +204,7 @@ def together(reports):
     total = dict(label="all of them", transient_bytes=max(r["transient_bytes"] for r in reports))
     for name in ("gradients_bytes", "optimizer_bytes", "activations_bytes", "trainable_parameters"):
         total[name] = sum(report[name] for report in reports)
-    total["flops_per_token"] = 0  # not known: forward is of base and side
+    total["flops_per_token"] = math.nan  # forward is of base and side: not known apart
     base = reports[0]["weights_bytes"] - reports[0]["learning_bytes"]
     total["weights_bytes"] = base + sum(report["learning_bytes"] for report in reports)
     total["total_bytes"] = sum(total[f"{name}_bytes"] for name in COLUMNS[:-1])

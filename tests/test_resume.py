@@ -89,6 +89,18 @@ METHODS = [
 ]  # fmt: skip
 
 
+def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
+    """It says how to go on, and neither that nothing was learned nor how to ask what is not there."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        result = train.main(TrainConfig(**cfg))
+    printed = capsys.readouterr().out
+    assert result["interrupted"] and not result["best_iteration"] and "--resume" in printed
+    assert "has not learned" not in printed and "Ask it" not in printed
+    train.main(TrainConfig(**cfg, resume=True))
+    assert "Ask it" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
     """Stopped after 7 of 12 iterations, between two evaluations, and gone on: the same bytes."""

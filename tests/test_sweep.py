@@ -115,7 +115,7 @@ def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("words, message", {
-    "gate": "--gate '' is unknown", "max_iters=1,2": "it takes NAME=VALUE,VALUE of",
+    "gate": "--sweep gate: it takes", "max_iters=1,2": "it takes NAME=VALUE,VALUE ...",
     "quant=nf4,none": "it takes NAME=VALUE", "reduction=x": "not all of these are values",
     "seed=1,1": "has seed=1 twice", "gate=sum,round": "--gate 'round' is unknown",
     "learning_rate=-1": "--learning_rate -1.0 must be above 0",
