@@ -1,5 +1,4 @@
-"""A base larger than the device: the weights of its layers stay on disk, or in the host's memory,
-and come when they are needed.
+"""A base larger than the device: its layers stay on disk or in the host's memory, and come in turn.
 
 A step of QST reads each weight of the base once, in order, and backward reads none. So the device
 needs two slots, each with room for the 4-bit weights of one layer: while layer i computes from one,
