@@ -17,11 +17,9 @@ from quant import InputError, Linear4bit
 from train import TrainConfig
 
 SWEEPS = {
-    "architecture": "variant=paper,fast standardize=false,true",
-    "memory": "h_f_bits=16,4 checkpoint=false,true",
-    "width": "reduction=2,4 downsample=linear,avgpool",
-    "optimizer": "optimizer=adamw,muon optimizer_bits=32 seed=1,2",
-    "schedule": "mix=alpha,residual lr_schedule=linear,cosine",
+    "architecture": "variant=paper,fast standardize=true seed=1,2",
+    "memory": "h_f_bits=16,4 checkpoint=false,true downsample=linear",
+    "width and steps": "reduction=2,4 optimizer=adamw,muon lr_schedule=cosine mix=residual",
 }
 
 
