@@ -72,7 +72,8 @@ class TrainConfig(SideConfig):
         "default with --base), or the base's layers (other methods)")  # fmt: skip
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
-    optimizer: str = setting(None, "Muon is for matrices; AdamW for the rest", ("adamw", "muon"))
+    optimizer: str = setting(None, "muon is for matrices, and adamw for the rest; default: adamw, "
+        "with --variant fast muon", ("adamw", "muon"))  # fmt: skip
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
         " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip

@@ -131,7 +131,8 @@ def add_flags(parser, settings, shown_defaults=()):
         flag = dict(type=true_or_false, nargs="?", const=True)
         kind = flag if f.type is bool else dict(type=f.type)
         default = dict(shown_defaults).get(f.name, f.default)
-        help = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        known = "" if default in (None, "") else f" (default: {default})"  # else the help has it
+        help = (f.metadata["help"] + known).replace("%", "%%")
         parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
 
 
