@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
-from data import sweep
+from data import run_of_sweep, sweep
 from model import quantize_folder
 from quant import InputError, Linear4bit
 from train import TrainConfig
@@ -46,9 +47,20 @@ def test_each_run_is_what_it_is_alone(words, cfg):  # noqa: F811
 def test_the_base_computes_once(cfg, monkeypatch):  # noqa: F811
     """Six runs ask each linear layer as often as one does; two that are standardized, also for a
     look at the 36 training examples, four at a time."""
-    asked = []
-    forward = Linear4bit.forward
-    monkeypatch.setattr(Linear4bit, "forward", lambda self, x: asked.append(1) or forward(self, x))
+    asked, forward, load = [], Linear4bit.forward, train.load_task
+
+    def counted(layer, x):
+        asked.extend([1] * (len(x) > 1))  # what is generated, one row, is each run's own
+        return forward(layer, x)
+
+    def answering(*args):
+        task = load(*args)
+        said = lambda model: model.generate(torch.tensor([[1, 5]]), 1 + 2 * run_of_sweep())
+        task.score = lambda model: dict(said=said(model).tolist())  # they part, and meet again
+        return task
+
+    monkeypatch.setattr(Linear4bit, "forward", counted)
+    monkeypatch.setattr(train, "load_task", answering)
     counts = []
     cfg |= dict(max_iters=6)
     for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
@@ -135,7 +147,7 @@ def test_runs_that_part_and_meet():
     def one(number):
         sweep.THREAD.number, sweep.THREAD.turns = number, turns
         turns.take()
-        with sweep.torch.no_grad():
+        with torch.no_grad():
             own = [turns.once(double, number) for _ in range(number)]
             turns.meet()
             found[number] = [*own, turns.once(double, "ab"), turns.once(double, "cd")]
