@@ -127,8 +127,8 @@ class HiddenCache:
 
         load: function of a device, or of one that gives each tensor's, that loads the base
         """
-        n, size = (self.sums > 0).sum(), len(self.bytes) / 1e9
-        print(f"cache       {self.folder}: {n:,} of {len(self.sums):,} examples, {size:.2f} GB")
+        n, size = f"{(self.sums > 0).sum():,} of {len(self.sums):,}", f"{len(self.bytes) / 1e9:.2f}"
+        print(f"cache       {self.folder}: {n} examples in {self.bits} bits, {size} GB")
         self.load = lambda: load(device)
         large = re.compile(r"layers\..*proj\.weight")
         without = lambda name: "meta" if large.fullmatch(name) else device

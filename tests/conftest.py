@@ -20,6 +20,7 @@ import torch  # noqa: E402
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data import tiny  # noqa: E402
 from data.variants import FAST, RELEASED  # noqa: E402
 from halves import Halves  # noqa: E402
 from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
@@ -94,6 +95,15 @@ def command(*args):
     )
 
 
+def short_run(base, tmp_path, records, **settings):
+    """Settings of a run of a second or two, on a folder and a file of stories."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(records, seed=1)))
+    shared = dict(reduction=4, max_iters=8, batch_size=8, eval_interval=4, learning_rate=1e-2)
+    files = dict(base=str(base), data=str(data), out_dir=str(tmp_path / "out"))
+    return shared | files | dict(sequence_len=96, device="cpu") | settings
+
+
 def copy_folder(name, tmp_path, **config):
     """A copy of a fixture with some of its config.json changed (None: taken out)."""
     folder = tmp_path / name
@@ -136,7 +146,6 @@ def no_answers(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder as from the Hub: an untrained LLaMA and the embedded default's tokenizer."""
-    from data import tiny
     from data.hub import save_pretrained
     from data.tokenizer import load_tokenizer
 

@@ -13,23 +13,20 @@ from benchmarks.gpu_common import Sizes, target
 from quant import InputError
 
 
-PARTS = [name for name in gpu.PARTS if name != "default"]
-
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """gpu.json of all parts but the embedded default, which test_tiny.py trains, in this process,
-    where torch is loaded already."""
+    """gpu.json of all parts, in this process, where torch is loaded already."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(account, "METHOD_ROWS", ("full", "qlora"))  # two of the seven
-        bench.main(["gpu", "--small", "--out", str(out), "--only", *PARTS])
+        bench.main(["gpu", "--small", "--out", str(out), "--only", *gpu.PARTS])
     return json.loads((out / "gpu.json").read_text())
 
 
 def test_every_part_has_its_rows(report):
     """No part has failed, and each has what its columns say, with seconds and the machine."""
-    assert list(report["parts"]) == PARTS
+    assert list(report["parts"]) == list(gpu.PARTS)
     for name, part in report["parts"].items():
         assert "error" not in part and part["rows"] and part["machine"]["name"] == "cpu", name
         found = {key for row in part["rows"] for key in row}
@@ -38,6 +35,7 @@ def test_every_part_has_its_rows(report):
     rows = {name: [row["what"] for row in part["rows"]] for name, part in report["parts"].items()}
     small = Sizes.small()
     assert rows["kernels"].count("matvec") == 4 * len(small.layers)
+    assert rows["default"] == ["the base, once, on the CPU", "fp32"]
     assert rows["tokens"] == ["16 bits", "4 bits", "4 bits / 16 bits"]
     assert len(rows["steps_7b"]) == 2 * len(rows["steps_70b"]) == 16
     assert {"as written", "h_f in 4 bits", "full", "qlora, checkpoint"} <= set(rows["memory"])
@@ -54,7 +52,7 @@ def test_each_figure_stands_beside_its_target(report):
         for row in part["rows"] for t in row.get("targets", ())
     }  # fmt: skip
     assert {
-        ("kernels", "of a copy"), ("tokens", "tokens/s, 4 bits / 16 bits"),
+        ("kernels", "of a copy"), ("tokens", "tokens/s, 4 bits / 16 bits"), ("default", "exact"),
         ("steps_7b", "time / forward alone, 16 bits"), ("memory", "account / peak"),
     } <= whats  # fmt: skip
     for row in report["parts"]["memory"]["rows"]:
@@ -112,7 +110,7 @@ def test_each_part_has_a_process_and_its_time(monkeypatch, tmp_path):
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert parts["kernels"]["error"] == "ended with -9"
     assert parts["tokens"]["error"].startswith("ended with cut off after")
-    assert sum(seconds for *_, seconds in gpu.PARTS.values()) <= 15 * 60
+    assert sum(seconds for *_, seconds in gpu.PARTS.values()) <= 13 * 60
     calls.clear()
     bench.main(["gpu", "--small", "--out", str(tmp_path), "--minutes", "0"])
     assert not calls

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, shaken, small_base
+from conftest import ROOT, shaken, short_run, small_base
 from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa: F401
 
 import train
-from data import collate, to_device, tiny
+from data import collate, to_device
 from data.training_log import TrainingLog
 from model import from_pretrained
 from qst import QST, tune
@@ -29,13 +29,8 @@ METHODS = {
 @pytest.fixture
 def cfg(tiny_model, tmp_path):
     """Settings of a run of seconds, on a real folder and file."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(60, seed=1)))
-    return dict(
-        base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"), reduction=4, rank=4,
-        max_iters=8, batch_size=8, sequence_len=96, eval_interval=4, log_interval=2,
-        learning_rate=1e-2, warmup_iters=2, device=str(DEVICE),
-    )  # fmt: skip
+    more = dict(rank=4, log_interval=2, warmup_iters=2, device=str(DEVICE))
+    return short_run(tiny_model, tmp_path, 60, **more)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def curves(out_dir):
      (dict(h_f_bits=8), 5e-3), (dict(h_f_bits=4), 0.1),
      (dict(downsample="avgpool"), 2e-3), (dict(downsample="maxpool", task="text"), 2e-3),
      (dict(standardize=True, gate="sum", downsample="linear", h_f_bits=16), 1e-2),
-     (dict(every=3, read_embedding=False, h_f_bits=16), 2e-2)],
+     (dict(every=3, read_embedding=False, h_f_bits=16), 1e-2)],
     ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every"],
 )  # fmt: skip
 def test_as_with_the_base(settings, atol, cfg, asked, tmp_path):  # noqa: F811
@@ -60,6 +60,8 @@ def test_as_with_the_base(settings, atol, cfg, asked, tmp_path):  # noqa: F811
         assert result["loss_after"] < result["loss_before"]
     for curve in found[1:]:
         np.testing.assert_allclose(curve, found[0], atol=atol, rtol=0)
+        # Rounding grows with the iterations: the first four are nearer.
+        np.testing.assert_allclose(curve[:4], found[0][:4], atol=atol / 4, rtol=0)
     assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 14
 
 

@@ -1,16 +1,15 @@
 """--stream in train.py, qst.py and account.py: what a run ends in, and what is refused."""
 
-import json
 import math
 
 import pytest
 import torch
 from account import AccountConfig, memory_report, parse_args, stream_from_memory, transfer
-from conftest import FIXTURES, small_base, small_config
+from conftest import FIXTURES, short_run, small_base, small_config
 
 import qst
 import train
-from data import choice_logits, tiny
+from data import choice_logits
 from data.safetensors import read_safetensors, write_safetensors
 from data.settings import run
 from model import from_pretrained
@@ -22,12 +21,8 @@ from train import TrainConfig
 
 @pytest.fixture
 def cfg(packed, tmp_path):
-    data = tmp_path / "stories.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(30, seed=1)))
-    return dict(
-        base=str(packed), data=str(data), out_dir=str(tmp_path / "out"), reduction=4, max_iters=4,
-        batch_size=4, sequence_len=100, eval_interval=2, learning_rate=1e-2, device="cpu",
-    )  # fmt: skip
+    sizes = dict(max_iters=4, batch_size=4, sequence_len=100, eval_interval=2)
+    return short_run(packed, tmp_path, 30, **sizes)
 
 
 def test_a_run(cfg, tmp_path):

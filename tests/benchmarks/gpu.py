@@ -27,10 +27,10 @@ PARTS = {  # name: (a function of the sizes that yields rows, its columns, secon
     "tokens": (gpu_kernels.tokens, "what ms_per_token tokens_per_s graph_ms", 60),
     "steps_7b": (gpu_steps.steps_7b, gpu_steps.COLUMNS, 120),
     "trace": (gpu_trace.trace, "what ms share kernels", 60),
-    "default": (gpu_trace.default, "what score seconds step_ms", 150),
-    "steps_70b": (gpu_steps.steps_70b, gpu_steps.COLUMNS, 180),
-    "memory": (gpu_steps.memory, gpu_steps.MEMORY_COLUMNS, 120),
-    "streamed": (gpu_stream.streamed, gpu_stream.COLUMNS, 120),
+    "default": (gpu_trace.default, "what score seconds step_ms", 120),
+    "steps_70b": (gpu_steps.steps_70b, gpu_steps.COLUMNS, 150),
+    "memory": (gpu_steps.memory, gpu_steps.MEMORY_COLUMNS, 90),
+    "streamed": (gpu_stream.streamed, gpu_stream.COLUMNS, 90),
 }  # fmt: skip
 SHOWN = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
          "power.draw", "power.limit", "temperature.gpu")  # fmt: skip
