@@ -14,7 +14,7 @@ BLOCK_SIZES = [2**i for i in range(4, 13)]  # 16 to 4096
 
 def show(out_dir="out"):
     """Print code books, errors and bits, and draw them as out_dir/levels.svg and block_size.svg."""
-    weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
     make_writable_folder(out_dir, "The folder")
     levels(weight[:256], out_dir)
     kinds(weight)
@@ -45,7 +45,7 @@ def kinds(weight):
     rows = {kind: quantize_4bit(weight, kind, double_quant=False) for kind in CODEBOOKS}
     rows |= {f"{kind}, double quantization": quantize_4bit(weight, kind) for kind in CODEBOOKS}
     rows |= {kind: quantize(weight, kind) for kind in ("int4", "int4-64", "int3-64")}
-    print("\n4096 x 4096 weights, N(0, 1)       mean |error|   bits per weight")
+    print("\n2048 x 2048 weights, N(0, 1)       mean |error|   bits per weight")
     for label, q in rows.items():
         error = (q.dequantize() - weight).abs().mean()
         print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")

@@ -6,7 +6,6 @@ import weakref
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop
 
 aten = torch.ops.aten
@@ -53,6 +52,15 @@ FLOPS = flop_registry | {  # torch's formulas: 2 m k n for a product; attention 
 }
 
 
+def storages(tree):
+    """Those of the tensors in a tree of lists and tuples, by their address."""
+    if isinstance(tree, torch.Tensor):
+        return {tree.untyped_storage()._cdata: tree.untyped_storage()}
+    if not isinstance(tree, (list, tuple)):
+        return {}
+    return {key: storage for branch in tree for key, storage in storages(branch).items()}
+
+
 class Live(TorchDispatchMode):
     """Add up the storages that operators make, each until it is freed (`peak` is the most), and
     the floating-point operations."""
@@ -64,11 +72,7 @@ class Live(TorchDispatchMode):
         out = func(*args, **kwargs)
         if formula := FLOPS.get(func.overloadpacket):
             self.flops += formula(*args, **kwargs, out_val=out)
-        storages = lambda *trees: {
-            t.untyped_storage()._cdata: t.untyped_storage()
-            for t in tree_leaves(trees) if isinstance(t, torch.Tensor)
-        }  # fmt: skip
-        given = storages(args, kwargs)  # views, and what is written in place, are nothing new
+        given = storages((*args, *kwargs.values()))  # views, and what is written in place: not new
         for key, storage in storages(out).items():
             if key not in given:
                 self.add(storage.nbytes())

@@ -187,11 +187,10 @@ def test_all_methods(small, tmp_path, capsys):
 
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
-    """Its shape, batch and settings, on a CPU, as a run has them; --savings shows each on it."""
-    rows = main(parse_args(["--out_dir", str(tmp_path)]))
+    """Its shape, batch and settings, on a CPU, as a run has them; --savings shows each on it. (The
+    lines of all methods are in tests/lectures.md.)"""
+    rows = main(parse_args(["--method", "qst", "--out_dir", str(tmp_path)]))
     assert "step of the embedded default, 32 x 47 tokens" in capsys.readouterr().out
-    totals = {row["label"]: row["total_bytes"] for row in rows}
-    assert totals["qst, checkpoint"] < totals["qlora, checkpoint"] < totals["full, checkpoint"]
     saved = main(parse_args(["--savings", "--out_dir", str(tmp_path)]))
     totals = [row["total_bytes"] for row in saved]
     assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(SAVINGS)

@@ -49,40 +49,34 @@ def numbers(out_dir):
 
 def test_two_processes_are_one(cfg, tmp_path):
     """Two of 4 sequences learn what one of 8 does, evaluate and score the same examples, to fp32
-    rounding; the first alone prints and writes; and the two go on from where they were."""
-    text = tmp_path / "text.txt"
+    rounding; the first alone prints and writes. One that dies ends the other soon, with a sentence,
+    and the two go on from what was kept."""
+    text, two_dir = tmp_path / "text.txt", tmp_path / "two"
     text.write_text(" ".join(tiny.story(random.Random(i), 0)[0] for i in range(300)))
     cfg |= dict(task="text", data=str(text), sequence_len=48)
-    one = train.main(TrainConfig(**cfg | dict(batch_size=8, out_dir=str(tmp_path / "one"))))
-    two_dir = tmp_path / "two"
-    begun = torchrun(cfg, out_dir=two_dir, max_iters=3)
-    printed, complaints = begun.communicate(timeout=120)
-    assert begun.returncode == 0, complaints
-    assert printed.count("held-out loss") == 1
+    begun, state = torchrun(cfg, out_dir=two_dir, max_iters=10**6), two_dir / "state.safetensors"
+    for _ in range(1200):
+        if state.exists() or begun.poll() is not None:
+            break
+        time.sleep(0.02)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(begun.pid)], text=True)
+    os.kill(max(map(int, children.split())), signal.SIGKILL)
+    printed, complaints = begun.communicate(timeout=60)
+    assert begun.returncode != 0 and "held-out loss" not in printed
+    assert "Another process of this run has ended" in complaints or "SIGKILL" in complaints
+    train.read_side(two_dir)  # what was kept is whole
+    kept = len(numbers(two_dir))
+    cfg["max_iters"] = kept - kept % RATES["eval_interval"] + 6
     ended = torchrun(cfg, out_dir=two_dir, resume=True)
-    _, complaints = ended.communicate(timeout=120)
+    printed, complaints = ended.communicate(timeout=120)
     assert ended.returncode == 0, complaints
+    assert printed.count("held-out loss") == 1
+    one = train.main(TrainConfig(**cfg | dict(batch_size=8, out_dir=str(tmp_path / "one"))))
     for ours, theirs in zip(numbers(tmp_path / "one"), numbers(two_dir), strict=True):
         assert ours == pytest.approx(theirs, abs=3e-4)
     two = json.loads((two_dir / "result.json").read_text())
     assert two["loss_after"] == pytest.approx(one["loss_after"], abs=1e-4)
     assert two["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=1e-4)
-
-
-def test_a_process_that_dies_ends_the_others(cfg, tmp_path):
-    """Soon, and with a sentence."""
-    run = torchrun(cfg, out_dir=tmp_path / "out", max_iters=10**6)
-    saved = tmp_path / "out" / "state.safetensors"
-    for _ in range(1200):
-        if saved.exists() or run.poll() is not None:
-            break
-        time.sleep(0.05)
-    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(run.pid)], text=True)
-    os.kill(max(map(int, children.split())), signal.SIGKILL)
-    _, complaints = run.communicate(timeout=60)
-    assert run.returncode != 0
-    assert "Another process of this run has ended" in complaints or "SIGKILL" in complaints
-    train.read_side(tmp_path / "out")  # what was kept is whole
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -179,7 +179,7 @@ def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
     short_recipe(monkeypatch, tmp_path)
     torch.set_num_threads(1)  # so that this process can be forked
     rng = random.Random(0)
-    for _ in range(12):
+    for _ in range(8):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):

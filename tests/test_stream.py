@@ -264,7 +264,7 @@ def test_four_times_the_memory(tmp_path):
         from benchmarks.common import resident
         from model import ModelConfig
         from quant import InputError
-        config = ModelConfig(100, n_layer=60, n_head=8, n_embd=1024, n_ffn=2816)
+        config = ModelConfig(100, n_layer=48, n_head=6, n_embd=768, n_ffn=2048)
         streaming.FLAGS += " --sequence_len 8"
         streaming.write_random({str(tmp_path / "small")!r}, streaming.SMALL)
         streaming.trainer({str(tmp_path / "small")!r}, stream=True)()  # torch has what it needs
