@@ -1,6 +1,7 @@
 """What the tests share: the path, small models, and where the oracles are."""
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -41,6 +42,14 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 def pytest_configure(config):
     config.pluginmanager.register(Halves(config))
+
+
+def pytest_collection_finish(session):
+    gc.freeze()  # what is loaded by now stays: no collection of garbage looks through it again
+
+
+def pytest_unconfigure(config):
+    gc.unfreeze()
 
 
 def small_config(family="llama", **changes):

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from unittest import mock
 
 import account
 import bench
@@ -9,9 +10,14 @@ import pytest
 import torch
 from benchmarks import gpu, gpu_common, gpu_steps, gpu_trace
 from benchmarks.gpu_common import Sizes, target
+from conftest import run_script
 
 from quant import InputError
 
+
+def run_here(command, **_):
+    """subprocess.run of a script, in this process."""
+    return subprocess.CompletedProcess(command, 0, run_script(*command[1:]))
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +26,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(account, "METHOD_ROWS", ("full", "qlora"))  # two of the seven
+        patch.setattr(gpu_trace, "subprocess", mock.Mock(run=run_here))
         bench.main(["gpu", "--small", "--out", str(out), "--only", *gpu.PARTS])
     return json.loads((out / "gpu.json").read_text())
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 BROKEN = """
 import sys
@@ -18,19 +18,16 @@ sys.exit(fuzz.main(["--seconds", "1", "--only", "config LLaMA"]))
 """
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
-
-
 def test_no_mutant_is_a_defect():
     """Mutants of every kind of file load, or are refused in one sentence."""
-    told = run(ROOT / "tests/fuzz.py", "--seconds", "1")
-    last = told.stdout.strip().split("\n")[-1].split()
-    assert told.returncode == 0, told.stdout + told.stderr
+    printed = run_script("tests/fuzz.py", "--seconds", "1")
+    last = printed.strip().split("\n")[-1].split()
     assert last[0] == "all" and int(last[1]) > 20 and last[4] == "0"
 
 
 def test_a_reader_that_checks_nothing_is_found():
     """Where fields are taken out of a file without a look at them, the same run finds defects."""
-    told = run("-c", BROKEN.format(root=str(ROOT)))
+    told = subprocess.run(
+        [sys.executable, "-c", BROKEN.format(root=str(ROOT))], capture_output=True, text=True
+    )
     assert told.returncode == 1 and "TypeError" in told.stdout, told.stdout + told.stderr

@@ -21,7 +21,7 @@ from quant import InputError
 from train import TrainConfig
 
 SETTINGS = dict(
-    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=24, eval_interval=4,
+    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
     log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
 )  # fmt: skip
 
@@ -103,19 +103,19 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
 
 @pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
-    """Stopped after 7 of 12 iterations, between two evaluations, and gone on: the same bytes."""
-    cfg = cfg | changes | dict(max_iters=12)
+    """Stopped after 5 of 8 iterations, between two evaluations, and gone on: the same bytes."""
+    cfg = cfg | changes | dict(max_iters=8)
     train.main(TrainConfig(**cfg))
     expected = left(cfg["out_dir"])
     again = cfg | dict(out_dir=str(tmp_path / "again"), resume=True)
     with monkeypatch.context() as patch:
-        stop_after(patch, 7)
+        stop_after(patch, 5)
         stopped = train.main(TrainConfig(**again))
-    assert stopped["interrupted"] and stopped["iterations"] == 7
+    assert stopped["interrupted"] and stopped["iterations"] == 5
     kept, _ = state.load_state(tmp_path / "again")
-    assert kept["log"]["iteration"] == 7  # none is computed twice
+    assert kept["log"]["iteration"] == 5  # none is computed twice
     result = train.main(TrainConfig(**again))
-    assert not result["interrupted"] and result["iterations"] == 12
+    assert not result["interrupted"] and result["iterations"] == 8
     assert left(again["out_dir"]) == expected
 
 

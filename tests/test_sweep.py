@@ -27,7 +27,7 @@ SWEEPS = {
 @pytest.mark.parametrize("words", SWEEPS.values(), ids=SWEEPS)
 def test_each_run_is_what_it_is_alone(words, cfg):  # noqa: F811
     """The bytes of the side network, the log, the scores."""
-    cfg |= dict(max_iters=12)
+    cfg |= dict(max_iters=8)
     table = train.main(TrainConfig(**cfg, sweep=words))
     names = [row["settings"] for row in table["runs"]]
     assert len(names) == 4 == len(set(names))
@@ -104,7 +104,7 @@ def test_a_bug_is_not_swallowed(cfg, monkeypatch):  # noqa: F811
 def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
     """One signal stops all runs, and --resume ends them as if nothing had happened."""
     words = "seed=1,2 gate=scalar,sum"
-    cfg |= dict(max_iters=12)
+    cfg |= dict(max_iters=8)
     names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
     expected = {name: left(Path(cfg["out_dir"]) / name) for name in names}
     again = cfg | dict(out_dir=cfg["out_dir"] + "-again", resume=True)
@@ -112,14 +112,14 @@ def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
 
     def signalled(*args):
         steps.append(1)
-        if len(steps) == 30:
+        if len(steps) == 20:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_step", signalled)
         table = train.main(TrainConfig(**again, sweep=words))
-    assert all(row["interrupted"] and row["iterations"] < 10 for row in table["runs"])
+    assert all(row["interrupted"] and row["iterations"] < 7 for row in table["runs"])
     train.main(TrainConfig(**again, sweep=words))
     assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
 
