@@ -3,8 +3,9 @@
 What the base says of a batch is the same for every side network, so a sweep is as many ordinary
 runs, each in a thread of its own, that share the base. One of them runs at a time. At each layer
 of the base it lets all others come to the same layer; the first computes it, and the others take
-the result. So no more than one hidden state is held, and what each run computes is to the bit what
-it computes alone. Runs that ask for something else, as in generating, compute it themselves.
+the result. So no more than one hidden state is held, backward keeps it once for all, and what each run
+computes is to the bit what it computes alone. Runs that ask for something else, as in generating,
+compute it themselves.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from data import hidden
 from data.charts import line_chart
 from data.files import make_writable_folder, write_json
 from data.methods import SIDE_METHODS
@@ -115,6 +117,14 @@ def same(one, other):
     return one is other or tensors and torch.equal(one, other)
 
 
+def pack_once(pack, h_f, bits):
+    """What backward keeps of h_f, for all side networks that read it and keep as many bits."""
+    packed = h_f.__dict__.setdefault("packed", {})
+    if bits not in packed:
+        packed[bits] = pack(h_f, bits)
+    return packed[bits]
+
+
 def meet():
     """Where all runs of a sweep begin the same; nothing in a run of its own."""
     if hasattr(THREAD, "turns"):
@@ -149,6 +159,7 @@ def run(cfg, runs, base, run_one):
     own = [getattr(*place) for place in shared]
     for place, function in zip(shared, own):
         setattr(*place, partial(turns.once, function))
+    pack, hidden.pack_hidden = hidden.pack_hidden, partial(pack_once, hidden.pack_hidden)
     try:
         with stop_signals():
             for one in threads:
@@ -158,6 +169,7 @@ def run(cfg, runs, base, run_one):
     finally:
         for place, function in zip(shared, own):
             setattr(*place, function)
+        hidden.pack_hidden = pack
     if crashes:
         raise crashes[0]
     return conclude(cfg, runs, results)

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import tiny  # noqa: E402
 from data.charts import bar_chart  # noqa: E402
 from data.files import write_json  # noqa: E402
+from data.hidden import pack_hidden  # noqa: E402
 from data.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
@@ -86,7 +87,8 @@ def memory_report(cfg, config=None, live=None):
         weights -= model.base.embed_tokens.weight.nbytes  # it is on the host
     return dict(
         method=cfg.method, checkpoint=cfg.checkpoint, weights_bytes=weights,
-        learning_bytes=model_bytes(model.side),
+        learning_bytes=model_bytes(model.side), h_f_bits=cfg.h_f_bits,
+        h_f_bytes=bytes_of_h_f(model, cfg, dtype),
         gradients_bytes=gradients, optimizer_bytes=optimizer, activations_bytes=activations,
         transient_bytes=live.peak - activations,
         total_bytes=weights + gradients + optimizer + live.peak,
@@ -111,6 +113,17 @@ def one_step(model, cfg, device, live):
         loss.backward()
     unpack_buffers.clear()
     return activations, forward
+
+
+def bytes_of_h_f(model, cfg, dtype):
+    """What is kept of the activations because downsamplers read h_f as it is; side networks beside
+    one base keep it together."""
+    side = model.side
+    if cfg.method not in SIDE_METHODS or side.mean is not None or "pool" in side.config.downsample:
+        return 0
+    shape = cfg.batch_size, cfg.sequence_len, model.config.n_embd
+    kept = pack_hidden(torch.empty(shape, dtype=dtype, device="meta"), cfg.h_f_bits)
+    return (len(side.layers) + side.config.read_embedding) * sum(t.nbytes for t in kept)
 
 
 def settings_of_step(cfg):
@@ -200,10 +213,14 @@ def rows(cfg):
 
 
 def together(reports):
-    """The account of a sweep: the base and its transient memory once, all else of every run."""
+    """The account of a sweep: the base, its transient memory and what is kept of h_f in as many
+    bits once, all else of every run."""
     total = dict(label="all of them", transient_bytes=max(r["transient_bytes"] for r in reports))
     for name in ("gradients_bytes", "optimizer_bytes", "activations_bytes", "trainable_parameters"):
         total[name] = sum(report[name] for report in reports)
+    for bits in {report["h_f_bits"] for report in reports}:
+        same = [report["h_f_bytes"] for report in reports if report["h_f_bits"] == bits]
+        total["activations_bytes"] -= sum(same) - max(same)
     total["flops_per_token"] = math.nan  # forward is of base and side: not known apart
     base = reports[0]["weights_bytes"] - reports[0]["learning_bytes"]
     total["weights_bytes"] = base + sum(report["learning_bytes"] for report in reports)

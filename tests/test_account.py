@@ -262,19 +262,3 @@ def test_each_line_is_of_its_method(small):
     alone = memory_report(AccountConfig(preset="small", method="lst", sequence_len=64))
     assert memory_report(lines["lst, checkpoint"]) == alone
     assert alone != memory_report(lines["qst, checkpoint"])
-
-
-def test_a_sweep_has_the_base_once(tmp_path, capsys, monkeypatch):
-    """A row for each side network, and one for all: the base and the largest transient once."""
-    monkeypatch.setitem(PRESETS, "small", small_config())
-    flags = "--preset small --reduction 4 --sequence_len 8 --sweep gate=scalar,sum --out_dir"
-    one, two, both = main(parse_args([*flags.split(), str(tmp_path)]))
-    assert [row["label"] for row in (one, two, both)] == ["gate=scalar", "gate=sum", "all of them"]
-    for part in ("gradients", "optimizer", "activations"):
-        name = f"{part}_bytes"
-        assert both[name] == one[name] + two[name]
-    base = one["weights_bytes"] - one["learning_bytes"]
-    assert base == two["weights_bytes"] - two["learning_bytes"] > 1e4
-    assert both["weights_bytes"] == base + one["learning_bytes"] + two["learning_bytes"]
-    assert both["total_bytes"] < one["total_bytes"] + two["total_bytes"] - base
-    assert "all of them" in capsys.readouterr().out

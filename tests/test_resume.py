@@ -103,7 +103,7 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
 
 @pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch):
-    """Stopped after 5 of 8 iterations, between two evaluations, and gone on: the same bytes."""
+    """Stopped after 5 of 8 iterations, between two evaluations, and gone on: same bytes."""
     cfg = cfg | changes | dict(max_iters=8)
     train.main(TrainConfig(**cfg))
     expected = left(cfg["out_dir"])

@@ -5,17 +5,22 @@ import os
 import re
 import signal
 import threading
+from functools import partial
 from pathlib import Path
 
+import account
 import pytest
 import torch
+from conftest import small_config
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
-from data import run_of_sweep, sweep
-from model import quantize_folder
+from data import hidden, run_of_sweep, sweep
+from data.report import activation_bytes
+from model import PRESETS, quantize_folder
+from qst import tune
 from quant import InputError, Linear4bit
-from train import TrainConfig
+from train import TrainConfig, prepare, side_config
 
 SWEEPS = {
     "architecture": "variant=paper,fast standardize=true seed=1,2",
@@ -176,3 +181,49 @@ def test_a_streamed_base(cfg, tmp_path):  # noqa: F811
         table = train.main(TrainConfig(**cfg, **cached, sweep="gate=scalar,sum", stream=stream))
         (row,) = [row for row in table["runs"] if row["settings"] == "gate=sum"]
         assert row["loss"] == pytest.approx(loss, abs=5e-3)
+
+
+class Beside(torch.nn.Module):
+    """Side networks beside one base, each of whose functions computes once, as in a sweep."""
+
+    def __init__(self, models):
+        super().__init__()
+        base, self.models, self.last = models[0].base, torch.nn.ModuleList(models), {}
+        for place in (base, "embed"), (base, "final"), *((layer, "forward") for layer in base.layers):
+            setattr(*place, partial(self.once, getattr(*place)))
+
+    def once(self, function, *args):
+        if function not in self.last:
+            self.last[function] = function(*args)
+        return self.last[function]
+
+    def loss(self, idx, targets):
+        return sum(model.loss(idx, targets) for model in self.models)
+
+
+@pytest.mark.parametrize("words", [
+    "gate=scalar,sum", "h_f_bits=16,8 seed=1,2", "downsample=adapter,maxpool,linear h_f_bits=4",
+    "standardize=true,false every=3,1",
+])  # fmt: skip
+def test_a_sweep_has_the_base_once(words, tmp_path, capsys, monkeypatch):
+    """A row for each side network, and one for all: the base and the largest transient once, and
+    the activations that they keep together."""
+    monkeypatch.setitem(PRESETS, "small", small_config())
+    flags = "--preset small --reduction 4 --batch_size 3 --sequence_len 8 --device cpu --out_dir"
+    cfg = account.parse_args([*flags.split(), str(tmp_path), "--sweep", words])
+    *each, both = account.main(cfg)
+    assert [row["label"] for row in (*each, both)] == [*dict(account.rows(cfg)), "all of them"]
+    for part in ("gradients", "optimizer"):
+        assert both[f"{part}_bytes"] == sum(row[f"{part}_bytes"] for row in each)
+    learning = [row["learning_bytes"] for row in each]
+    (base,) = {row["weights_bytes"] - own for row, own in zip(each, learning)}
+    assert base > 1e4 and both["weights_bytes"] == base + sum(learning)
+    assert both["total_bytes"] < sum(row["total_bytes"] - base for row in each) + base
+    assert "all of them" in capsys.readouterr().out
+
+    monkeypatch.setattr(hidden, "pack_hidden", partial(sweep.pack_once, hidden.pack_hidden))
+    models, base, idx = [], None, torch.zeros(3, 8, dtype=torch.long)
+    for settings in dict(account.rows(cfg)).values():
+        base = base or account.untrained(settings, small_config(), torch.float32, "cpu").base
+        models.append(prepare(tune(base, side_config(settings)), settings))
+    assert both["activations_bytes"] == activation_bytes(Beside(models), idx, idx)
