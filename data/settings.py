@@ -3,8 +3,10 @@
 import argparse
 import operator
 import os
+import re
 import sys
 from dataclasses import field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -92,6 +94,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = unknown and get_close_matches(unknown[1], self._option_string_actions, 1)
+        message += f"; did you mean {near[0]}?" if near else ""
         message = message if len(message) < 300 else message[:300] + "..."
         sys.exit(f"error: {message}; --help lists the flags")
 

@@ -12,7 +12,7 @@ import signal
 
 import torch
 
-from data import distributed
+from data import distributed, quiet
 from data.checkpoint import digest
 from data.fields import TABLE, Kind, field, number, shown, table_of, whole
 from data.files import file_size
@@ -138,6 +138,11 @@ class RunState:
         load_moments(self.optimizer, moments, path)
         self.scaler.load_state_dict(scaler)
         self.log.go_on(log)
+        if not quiet():
+            last = self.log.iteration >= self.log.cfg.max_iters
+            what = "had ended with" if last else "goes on after"
+            scored = ", and is scored again" * last
+            print(f"{self.out_dir} {what} iteration {self.log.iteration}{scored}.")
         return True
 
 
