@@ -70,7 +70,8 @@ class Turns:
     def __init__(self, n):
         self.waiting, self.changed = list(range(n)), threading.Condition()
         self.arrived, self.meetings = set(), 0
-        self.last = None, (), None  # a function of the base, its arguments, and what it returned
+        # A function of the base, its arguments, the keys and values then, and what it returned.
+        self.last = None, (), None, None
 
     def take(self):
         with self.changed:
@@ -100,14 +101,21 @@ class Turns:
 
     def once(self, function, *args):
         """What a function of the base returns; computed once for all runs that ask for the same."""
-        generating = len(args) > 3 and args[3] is not None  # with a cache
-        if generating or torch.is_grad_enabled() or not hasattr(THREAD, "turns"):
+        if torch.is_grad_enabled() or not hasattr(THREAD, "turns"):
             return function(*args)
         self.others()
-        asked, given, result = self.last
-        if asked != function or not all(map(same, args[:2], given)):
-            result = function(*args)
-            self.last = function, args[:2], result
+        cache = args[3] if len(args) > 3 else None
+        asked, given, theirs, result = self.last
+        alike = asked == function and all(map(same, args[:2], given))
+        if alike and was_alike(cache, theirs, args[0]):
+            if cache is not None:
+                vars(cache).update(vars(theirs), shared=True)
+            return result
+        if hasattr(cache, "shared"):  # what they write from now on is not ours
+            cache.k, cache.v = cache.k.clone(), cache.v.clone()
+            del cache.shared
+        result = function(*args)
+        self.last = function, args[:2], cache, result
         return result
 
 
@@ -115,6 +123,17 @@ def same(one, other):
     """Whether two arguments are; what follows from the first two need not be compared."""
     tensors = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
     return one is other or tensors and torch.equal(one, other)
+
+
+def was_alike(cache, theirs, x):
+    """Whether a layer's cache holds what another one held before it took those of x (B, T, C)."""
+    if cache is None or theirs is None:
+        return cache is theirs
+    n = cache.length
+    if (n, cache.max_len) != (theirs.length - x.shape[1], theirs.max_len):
+        return False
+    past = lambda tensor: tensor[:, :, :n]
+    return n == 0 or same(past(cache.k), past(theirs.k)) and same(past(cache.v), past(theirs.v))
 
 
 def pack_once(pack, h_f, bits):

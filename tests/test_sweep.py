@@ -15,8 +15,9 @@ from conftest import small_config
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
-from data import hidden, run_of_sweep, sweep
+from data import choice_logits, hidden, run_of_sweep, sweep
 from data.report import activation_bytes
+from data.sampling import KVCache
 from model import PRESETS, quantize_folder
 from qst import tune
 from quant import InputError, Linear4bit
@@ -49,19 +50,22 @@ def test_each_run_is_what_it_is_alone(words, cfg):  # noqa: F811
         assert result["loss_after"] == row["loss"]
 
 
-def test_the_base_computes_once(cfg, monkeypatch):  # noqa: F811
-    """Six runs ask each linear layer as often as one does; two that are standardized, also for a
-    look at the 36 training examples, four at a time."""
+def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
+    """Six runs ask each linear layer as often as one does, also for a score after a beginning that
+    all prompts share; two that are standardized, also for a look at the 36 training examples, four
+    at a time. What they generate, of lengths of their own, is what each generates alone."""
     asked, forward, load = [], Linear4bit.forward, train.load_task
+    prompts = [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
 
     def counted(layer, x):
-        asked.extend([1] * (len(x) > 1))  # what is generated, one row, is each run's own
+        asked.extend([1] * (len(x) > 1))  # what is generated, one row, may be each run's own
         return forward(layer, x)
 
     def answering(*args):
-        task = load(*args)
-        said = lambda model: model.generate(torch.tensor([[1, 5]]), 1 + 2 * run_of_sweep())
-        task.score = lambda model: dict(said=said(model).tolist())  # they part, and meet again
+        task, length = load(*args), lambda: 1 + 2 * (run_of_sweep() or 0)  # they part, and meet
+        said = lambda model: model.generate(torch.tensor([[1, 5]]), length()).tolist()
+        scored = lambda model: choice_logits(model, prompts, [3, 7]).tolist()
+        task.score = lambda model: dict(scored=scored(model), said=said(model))
         return task
 
     monkeypatch.setattr(Linear4bit, "forward", counted)
@@ -70,8 +74,16 @@ def test_the_base_computes_once(cfg, monkeypatch):  # noqa: F811
     cfg |= dict(max_iters=6)
     for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
         asked.clear()
-        train.main(TrainConfig(**cfg, sweep=words))
+        names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
         counts.append(len(asked))
+        results = [json.loads((Path(cfg["out_dir"]) / name / "result.json").read_text())
+                   for name in names]  # fmt: skip
+        for result in results[:: len(results) - 1 or 1]:
+            alone = train.main(TrainConfig(**result["config"] | dict(out_dir=str(tmp_path / "a"))))
+            for when in ("before", "after"):
+                assert alone[f"scored_{when}"] == result[f"scored_{when}"]
+                said = [r[f"said_{when}"][0] for r in (alone, result)]
+                assert all(map(int.__eq__, *said))
     assert counts[0] == counts[1] == counts[2] - 9 * 3 * 7
 
 
@@ -144,25 +156,60 @@ def test_mistakes(words, message, cfg):  # noqa: F811
         train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
 
 
-def test_runs_that_part_and_meet():
-    """Who asks for something else computes it, and loses nobody."""
-    turns, calls, found = sweep.Turns(3), [], {}
-    double = lambda x: calls.append(x) or 2 * x
+def in_turns(n, function):
+    """What a function of turns and a number returns for 0 ... n - 1, each in a thread."""
+    turns, found = sweep.Turns(n), {}
 
+    @torch.no_grad()
     def one(number):
         sweep.THREAD.number, sweep.THREAD.turns = number, turns
         turns.take()
-        with torch.no_grad():
-            own = [turns.once(double, number) for _ in range(number)]
-            turns.meet()
-            found[number] = [*own, turns.once(double, "ab"), turns.once(double, "cd")]
+        found[number] = function(turns, number)
         turns.leave()
 
-    threads = [threading.Thread(target=one, args=(i,)) for i in range(3)]
+    threads = [threading.Thread(target=one, args=(i,), daemon=True) for i in range(n)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout=20)
+    return found
+
+
+@pytest.mark.parametrize("length", [6, 7])
+def test_caches_that_part(length):
+    """Keys and values are shared while they are the same, whatever is appended afterwards and where
+    there is room for more tokens in one of them."""
+    asked = []
+
+    def layer(x, mask, rope, cache):
+        asked.append(x)
+        k, v = cache.append(x[:, None], 2 * x[:, None])
+        return (k * v).sum(dim=2)
+
+    def generate(turns, number):
+        """Three tokens that are the same for all, one of one's own, and the same again."""
+        cache = KVCache(6 if number else length)
+        sizes = 3, 1, 2
+        tokens = [torch.full((2, n, 4), 9.0 + number * (n == 1)) for n in sizes]
+        once = turns.once if turns else lambda function, *args: function(*args)
+        return torch.cat([once(layer, x, None, None, cache) for x in tokens], dim=1)
+
+    found = in_turns(3, generate)
+    assert len(asked) == (1 if length == 6 else 2) + 3 + 3
+    assert all(torch.equal(found[i], generate(None, i)) for i in range(3))
+
+
+def test_runs_that_part_and_meet():
+    """Who asks for something else computes it, and loses nobody."""
+    calls = []
+    double = lambda x: calls.append(x) or 2 * x
+
+    def one(turns, number):
+        own = [turns.once(double, number) for _ in range(number)]
+        turns.meet()
+        return [*own, turns.once(double, "ab"), turns.once(double, "cd")]
+
+    found = in_turns(3, one)
     assert found == {i: [2 * i] * i + ["abab", "cdcd"] for i in range(3)}
     assert calls.count("ab") == calls.count("cd") == 1
 

@@ -13,13 +13,15 @@ SWEEPS = {1: "gate=scalar", 2: "gate=scalar,sum", 4: "gate=scalar,sum seed=1,2",
 
 
 def sweep(flags):
-    """Whole runs of train.py with these flags, each in a process of its own. Times are of the
-    processor, and without loading."""
+    """Whole runs of train.py with these flags, each in a process of its own, once for the time, of
+    the processor and without loading, and once for the memory, where what is freed goes back to the
+    system, which takes time."""
     print_table("A sweep", "side networks", "processor, s", "of one", "peak, MB", "MB for one more")
     one = None
     for n, words in SWEEPS.items():
+        seconds, _ = alone(run_once, flags, words)
         # One arena for all threads: glibc has one for each, which keep what is freed.
-        seconds, peak = alone(run_once, flags, words, MALLOC_ARENA_MAX="1", **FREED)
+        _, peak = alone(run_once, flags, words, MALLOC_ARENA_MAX="1", **FREED)
         one = one or (seconds, peak)
         more = f"{(peak - one[1]) / (n - 1) / 1e6:,.0f}" if n > 1 else ""
         print_row(n, f"{seconds:,.1f}", f"{seconds / one[0]:.2f}", f"{peak / 1e6:,.0f}", more)
