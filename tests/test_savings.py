@@ -144,7 +144,7 @@ def test_chunks_bound_the_logits(monkeypatch):
 def test_evaluation_forms_no_gradients(idx, monkeypatch):
     """Where nothing learns, the loss is the forward pass alone, and the same."""
     model = shaken(QST(small_base(), SideConfig(reduction=4)))
-    idx = idx.repeat(4, 1)  # positions enough for the head to come before the mix
+    idx = idx.repeat(4, 1)
     expected = model.loss(idx, idx).detach()
     monkeypatch.setattr(torch.autograd, "grad", lambda *args: pytest.fail("a gradient"))
     with torch.no_grad():
