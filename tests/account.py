@@ -265,7 +265,8 @@ def main(cfg):
         label = row["label"]
         numbers = {part: row[f"{part}_bytes"] / 10**power for part in COLUMNS}
         cells = "".join(f"{number:12.2f}" for number in numbers.values())
-        cells += f"{row['trainable_parameters']:>15,}{row['flops_per_token'] / 10**power:14.1f}  "
+        cells += f"{row['trainable_parameters']:>15,}"
+        cells += f"{row['flops_per_token'] / 10**power:14.1f}  ".replace("nan", "  -")
         fits = "".join("  *" if row["total_bytes"] <= card * 1e9 else "  -" for card in CARDS)
         lines = [head] * (not reports) + [f"{label:20} {cells[1:]}{fits}"]
         lines += [transfer(row, step)] if row.get("streamed_bytes") else []
