@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
 from data.integers import check_kind, quantize
@@ -258,7 +258,7 @@ class LanguageModel(nn.Module):
         h = (hidden or self.hidden)(idx).flatten(0, 1).index_select(0, at)
         if self.head_learns or not self.chunk_loss:
             return token_loss(self.head(h), targets)
-        return _ChunkedLoss.apply(h if torch.is_grad_enabled() else h.detach(), targets, self.head)
+        return _ChunkedLoss.apply(h, targets, self.head)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """The prompts and what `sampling.stream` adds to them: (B, T + new)."""
@@ -266,7 +266,7 @@ class LanguageModel(nn.Module):
         return torch.cat([idx, *(token.unsqueeze(1) for token in new)], dim=1)
 
 
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # nothing is drawn in a layer
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # a layer has no random numbers
 CHUNK = 128  # positions whose logits are held at a time
 
 
@@ -287,7 +287,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     h: (n, C). Its gradient is formed chunk by chunk in forward, while a chunk's logits are there:
     nothing is computed twice. What is kept is the gradient of the *sum* of the losses, since that
-    of the mean would vanish in fp16; backward, which may run once, divides it by n.
+    of the mean would vanish in fp16; backward, which can run only once, divides it by n.
     """
 
     @staticmethod
@@ -362,7 +362,7 @@ class Transformer(LanguageModel):
     def hidden(self, idx, keep=None, cache=None, watch=lambda i, x: None):
         """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`.
 
-        watch: function of 0 and the embedding, and of i and what layer i, from 1 on, returns
+        watch: called as watch(0, embedding), and watch(i, output of layer i), i = 1 ... N
         """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
@@ -372,7 +372,7 @@ class Transformer(LanguageModel):
         watch(0, x)
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):
             if self.checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, mask, rope, **RECOMPUTE)
+                x = recomputed(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
             watch(i, x)
@@ -386,7 +386,7 @@ class Transformer(LanguageModel):
 
         quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
         read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
-        is; default: this model's weights. Only one module's tensors are in memory at a time.
+        is, one module's at a time; default: this model's weights, which are in memory already.
         device: one, or a function of a tensor's name; where: the start of messages, as "folder: "
         """
         check_kind(quant)
@@ -457,7 +457,7 @@ def quantize_folder(source, target, quant="nf4"):
 
 
 def count_weights(config):
-    """Number of weights of a model, as its authors count them."""
+    """Number of weights of a model; a tied head counts once."""
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config).parameters())
 

@@ -64,8 +64,8 @@ def dynamic_codebook():
     """Make the 8-bit "dynamic" code book for absmax values: (256,), sorted, in (-1, 1].
 
     One sign bit, then a unary exponent: each zero bit in front divides by ten, and what is left
-    is a linear fraction of [0.1, 1]. So it has seven decades, and the larger the number the finer
-    its steps. (8-bit Optimizers, arXiv 2110.02861 §2.)
+    is a linear fraction of [0.1, 1]. So it has seven decades, and the larger a number, the finer
+    its steps relative to it. (8-bit Optimizers, arXiv 2110.02861 §2.)
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
@@ -102,9 +102,9 @@ def chunk_size(device):
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
-@cache  # a copy to a GPU, each time, would wait for it
+@cache  # else each call would copy them to the GPU, and wait
 def bounds_on(codebook, device):
-    """What lies between a code book's levels in their order, and the code of each level."""
+    """The midpoints between a code book's sorted levels, and the code of each level."""
     levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
     return ((levels[1:] + levels[:-1]) / 2).to(device), order.to(device, torch.uint8)
 
@@ -148,7 +148,7 @@ def dequantize_blockwise(codes, table, absmax, block_size, out):
 
     table: what a byte of codes stands for: a code book of 256 levels, or a `byte_table`
     """
-    size, per_byte = chunk_size(codes.device), table.itemsize // 4
+    size, per_byte = chunk_size(codes.device), table.itemsize // 4  # fp32 levels in an entry
     for start in range(0, len(out), size):
         part = out[start : start + size]
         byte = codes[start // per_byte : (start + size) // per_byte].int()
@@ -233,8 +233,8 @@ class Quantized4bit(Quantized):
         torch.ops.qst.dequantize(*self.op_args, out)
 
     def product(self, x, bias=None):
-        """The same. On a GPU, for a few rows of x, one kernel decodes and multiplies: there the
-        unpacked W is never in memory."""
+        """As in `Quantized`; but on a GPU, for a few rows of x, one kernel decodes and multiplies,
+        and the unpacked W is never in memory."""
         rows = x.numel() // self.shape[1]
         if rows > MAX_ROWS:
             return super().product(x, bias)
@@ -459,7 +459,7 @@ class Linear4bit(nn.Module):
 
 
 def main():
-    sys.modules["quant"] = sys.modules[__name__]  # this module, whose operators are defined once
+    sys.modules["quant"] = sys.modules[__name__]  # else `import quant` defines the operators again
     from data import four_bits, settings
 
     settings.run(four_bits.show)

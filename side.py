@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.hidden import PackedInputFunction
 from data.methods import METHODS, of_4_bits, of_side, step_length
@@ -50,8 +50,8 @@ class SideConfig:
     standardize: bool = of_side(None, "standardize each channel of what the downsamplers read")
     downsample_norm: bool = of_side(None, "a LayerNorm after each downsampler")
     share_first: bool = of_side(None, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side(None, "gamma, from 0; a vector, from 0.5; none: z + h_g", GATES)
-    mix: str = of_side(None, "alpha, from 1; a vector; h_f + up; up alone (lst)", MIXES)
+    gate: str = of_side(None, "scalar: gamma, from 0; channel: vector, from 0.5; sum: none", GATES)
+    mix: str = of_side(None, "alpha; released: a vector; residual: h_f + up; side: up", MIXES)
     upsample_bias: bool = of_side(None, "whether the upsampler has a bias")
     final_norm: bool = of_side(None, "a norm before the upsampler")
     repair: int = of_4_bits(0, "rank of what mends the 4 bits' error; 0: no repair", at_least=0)
@@ -114,7 +114,7 @@ def make_downsample(config, n_in, n_out):
 
 def side_model_config(config, reduction):
     """The base's `ModelConfig` -> the side network's: as many heads, narrower."""
-    rotary = config.family != "opt"  # which turns channels in pairs
+    rotary = config.family != "opt"  # rotary turns channels in pairs
 
     def fits(r):
         head_dim, rest = divmod(config.n_embd, r * config.n_head)
@@ -146,16 +146,16 @@ class SideNetwork(nn.Module):
         every = step_length(config.every, base_config.n_layer)
         self.config = config = replace(config, every=every)
         self.model_config = side_model_config(base_config, config.reduction)
-        N, C, c = base_config.n_layer // every, base_config.n_embd, self.model_config.n_embd
+        n, C, c = base_config.n_layer // every, base_config.n_embd, self.model_config.n_embd
         own_first = config.read_embedding and not config.share_first
-        self.downsample = nn.ModuleList(make_downsample(config, C, c) for _ in range(N + own_first))
+        self.downsample = nn.ModuleList(make_downsample(config, C, c) for _ in range(n + own_first))
         for name in ("mean", "scale"):  # of the channels of what is read: see QST.calibrate
-            self.register_buffer(name, torch.zeros(N + 1, C) if config.standardize else None)
+            self.register_buffer(name, torch.zeros(n + 1, C) if config.standardize else None)
         self.gamma = self.alpha = None
         if config.gate != "sum":
             scalar = config.gate == "scalar"
-            self.gamma = nn.Parameter(torch.zeros(N) if scalar else torch.full((N, c), 0.5))
-        self.layers = nn.ModuleList(DecoderLayer(self.model_config) for _ in range(N))
+            self.gamma = nn.Parameter(torch.zeros(n) if scalar else torch.full((n, c), 0.5))
+        self.layers = nn.ModuleList(DecoderLayer(self.model_config) for _ in range(n))
         self.norm = make_norm(self.model_config) if config.final_norm else nn.Identity()
         self.upsample = Linear(c, C, bias=config.upsample_bias)
         if config.mix == "residual":
@@ -185,14 +185,14 @@ class SideNetwork(nn.Module):
         return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
     def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
-        """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0 ... N-1: code counts from 0, so that the paper's
-        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i]. h_f comes from the base's layer
-        (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
-        reads_h_f, *rest = self.downsample[i - len(self.layers)]  # the embedding's stands before
-        z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a slice keeps all of h_f
+        """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0, 1, ..., one for each side layer: the paper's
+        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i], because code counts from 0. h_f is
+        that of the base's layer (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
+        reads_h_f, *rest = self.downsample[i - len(self.layers)]  # [0] may be h_g_0's
+        z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a view keeps all of h_f
         args = i, rest, z, h_g, mask, rope, cache
         if self.checkpoint and torch.is_grad_enabled():
-            return checkpoint(self._narrow_part, *args, **RECOMPUTE)
+            return recomputed(self._narrow_part, *args, **RECOMPUTE)
         return self._narrow_part(*args)
 
     def _narrow_part(self, i, rest, z, h_g, mask, rope, cache):
@@ -220,7 +220,7 @@ class SideNetwork(nn.Module):
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # 1 - alpha is computed in fp32: in bf16 an alpha just below 1 rounds to 1. A scalar becomes
-        # a vector before the cast: its gradient, a sum over all channels, overflows in fp16.
+        # a vector before the cast: its gradient, one sum over all channels, could overflow in fp16.
         weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 
@@ -258,7 +258,7 @@ class WithAdapter(nn.Module):
 
 
 class InsertedModules(nn.Module):
-    """Low-rank pairs in every layer of the base. `up` starts at 0, so training starts at the base.
+    """Low-rank pairs in every layer. `up` starts at 0 or --repair's: training starts at the base.
 
     lora: beside every linear layer (arXiv 2106.09685 §4.1); on a base in 4 bits it is QLoRA
     adapter: behind the attention and the MLP (arXiv 1902.00751 §2.1)
@@ -277,7 +277,7 @@ class InsertedModules(nn.Module):
                 new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
-                hand_over(module)
+                hand_over(module)  # with --repair, what mends the layer becomes the start
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

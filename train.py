@@ -7,7 +7,8 @@
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
-held-out examples), last/ (the same of the last iteration), log.csv, loss.svg, mix.svg, result.json.
+held-out examples), last/ (the last one), log.csv, loss.svg, mix.svg, result.json, and
+state.safetensors, for --resume.
 """
 
 import math
@@ -51,7 +52,7 @@ TASKS = {
 
 @dataclass
 class TrainConfig(SideConfig):
-    """All settings of a run: those of the side network, and these. Each is a flag.
+    """All settings of a run: those of the side network, and these.
 
     None means that the default depends on other settings: see DEFAULTS and `resolve`.
     """
@@ -87,11 +88,11 @@ class TrainConfig(SideConfig):
     batch_size: int = setting(None, "sequences in a batch", at_least=1)
     gradient_accumulation_steps: int = setting(1, "batches of an iteration", at_least=1)
     max_iters: int = setting(None, "iterations, that is, steps of the optimizer", at_least=1)
-    learning_rate: float = setting(None, "of AdamW", above=0, below=math.inf)
+    learning_rate: float = setting(None, "of the optimizer", above=0, below=math.inf)
     alpha_lr_factor: float = setting(25.0, "alpha learns so many times faster", above=0)
     lr_schedule: str = setting(None, "after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the rate rises from 0", at_least=0)
-    weight_decay: float = setting(0.0, "of AdamW, on matrices only", at_least=0)
+    weight_decay: float = setting(0.0, "of matrices only", at_least=0)
     beta1: float = setting(0.9, "of AdamW", above=0, below=1)
     beta2: float = setting(0.999, "of AdamW", above=0, below=1)
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0: do not clip", at_least=0)
@@ -153,7 +154,7 @@ def resolve(cfg):
     cfg = replace(cfg, **missing)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
-    return replace(cfg, **vars(side_config(cfg)))
+    return replace(cfg, **vars(side_config(cfg)))  # which fills in what is still None
 
 
 def settings_of_side(cfg):
@@ -198,7 +199,7 @@ def train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg):
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
     taken = (total + norm).isfinite()
     if not scaler.is_enabled():
-        # Fused optimizers skip a step where it is 1, without a wait; in fp16 the scaler sets it.
+        # An optimizer skips its step where found_inf is 1 (in fp16 the scaler tells it).
         optimizer.grad_scale, optimizer.found_inf = None, 1 - taken.float()
     scaler.step(optimizer)
     scaler.update()
@@ -295,12 +296,12 @@ def fit(model, optimizer, task, cfg, result):
     state = RunState(out_dir, about, model.side, optimizer, scaler, log)
 
     def evaluate():
-        """Evaluate on the held-out examples, and keep the side network if it is the best so far."""
+        """Evaluate on the held-out examples; keep the best side network that has learned."""
         if log.evaluated(mean_loss(model, held_out, cfg.batch_size, "held out")) and first:
             model.save_side(out_dir)
         log.end_if(not math.isfinite(log.held_out_loss))
 
-    sweep.meet()
+    sweep.meet()  # of a sweep: wait for the other runs
     if not (cfg.resume and state.load()):
         evaluate()  # the start, which is never kept
         if first:
@@ -316,7 +317,7 @@ def fit(model, optimizer, task, cfg, result):
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
             cached = getattr(model.base, "is_read", False)  # from --cache_hidden
-            known = log.stepped(loss, taken, tokens, due or shows, cached)  # False: a GPU is at it
+            known = log.stepped(loss, taken, tokens, due or shows, cached)  # False: loss not read
             if due:
                 evaluate()
             if shows:
@@ -406,11 +407,11 @@ def main(cfg):
         )  # fmt: skip
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
-        if cfg.devices:
+        if cfg.devices:  # from here on `device` is a function of a tensor's name
             device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
 
         def load(place):
-            streamed = cfg.stream and place is device
+            streamed = cfg.stream and place is device  # the cache may ask for "meta"
             return from_pretrained(folder, cfg.quant, dtype, place, streamed)
 
         if cfg.cache_hidden:

@@ -14,7 +14,8 @@ def refuse(cfg, task):
     no_classifier = cfg.eval_only and not cfg.side
     beside = cfg.method in SIDE_METHODS  # whether a side network learns, and not the base
     refuse_if(
-        (cfg.base and not cfg.data, "--base needs --data, the task's file or folder: see --data in --help"),
+        (cfg.base and not cfg.data,
+         "--base needs --data, the task's file or folder: see --data in --help"),
         (cfg.data and not cfg.base, "--data needs --base: the folder of a LLaMA or OPT model"),
         (bool(cfg.base) == (task == "tiny"),
          f"--task {task} is not for this: all but tiny need --base, and tiny has its own"),

@@ -3,9 +3,9 @@
 What the base says of a batch is the same for every side network, so a sweep is as many ordinary
 runs, each in a thread of its own, that share the base. One of them runs at a time. At each layer
 of the base it lets all others come to the same layer; the first computes it, and the others take
-the result. So no more than one hidden state is held, backward keeps it once for all, and what each run
-computes is to the bit what it computes alone. Runs that ask for something else, as in generating,
-compute it themselves.
+the result. So no more than one hidden state is held, backward keeps it once for all, and what each
+run computes is to the bit what it computes alone. Runs that ask for something else, as in
+generating, compute it themselves.
 """
 
 import itertools

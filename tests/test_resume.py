@@ -90,7 +90,7 @@ METHODS = [
 
 
 def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
-    """It says how to go on, and neither that nothing was learned nor how to ask what is not here."""
+    """It says how to go on, not that nothing was learned, nor how to ask what is not here."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         result = train.main(TrainConfig(**cfg))

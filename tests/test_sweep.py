@@ -236,7 +236,8 @@ class Beside(torch.nn.Module):
     def __init__(self, models):
         super().__init__()
         base, self.models, self.last = models[0].base, torch.nn.ModuleList(models), {}
-        for place in (base, "embed"), (base, "final"), *((layer, "forward") for layer in base.layers):
+        layers = ((layer, "forward") for layer in base.layers)
+        for place in (base, "embed"), (base, "final"), *layers:
             setattr(*place, partial(self.once, getattr(*place)))
 
     def once(self, function, *args):
