@@ -132,8 +132,10 @@ def was_alike(cache, theirs, x):
     n = cache.length
     if (n, cache.max_len) != (theirs.length - x.shape[1], theirs.max_len):
         return False
+    if n == 0 or cache.k is theirs.k:
+        return True
     past = lambda tensor: tensor[:, :, :n]
-    return n == 0 or same(past(cache.k), past(theirs.k)) and same(past(cache.v), past(theirs.v))
+    return same(past(cache.k), past(theirs.k)) and same(past(cache.v), past(theirs.v))
 
 
 def pack_once(pack, h_f, bits):

@@ -187,7 +187,7 @@ def test_contradictions(method, kind):
 
 @each_method
 @pytest.mark.usefixtures("no_answers")
-def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, capsys):
+def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, capsys, monkeypatch):
     """train.py trains, and evaluates what it has saved; qst.py generates with it, and merges it."""
     out, data = tmp_path / "out", tmp_path / "stories.jsonl"
     data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
@@ -224,8 +224,12 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     capsys.readouterr()
     qst.main([*tuned, *question])
     answer = capsys.readouterr().out
-    qst.main(["--base", str(tmp_path / "merged"), "--quant", "none", *question])
+    merged = ["--base", str(tmp_path / "merged"), "--quant", "none", *question[2:]]
+    qst.main([*merged, *question[:2]])
     assert capsys.readouterr().out == answer  # in the frame in which it was trained
+    monkeypatch.setattr("builtins.input", lambda *_, turns=iter(["Who?", "/exit"]): next(turns))
+    qst.main(["chat", *merged])
+    assert answer.strip() and answer.strip() in capsys.readouterr().out
     for taken in (tiny_model, tmp_path / "merged"):
         with pytest.raises(InputError, match="is not empty: give a new folder"):
             qst.main([*merge[:-1], str(taken)])
