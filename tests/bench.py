@@ -32,6 +32,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),
     "channels": ("probe", "FLAGS", "how many texts --standardize needs"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
+    "reader": ("probe", "FLAGS", "what a linear reader of them learns, trained to the end"),
 }
 
 

@@ -3,13 +3,14 @@
 import torch
 
 from benchmarks.common import print_row, print_table
-from data import channel_statistics
+from data import channel_statistics, collate
 from data.chat import load_template
 from data.tokenizer import load_tokenizer
 from model import from_pretrained
 from train import load_task, parse_args, resolve
 
 EXAMPLES = 1200, 400  # to learn from, and to test
+cross_entropy = torch.nn.functional.binary_cross_entropy_with_logits
 
 
 def probe(*flags):
@@ -35,18 +36,74 @@ def probe(*flags):
         print_row(i + 1, *sizes, *(f"{accuracy:.3f}" for accuracy in accuracies))
 
 
+def reader(*flags):
+    """The held-out loss and accuracy of a linear classifier of the last token's states, trained to
+    the end on all training examples: what can be read from the frozen base.
+
+    flags: those of train.py, with a --task of two labels and --head lm
+    """
+    cfg = resolve(parse_args(flags))
+    tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
+    task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), cfg.eval_examples
+    states, y = last_states(base, task.train + task.held_out)
+    end = len(task.train)
+    tried = end - end // 8  # the others choose the weight of the penalty
+    x = (states - states[:end].mean(dim=0)) / (states[:end].std(dim=0) + 1e-3)
+    N = x.shape[1]
+    print_table("A linear reader", "layers", "penalty", f"{n} held out", f"{len(y) - end} held out")
+    for name, layers in {"all": range(N), "every fifth": range(4, N, 5), "last": [N - 1]}.items():
+        z = x[:, list(layers)].flatten(1)
+        penalty = min(
+            (1e-3, 1e-2, 1e-1),
+            key=lambda weight: judged(trained(z[:tried], y[:tried], weight), z, y, tried, end)[0],
+        )
+        linear = trained(z[:end], y[:end], penalty)
+        found = [judged(linear, z, y, end, stop) for stop in (end + n, len(y))]
+        print_row(name, penalty, *(f"{loss:.3f}; {accuracy:.1%}" for loss, accuracy in found))
+
+
+def trained(x, y, penalty):
+    """Logistic regression, by L-BFGS."""
+    linear = torch.nn.Linear(x.shape[1], 1)
+    torch.nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.LBFGS(
+        linear.parameters(), max_iter=200, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def step():
+        optimizer.zero_grad()
+        loss = cross_entropy(linear(x)[:, 0], y.float()) + penalty * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(step)
+    return linear
+
+
 @torch.no_grad()
-def last_states(base, examples):
+def judged(linear, x, y, start, stop):
+    """Loss and accuracy on x[start:stop]."""
+    logits, y = linear(x[start:stop])[:, 0], y[start:stop]
+    return cross_entropy(logits, y.float()).item(), ((logits > 0) == y).float().mean().item()
+
+
+@torch.no_grad()
+def last_states(base, examples, batch_size=32):
     """Hidden states of every layer at the last token, (n, N, C), and the examples' two targets."""
-    seen, states = [], []
-    for layer in base.layers:
-        layer.register_forward_hook(lambda layer, args, h_f: seen.append(h_f[0, -1]))
-    for ids, _ in examples:
-        base.hidden(torch.tensor([ids]))
-        states.append(torch.stack(seen))
-        seen.clear()
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i][0]))
+    states = torch.empty(len(examples), base.config.n_layer, base.config.n_embd)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        idx, _ = collate([examples[i] for i in rows])
+        last = [len(examples[i][0]) - 1 for i in rows]
+
+        def watch(i, x):
+            if i:
+                states[rows, i - 1] = x[range(len(rows)), last]
+
+        base.hidden(idx, watch=watch)
     targets = torch.tensor([targets[-1] for _, targets in examples])
-    return torch.stack(states), (targets == targets.max()).long()
+    return states, (targets == targets.max()).long()
 
 
 def classify(x, y, n, learning_rate):
