@@ -28,7 +28,7 @@ from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
-TEST_DATA = Path(os.environ.get("QST_TEST_DATA", "/nowhere"))
+TEST_DATA = Path(os.environ.get("QST_TEST_DATA") or "/nowhere")
 needs_test_data = pytest.mark.skipif(not TEST_DATA.is_dir(), reason="needs QST_TEST_DATA=FOLDER")
 FAMILIES = {"llama": {}, "grouped": dict(n_kv_head=2), "opt": dict(family="opt")}
 VARIANTS = {  # of the side network, for a reduction of one's own

@@ -17,7 +17,7 @@ from train import TrainConfig
 def run_state(folder):
     """All that a run would go on with, before its first step."""
     torch.manual_seed(0)
-    cfg = TrainConfig()
+    cfg = TrainConfig(max_iters=9)
     side = SideNetwork(small_config(), SideConfig(reduction=4, rank=2))
     optimizer = torch.optim.AdamW(side.parameters())
     log = TrainingLog(None, cfg, torch.device("cpu"))
