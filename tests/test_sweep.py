@@ -71,14 +71,14 @@ def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(Linear4bit, "forward", counted)
     monkeypatch.setattr(train, "load_task", answering)
     counts = []
-    cfg |= dict(max_iters=6)
+    cfg |= dict(max_iters=4)
     for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
         asked.clear()
         names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
         counts.append(len(asked))
         results = [json.loads((Path(cfg["out_dir"]) / name / "result.json").read_text())
                    for name in names]  # fmt: skip
-        for result in results[:: len(results) - 1 or 1]:
+        for result in results[-1:] * (len(results) == 6):
             alone = train.main(TrainConfig(**result["config"] | dict(out_dir=str(tmp_path / "a"))))
             for when in ("before", "after"):
                 assert alone[f"scored_{when}"] == result[f"scored_{when}"]

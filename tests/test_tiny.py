@@ -85,7 +85,7 @@ def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
 def test_the_embedded_default_learns(tmp_path):
     """`python train.py`: the base answers in English, and QST in French, on held-out questions; it
     does so after half of the iterations already."""
-    result = train.main(TrainConfig(out_dir=str(tmp_path), eval_examples=50, max_iters=80))
+    result = train.main(TrainConfig(out_dir=str(tmp_path), eval_examples=30, max_iters=75))
     assert result["exact_match_before"] < 0.1 and result["exact_match_after"] > 0.9
     assert math.isfinite(result["loss_after"])
     with pytest.raises(InputError, match="The data leaves 0 examples"):
