@@ -96,7 +96,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
         near = unknown and get_close_matches(unknown[1], self._option_string_actions, 1)
-        message += f"; did you mean {near[0]}?" if near else ""
+        message += f" (did you mean {near[0]}?)" if near else ""
         message = message if len(message) < 300 else message[:300] + "..."
         sys.exit(f"error: {message}; --help lists the flags")
 

@@ -59,7 +59,7 @@ def round_to_even(monkeypatch):
 @pytest.mark.parametrize("kind", CODEBOOKS)
 def interpreted_dequantize(kind, double_quant, dtype, round_to_even):
     """The kernel writes the bits of the plain version, and nothing after the last value."""
-    for shape in SHAPES[: None if kind == "nf4" else 4]:  # FP4 has other levels, and no more
+    for shape in SHAPES:
         q = make(shape, kind, double_quant)
         numel = q.shape.numel()
         buffer = torch.full((numel + 4096,), 7.0, dtype=dtype)
@@ -82,8 +82,7 @@ def interpreted_matvec(kind, double_quant, dtype, round_to_even):
     dtype (Higham, Accuracy and Stability of Numerical Algorithms, Eq. 3.5), and the weights of
     the plain version: those that are not rounded to the dtype exceed it.
     """
-    shapes = [*SHAPES[: None if kind == "nf4" else 4], (2, 100), (9, 127)]
-    for rows, shape in enumerate(shapes, start=1):
+    for rows, shape in enumerate(SHAPES + [(2, 100), (9, 127)], start=1):
         q = make(shape, kind, double_quant)
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         y = quant.launch_matvec(x, *q.op_args, shape[0])

@@ -76,7 +76,7 @@ def test_a_variant_is_one_flag():
 
 
 @pytest.mark.parametrize("args, message", [
-    (["train.py", "--lerning_rate", "1"], "--lerning_rate 1; did you mean --learning_rate?"),
+    (["train.py", "--lerning_rate", "1"], "--lerning_rate 1 (did you mean --learning_rate?)"),
     (["train.py", "--max_iters", "many"], "--max_iters"),
     (["train.py", "--compile=perhaps"], "--compile"),
     (["train.py", "--base", "/nowhere", "--data", "x"], "/nowhere is not a folder"),
@@ -189,7 +189,7 @@ def test_a_mistake_shows_no_traceback():
     done = command("train.py", "--base", "/nowhere", "--data", "x")
     assert done.returncode == 1 and done.stderr.startswith("error: ")
     assert len(done.stderr.strip().split("\n")) == 1
-    with pytest.raises(SystemExit, match="^error: .*--promt x; did you mean --prompt"):
+    with pytest.raises(SystemExit, match="^error: .*--promt x .did you mean --prompt"):
         run_script("qst.py", "--base", "x", "--promt", "x")
 
 
