@@ -9,6 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 # Of models this small two threads compute no faster, and where there is other work they wait for
@@ -17,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,6 +40,10 @@ VARIANTS = {  # of the side network, for a reduction of one's own
     "third, no embedding": dict(every=3, read_embedding=False),
 }  # fmt: skip
 each_family = pytest.mark.parametrize("family", FAMILIES)
+
+# tqdm's lock is of all processes that are forked from one: of those that tests kill, one that holds
+# it would stop all others for good.
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 
 def pytest_configure(config):

@@ -24,11 +24,13 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fuzz_readers import READERS  # noqa: E402, which finds the project too
@@ -77,6 +79,7 @@ def outcome(read, folder, size):
 def read_mutants(name, seeds, seed, start, folder, pipe):
     """Read mutants from number `start` on, until someone ends this process."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    tqdm.set_lock(threading.RLock())  # its own is shared, and would stay locked after a kill
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1), os.dup2(null, 2)
     torch.set_num_threads(1)

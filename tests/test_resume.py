@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from tqdm import tqdm
 
 import train
 from data import state, tiny
@@ -145,6 +146,22 @@ def test_killed_again_and_again(cfg, tmp_path, capfd):
             train.read_side(again.out_dir)
     train.main(again)
     assert kills >= 3 and left(again.out_dir) == expected
+
+
+def test_who_is_killed_leaves_no_lock():
+    """A forked process that dies while it draws a bar stops nobody else's bars."""
+    locks = tqdm.get_lock().locks  # of processes, and of threads
+    ours, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        tqdm.get_lock().acquire()
+        os.write(theirs, b"held")
+        time.sleep(60)
+    assert os.read(ours, 4) == b"held"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0), os.close(ours), os.close(theirs)
+    for lock in locks:
+        assert lock.acquire(timeout=5)
+        lock.release()
 
 
 def kill_at_the_next_state(child, out_dir, patience, later):
