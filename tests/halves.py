@@ -1,5 +1,5 @@
-"""The whole suite on two cores: a second pytest takes test files from the end, this one from the
-start, each the next that is free, until they meet. All results are reported here."""
+"""The whole suite on two cores: a second pytest takes tests from the last file on, this one from
+the first, each the next that is free, until they meet. All results are reported here."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = "QST_TEST_HALVES"  # with a file for each test file that is taken, and the second's reports
+FOLDER = "QST_TEST_HALVES"  # with a file for each test that is taken, and the second's reports
 MANY = 20  # files, from which on a second process is worth its start
 
 
@@ -18,9 +18,10 @@ class Halves:
     """A plugin of pytest, in the first process and, where FOLDER is set, in the second."""
 
     def __init__(self, config):
-        self.config, self.folder, self.child, self.mine = config, os.environ.get(FOLDER), None, {}
+        self.config, self.folder, self.child = config, os.environ.get(FOLDER), None
 
     def pytest_collection_modifyitems(self, items):
+        self.numbers = {item: str(number) for number, item in enumerate(items)}
         if self.folder:  # the second
             files = list(dict.fromkeys(item.path for item in items))
             items.sort(key=lambda item: -files.index(item.path))
@@ -40,14 +41,13 @@ class Halves:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):
-        """Pass over, without a word, what is in a file of the other process."""
-        if self.folder and item.path not in self.mine:
+        """Pass over, without a word, what the other process has taken."""
+        if self.folder:
             try:
-                (Path(self.folder) / item.path.name).touch(exist_ok=False)
-                self.mine[item.path] = True
+                (Path(self.folder) / self.numbers[item]).touch(exist_ok=False)
             except FileExistsError:
-                self.mine[item.path] = False
-        return None if self.mine.get(item.path, True) else True
+                return True
+        return None
 
     def pytest_runtest_logreport(self, report):
         if self.folder and not self.child:
