@@ -212,8 +212,9 @@ class HiddenCache:
             if self.bits == 16:
                 packed = [packed[0].view(shape)]
             state = unpack_hidden(packed, shape, self.bits, x.dtype).to(x.dtype)
-            # Neighbours that are all the same have this as their mean, and as their largest.
-            row[: entry.tokens] = state.repeat_interleave(x.shape[-1] // self.width, dim=-1)
+            if self.pool:  # neighbours that are all alike have this as their mean and largest
+                state = state.repeat_interleave(x.shape[-1] // self.width, dim=-1)
+            row[: entry.tokens] = state
         return h
 
     def tensor(self, start, stop, device):
