@@ -31,7 +31,8 @@ from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import learning_rate_at, make_optimizer
 from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
 from data.settings import (
-    Parser, check, check_used, parse_settings, pick_device, pick_dtype, refuse_if, run, setting,
+    SETTINGS_FILE, Parser, check, check_used, parse_settings, pick_device, pick_dtype, refuse_if,
+    run, setting,
 )  # fmt: skip
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
@@ -306,6 +307,8 @@ def fit(model, optimizer, task, cfg, result):
         evaluate()  # the start, which is never kept
         if first:
             remove_earlier_run(out_dir)
+    if first:
+        write_json(out_dir / SETTINGS_FILE, asdict(cfg))  # which --resume reads
     rows = iteration_batches(
         task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.data_seed, log.iteration
     )
@@ -425,7 +428,7 @@ def main(cfg):
             torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
         if cfg.sweep:
-            return sweep.run(cfg, runs, base, lambda one: run_one(one, started, base, task, folder))
+            return sweep.run(given, runs, base, lambda one: run_one(one, started, base, task, folder))
         result = run_one(cfg, started, base, task, folder)
     conclude(folder, cfg, result)
     return result

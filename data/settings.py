@@ -87,6 +87,9 @@ def refuse_if(*rows):
             raise InputError(sentence + ".")
 
 
+SETTINGS_FILE = "settings.json"  # which a run leaves in its --out_dir when it begins
+
+
 class Parser(argparse.ArgumentParser):
     """Flags in full, and a mistake in one line."""
 
@@ -143,11 +146,16 @@ def add_flags(parser, settings, shown_defaults=()):
 
 def parse_settings(parser, kind, argv, shown_defaults=()):
     """The command line as a dataclass of settings. --config FILE gives them too, as a table or in a
-    run's result.json; flags count more, and what the method does not read is left out."""
+    run's result.json, and --resume those of the run in --out_dir; flags count more, and what the
+    method does not read is left out."""
     add_flags(parser, kind, shown_defaults)
     parser.add_argument("--config", help="a file of settings, such as a run's result.json; flags "
         "on the command line count more")  # fmt: skip
-    path = parser.parse_args(argv).config
+    given = parser.parse_args(argv)
+    path = given.config
+    if path is None and vars(given).get("resume"):
+        path = Path(given.out_dir) / SETTINGS_FILE
+        path = path if path.exists() else None
     if path is not None:
         table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")
         own = {f.name: f for f in fields(kind)}

@@ -22,7 +22,7 @@ from data.charts import line_chart
 from data.files import make_writable_folder, write_json
 from data.methods import SIDE_METHODS
 from data.report import SCORES
-from data.settings import true_or_false
+from data.settings import SETTINGS_FILE, true_or_false
 from data.state import stop_signals
 from quant import InputError
 
@@ -155,6 +155,7 @@ def meet():
 def run(cfg, runs, base, run_one):
     """Train a side network for each of `runs`; write sweep.json and sweep.svg, and print a table.
 
+    cfg: the settings as given, before what depends is filled in
     run_one: function of a run's settings that trains and returns its result
     """
     turns, results, crashes = Turns(len(runs)), {}, []
@@ -170,6 +171,7 @@ def run(cfg, runs, base, run_one):
             crashes.append(error)
         turns.leave()
 
+    write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(cfg))
     threads = []
     for number, (name, settings) in enumerate(runs.items()):
         make_writable_folder(settings.out_dir, "--out_dir")

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from tqdm import tqdm
 
 import train
 from data import report, tiny
@@ -192,3 +193,19 @@ def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
             if "." not in folder.name:  # what ends in a number is of a process that did not finish
                 from_pretrained(folder)
     assert from_pretrained(make()).config.n_layer == tiny.BASE["n_layer"]
+
+
+def test_who_is_killed_leaves_no_lock():
+    """A forked process that dies while it draws a bar stops nobody else's bars."""
+    locks = tqdm.get_lock().locks  # of processes, and of threads
+    ours, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        tqdm.get_lock().acquire()
+        os.write(theirs, b"held")
+        time.sleep(60)
+    assert os.read(ours, 4) == b"held"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0), os.close(ours), os.close(theirs)
+    for lock in locks:
+        assert lock.acquire(timeout=5)
+        lock.release()

@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
-from tqdm import tqdm
 
 import train
 from data import state, tiny
@@ -122,6 +122,25 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, ca
     assert left(again["out_dir"]) == expected
 
 
+@pytest.mark.parametrize("words", ["", "variant=paper,fast gate=scalar"])
+def test_resume_knows_the_settings(words, cfg, monkeypatch):
+    """--resume with --out_dir alone, whatever the run or sweep was given; flags count more."""
+    cfg = TrainConfig(**cfg | dict(sweep=words))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.main(cfg)
+    again = train.parse_args(["--resume", "--out_dir", cfg.out_dir])
+    assert train.resolve(again) == train.resolve(replace(cfg, resume=True))
+    train.main(again)
+    folder = Path(cfg.out_dir) / words.replace(" ", ",").replace(",fast", "")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["iterations"] == cfg.max_iters and not result["interrupted"]
+    longer = train.parse_args(["--resume", "--out_dir", cfg.out_dir, "--max_iters", "20"])
+    assert longer.max_iters == 20 and longer.base == cfg.base
+    other = str(Path(cfg.out_dir) / "none")  # nothing there: what --resume always was
+    assert train.parse_args(["--resume", "--out_dir", other]).base == TrainConfig().base
+
+
 def test_killed_again_and_again(cfg, tmp_path, capfd):
     """SIGKILL at random moments, also while files are written: after each, what is there is whole;
     and in the end every byte is that of a run that was left alone."""
@@ -146,22 +165,6 @@ def test_killed_again_and_again(cfg, tmp_path, capfd):
             train.read_side(again.out_dir)
     train.main(again)
     assert kills >= 3 and left(again.out_dir) == expected
-
-
-def test_who_is_killed_leaves_no_lock():
-    """A forked process that dies while it draws a bar stops nobody else's bars."""
-    locks = tqdm.get_lock().locks  # of processes, and of threads
-    ours, theirs = os.pipe()
-    if (child := os.fork()) == 0:
-        tqdm.get_lock().acquire()
-        os.write(theirs, b"held")
-        time.sleep(60)
-    assert os.read(ours, 4) == b"held"
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0), os.close(ours), os.close(theirs)
-    for lock in locks:
-        assert lock.acquire(timeout=5)
-        lock.release()
 
 
 def kill_at_the_next_state(child, out_dir, patience, later):
