@@ -280,7 +280,9 @@ def merge_command(args):
     save_pretrained(model.merge(dtype), args.out)
     copy_tokenizer(args.base, args.out)
     chat.keep_frame(args.out)
-    print(f"{args.out}: {model.side.config.method}, merged in {str(dtype).removeprefix('torch.')}")
+    dtype = str(dtype).removeprefix("torch.")
+    print(f"{args.out}: {model.side.config.method}, merged in {dtype}; --quant none loads it as it "
+          "is, and without it its weights are quantized to NF4")  # fmt: skip
 
 
 FLAGS = {

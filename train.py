@@ -235,8 +235,8 @@ def train_tiny_base(tokenizer):
 
 def load_task(cfg, tokenizer, template, config):
     """Read the data: `data.Task`."""
-    check_length(config, cfg.sequence_len, "lower --sequence_len")
     task = TASKS[cfg.task](cfg, tokenizer, template)
+    check_length(config, cfg.sequence_len, "lower --sequence_len")
     for note in task.notes:
         print(note)
     if not cfg.eval_only and not (task.train and task.held_out):
@@ -343,7 +343,7 @@ def fit(model, optimizer, task, cfg, result):
         model.load_side(out_dir)
     result |= log.speed() | dict(
         loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
-        loss_after=log.best_loss if log.best_iteration else log.loss_before,
+        loss_after=log.best_loss if log.best_iteration else None,  # none was evaluated
         iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
         peak_memory_bytes=peak_memory(device), curves=log.curves,
     )  # fmt: skip
@@ -427,9 +427,10 @@ def main(cfg):
         if cfg.repair and not cfg.side:
             torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
+        one = partial(run_one, started=started, base=base, task=task, folder=folder)
         if cfg.sweep:
-            return sweep.run(given, runs, base, lambda one: run_one(one, started, base, task, folder))
-        result = run_one(cfg, started, base, task, folder)
+            return sweep.run(given, runs, base, one)
+        result = one(cfg)
     conclude(folder, cfg, result)
     return result
 

@@ -60,7 +60,9 @@ def read(folder, kind):
     """
     path, weights = Path(folder) / COPY, Path(folder) / WEIGHTS
     if not weights.exists() and not path.exists():
-        raise InputError(f"{path} is missing: {ADVICE}.")
+        last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
+        advice = f"give {last}" if (last / WEIGHTS).exists() else ADVICE
+        raise InputError(f"{path} is missing: {advice}.")
     entries, metadata = read_header(weights)
     if "side" in metadata:
         where, about = f"{weights}, its settings", settings_inside(weights, metadata["side"], path)

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script, it stands in data/, and its impor
 
 from tqdm import tqdm
 
-from data import IGNORE_INDEX, Task, distributed, pad_left, run_of_sweep, split
+from data import IGNORE_INDEX, Task, distributed, pad_left, quiet, run_of_sweep, split
 from data.download import command_line
 from data.fields import HALF, LIST, TABLE, TEXT, Refused
 from data.files import read_records
@@ -190,7 +190,7 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids of a prompt
     starts = distributed.split(range(0, len(conversations), batch_size))
-    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2):
+    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2, disable=quiet()):
         part = conversations[start : start + batch_size]
         prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)

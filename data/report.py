@@ -203,8 +203,8 @@ def conclude(folder, cfg, result):
     print()
     line("held-out loss", "loss", ".3f")
     line("perplexity", "perplexity", ".3f")
-    ended = not cfg.eval_only and not result["interrupted"]
-    if ended and result["loss_after"] >= result["loss_before"]:
+    after = result.get("loss_after")
+    if after is not None and not result["interrupted"] and after >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
     end = list(who.values())[-1]
     for name in SCORES:
@@ -215,8 +215,9 @@ def conclude(folder, cfg, result):
         print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
-    if not cfg.eval_only and cfg.head == "lm" and result["best_iteration"]:
+    if not cfg.eval_only and cfg.head == "lm":
+        side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
         prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
         script = os.path.relpath(os.path.join(os.path.dirname(__file__), "..", "qst.py"))
         print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
-              f"--side {shlex.quote(cfg.out_dir)} --prompt {shlex.quote(prompt)}")  # fmt: skip
+              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")  # fmt: skip

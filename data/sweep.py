@@ -219,8 +219,10 @@ def conclude(cfg, runs, results):
     scores = [score for score in SCORES if f"{score}_after" in rows[0]]
     print(f"\n      {'':{width}}  held-out loss", *scores)
     for i, row in enumerate(rows, 1):
-        loss = row.get("error") or f"{row['loss']:>13.4f}"
+        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
+        loss = row.get("error", loss)
         values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
         print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
-    print(f"\nThe best is in {rows[0]['out_dir']!r}.")
+    if rows[0]["loss"] is not None:
+        print(f"\nThe best is in {rows[0]['out_dir']!r}.")
     return table

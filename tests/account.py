@@ -206,6 +206,8 @@ def rows(cfg):
     for method in [cfg.method] if cfg.method else METHOD_ROWS:
         readers = {f.name: f.metadata["of"] or METHODS for f in fields(cfg)}
         unread = {f.name: f.default for f in fields(cfg) if method not in readers[f.name]}
+        if method == "lst":  # which has no mix
+            unread |= {f.name: f.default for f in fields(cfg) if f.name in ("mix", "variant")}
         own = cfg if cfg.method else replace(cfg, quant=None, **unread)
         for checkpoint in (False, True) if cfg.checkpoint is None else (cfg.checkpoint,):
             label = method + ", checkpoint" * checkpoint

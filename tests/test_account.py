@@ -184,6 +184,10 @@ def test_all_methods(small, tmp_path, capsys):
         assert row["method"] in printed and f"{row['total_bytes'] / 1e6:.2f}" in printed
     totals = {row["method"]: row["total_bytes"] for row in rows if not row["checkpoint"]}
     assert totals["qst"] < totals["qlora"] < totals["lora"]
+    fast = main(parse_args([*flags.split(), "--variant", "fast"]))  # which other methods leave out
+    assert [a["label"] for a, b in zip(rows, fast, strict=True) if a != b] == [
+        "qst", "qst, checkpoint"
+    ]  # fmt: skip
 
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):

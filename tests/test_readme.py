@@ -93,7 +93,7 @@ def test_the_python_example_runs(place):
     assert printed.startswith("tensor([[")
     assert (place / "my-side/side.safetensors").exists()
     small = 'max_iters=2, sequence_len=100, reduction=4, dtype="fp32"'
-    code = before + run_of_it.replace("max_iters=200", small) + "print(iterations, losses)\n"
+    code = before + run_of_it.replace('out_dir="mine"', small) + "print(iterations, losses)\n"
     (place / "example.py").write_text(code)
     assert "(0, 2) (" in run([str(place / "example.py")], place)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_config
 
+from data.charts import line_chart
 from data.training_log import TrainingLog, mixing
 from side import SideConfig, SideNetwork
 from train import TrainConfig
@@ -107,3 +108,11 @@ def test_a_log_goes_on_with_all_that_it_has_counted():
     again.go_on(log.state())
     for name in set(fresh) - {"out_dir", "cfg", "device", "unread"}:
         assert getattr(again, name) == getattr(log, name) != fresh[name], name
+
+
+@pytest.mark.parametrize("low, top", [(-2.8e6, 0.8), (0.0, 1e30), (-3.0, 0.0), (-1e30, 1e30)])
+def test_a_chart_of_any_numbers(low, top, tmp_path):
+    """A run that diverges has an alpha of minus millions: it is drawn as soon, with a few lines."""
+    line_chart(tmp_path / "x.svg", "x", "y", {"a": [(1, low), (2, top), (3, float("nan"))]})
+    drawn = (tmp_path / "x.svg").read_text()
+    assert 3 <= drawn.count("<line ") <= 13 and "nan" not in drawn

@@ -91,13 +91,18 @@ METHODS = [
 
 
 def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
-    """It says how to go on, not that nothing was learned, nor how to ask what is not here."""
+    """It says how to go on, not that nothing was learned; nor a loss that nobody has measured. What
+    it has learned so far can be asked."""
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
         result = train.main(TrainConfig(**cfg))
     printed = capsys.readouterr().out
     assert result["interrupted"] and not result["best_iteration"] and "--resume" in printed
-    assert "has not learned" not in printed and "Ask it" not in printed
+    assert "has not learned" not in printed and f"--side {cfg['out_dir']}/last" in printed
+    assert result["loss_after"] is None and "QST\n" not in printed
+    with pytest.raises(InputError, match="missing: give .*out/last"):
+        train.read_side(cfg["out_dir"])
+    train.read_side(cfg["out_dir"] + "/last")
     for printed in ("Ask it", "had ended with iteration 16, and is scored again."):
         train.main(TrainConfig(**cfg, resume=True))
         assert printed in capsys.readouterr().out

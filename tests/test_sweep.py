@@ -118,9 +118,10 @@ def test_a_bug_is_not_swallowed(cfg, monkeypatch):  # noqa: F811
     assert threading.active_count() < 5
 
 
-def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
-    """One signal stops all runs, and --resume ends them as if nothing had happened."""
-    words = "seed=1,2 gate=scalar,sum"
+@pytest.mark.parametrize("words, at", [("seed=1,2", 3), ("seed=1,2 gate=scalar,sum", 20)])
+def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):  # noqa: F811
+    """One signal stops all runs, and --resume ends them as if nothing had happened. None is called
+    the best before one was evaluated."""
     cfg |= dict(max_iters=8)
     names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
     expected = {name: left(Path(cfg["out_dir"]) / name) for name in names}
@@ -129,7 +130,7 @@ def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
 
     def signalled(*args):
         steps.append(1)
-        if len(steps) == 20:
+        if len(steps) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args)
 
@@ -137,6 +138,9 @@ def test_stopped_and_gone_on_with(cfg, monkeypatch):  # noqa: F811
         patch.setattr(train, "train_step", signalled)
         table = train.main(TrainConfig(**again, sweep=words))
     assert all(row["interrupted"] and row["iterations"] < 7 for row in table["runs"])
+    printed = capsys.readouterr().out.split("Stopped")[1]
+    evaluated = at == 20
+    assert ("not evaluated" in printed, "The best is" in printed) == (not evaluated, evaluated)
     train.main(TrainConfig(**again, sweep=words))
     assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
 
