@@ -128,6 +128,8 @@ def test_one_answer_is_refused(packed, base, tmp_path):
             qst.main([*name, "--base", str(packed), "--stream", *command[len(name) :]])
     with pytest.raises(InputError, match="give --prompt, or --batch"):
         qst.main(["--base", str(packed)])
+    with pytest.raises(InputError, match="--prompt is empty"):
+        qst.main(["--base", str(packed), "--prompt", ""])
     stream_from_memory(base, "cpu")
     one = torch.ones(1, 3, dtype=torch.long)
     assert base.generate(one, 1).shape == (1, 4)
