@@ -427,10 +427,10 @@ def main(cfg):
         if cfg.repair and not cfg.side:
             torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
-        one = partial(run_one, started=started, base=base, task=task, folder=folder)
+        run_on_base = partial(run_one, started=started, base=base, task=task, folder=folder)
         if cfg.sweep:
-            return sweep.run(given, runs, base, one)
-        result = one(cfg)
+            return sweep.run(given, runs, base, run_on_base)
+        result = run_on_base(cfg)
     conclude(folder, cfg, result)
     return result
 

@@ -20,7 +20,7 @@ def line_chart(path, title, x_label, lines, ticks=None):
     lines = {name: [p for p in line if math.isfinite(p[1])] for name, line in lines.items()}
     points = [(0, 0), *(point for line in lines.values() for point in line)]
     x_step, x_top = round_scale(max(x for x, _ in points))
-    top, low = (most(y for _, y in points) for most in (max, min))
+    top, low = max(y for _, y in points), min(y for _, y in points)
     y_step, _ = round_scale(max(top, -low))
     y_top, y_low = y_step * max(1, math.ceil(top / y_step)), y_step * math.floor(low / y_step)
 

@@ -208,7 +208,8 @@ def conclude(cfg, runs, results):
         scores = [f"{score}_after" for score in SCORES]
         rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
     rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
-    table = dict(runs=rows, best=rows[0]["out_dir"], config=asdict(cfg))
+    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
+    table = dict(runs=rows, best=best, config=asdict(cfg))
     if all("error" in row for row in rows):
         raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
     write_json(Path(cfg.out_dir) / "sweep.json", table)
@@ -223,6 +224,6 @@ def conclude(cfg, runs, results):
         loss = row.get("error", loss)
         values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
         print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
-    if rows[0]["loss"] is not None:
-        print(f"\nThe best is in {rows[0]['out_dir']!r}.")
+    if best:
+        print(f"\nThe best is in {best!r}.")
     return table

@@ -32,7 +32,8 @@ def suite(folder, last):
     ("pass", "^10 passed"), ("assert 1 == 2", "assert 1 == 2"),
     ("__import__('pytest').skip('why')", "(?s)test_4.py:3: why.*^9 passed, 1 skipped"),
     ("__import__('os')._exit(7)", "The second process: 7"),
-], ids=["pass", "failure", "skip", "crash"])  # fmt: skip
+    ("__import__('os')._exit(1)", "The second process: 1"),  # as after a test that hangs
+], ids=["pass", "failure", "skip", "crash", "exit"])  # fmt: skip
 def test_every_test_counts(last, found, tmp_path):
     result = suite(tmp_path, last)
     assert re.search(found, result.stdout, re.MULTILINE), result.stdout

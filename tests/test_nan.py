@@ -68,7 +68,8 @@ def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
         train.main(TrainConfig(**cfg | dict(eval_interval=50)))
     out_dir = Path(cfg["out_dir"])
     left = [path.name for pattern in ("s*", "r*") for path in out_dir.rglob(pattern)]
-    assert left == ["settings.json"]  # this run's own
+    assert left == ["settings.json"]
+    assert json.loads((out_dir / "settings.json").read_text())["eval_interval"] == 50  # its own
     monkeypatch.setattr(train, "train_step", broken_step(set(range(5, 100))))
     with pytest.raises(InputError, match="holds the side network of iteration 4"):
         train.main(TrainConfig(**cfg | dict(max_iters=100)))

@@ -140,6 +140,7 @@ def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):  # noqa:
     assert all(row["interrupted"] and row["iterations"] < 7 for row in table["runs"])
     printed = capsys.readouterr().out.split("Stopped")[1]
     evaluated = at == 20
+    assert bool(table["best"]) == evaluated
     assert ("not evaluated" in printed, "The best is" in printed) == (not evaluated, evaluated)
     train.main(TrainConfig(**again, sweep=words))
     assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
