@@ -37,7 +37,7 @@ from data.settings import (
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
 from data.training_log import TrainingLog
-from data.variants import PAPER, VARIANTS, settings_of_run
+from data.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
@@ -396,7 +396,7 @@ def main(cfg):
     cfg: a `TrainConfig`
     """
     started, given, cfg = time.time(), cfg, resolve(cfg)
-    runs = sweep.settings_of_runs(given, cfg, resolve)
+    runs = settings_of_runs(given, cfg, resolve)
     make_writable_folder(cfg.out_dir, "--out_dir")
     device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
     dtype = pick_dtype(cfg.dtype, device)

@@ -19,6 +19,17 @@ def pack_hidden(x, bits):
     return (blocks / steps).round_().to(torch.int8), steps
 
 
+def pack_once(h_f, bits):
+    """The same, once for all who read h_f: the side networks of a sweep, and --cache_hidden, whose
+    states come packed."""
+    if bits == 16:
+        return (h_f,)
+    packed = h_f.__dict__.setdefault("packed", {})
+    if bits not in packed:
+        packed[bits] = pack_hidden(h_f, bits)
+    return packed[bits]
+
+
 def unpack_hidden(packed, shape, bits, dtype):
     """Undo `pack_hidden`, as far as it can be undone."""
     if bits == 16:
@@ -36,7 +47,7 @@ class PackedInputFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_f, weight, bits):
         ctx.shape, ctx.bits, ctx.dtype = h_f.shape, bits, weight.dtype
-        ctx.save_for_backward(*pack_hidden(h_f, bits))
+        ctx.save_for_backward(*pack_once(h_f, bits))
         return F.linear(h_f, weight.to(h_f.dtype))
 
     @staticmethod

@@ -5,11 +5,12 @@ hidden states of its layers down, and the last one where there is a target. Ever
 every later run with another side network, reads them, and the base's layers are not in memory.
 
 They are asked as ever: `attach` puts a `HiddenCache` before their `forward`. An example is known by
-its ids, whatever batch it is in. The file states.bin has of each, one after the other,
-    the states of layers 1 to N, or of each --every-th, (tokens, C) in 16, 8 or 4 bits; or of a
-        pooling downsampler (tokens, C / reduction), what it makes of them, in 16 bits
-    the last state, (targets, C) in 16 bits
-and sums.bin a checksum of each example; a missing or damaged one is computed again.
+its ids, whatever batch it is in. The files are memory-mapped:
+    states.bin  a record for each token of each example: what `pack_hidden` makes of its states
+                after layers 1 to N, or each --every-th; or what a pooling downsampler does, in 16
+                bits
+    last.bin    the last state at each target, in 16 bits
+    sums.bin    a checksum of each example; a missing or damaged one is computed again
 """
 
 import hashlib
@@ -28,7 +29,7 @@ from torch.nn import functional as F
 
 from data import IGNORE_INDEX
 from data.files import make_writable_folder, read_json, write_json
-from data.fingerprint import fingerprint
+from data.fingerprint import fingerprint, of_files
 from data.hidden import pack_hidden, unpack_hidden
 from data.methods import step_length
 from quant import BLOCK_SIZE, InputError, Linear4bit
@@ -42,13 +43,12 @@ PARTS = {  # of cache.json: what must be the same, in words
 
 
 class Entry(NamedTuple):
-    """An example: its number, tokens, positions of targets, and first and last byte in the file."""
+    """An example: its number, its rows of states.bin and of last.bin, and where its targets are."""
 
     number: int
-    tokens: int
-    targets: list
-    start: int
-    stop: int
+    tokens: range
+    targets: range
+    at: list
 
 
 class HiddenCache:
@@ -64,11 +64,11 @@ class HiddenCache:
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
         forms = {(run.downsample, run.reduction, run.standardize) for run in runs}
         pools = len(forms) == 1 and cfg.downsample in POOLS and not cfg.standardize
-        every = math.gcd(*(step_length(run.every, config.n_layer) for run in runs))
         own = dict(
-            base=signature(folder), quant=cfg.quant, dtype=str(dtype),
+            base=of_files(folder), quant=cfg.quant, dtype=str(dtype),
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
-            pool=[cfg.downsample, cfg.reduction] if pools else None, every=every,
+            pool=[cfg.downsample, cfg.reduction] if pools else None,
+            every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else cfg.h_f_bits,
         )  # fmt: skip
         self.about = read_json(self.folder / "cache.json", optional=True) or own
@@ -77,23 +77,30 @@ class HiddenCache:
             enough = name == "pool" and known is None or name == "every" and not own[name] % known
             if known != own[name] and not enough:
                 raise InputError(f"--cache_hidden {self.folder} is {message}: give another folder.")
-        pool, self.bits = self.about["pool"], self.about["bits"]
+        self.every, self.bits, pool = (self.about[name] for name in ("every", "bits", "pool"))
         self.pool, self.width = pool and POOLS[pool[0]], config.n_embd // (pool[1] if pool else 1)
-        self.every = self.about["every"]
-        self.entries, start = {}, 0
-        for ids, (tokens, targets) in examples.items():
-            states = config.n_layer // self.every * self.size(tokens)
-            stop = start + states + 2 * config.n_embd * len(targets)
-            self.entries[ids] = Entry(len(self.entries), tokens, targets, start, stop)
-            start = stop
-        self.check_room(start, cfg.cache_limit_gb)
-        self.sums = self.map("sums.bin", np.uint32, len(examples))
-        self.bytes = self.map("states.bin", np.uint8, start)
+        self.fill = -self.width % BLOCK_SIZE if self.bits < 16 else 0  # a token has whole blocks
+        token = pack_hidden(torch.zeros(1, self.width + self.fill, dtype=self.half), self.bits)
+        self.forms = [(part.dtype, part.shape[1:]) for part in token]
+        n = config.n_layer // self.every
+        token = np.dtype([(f"part {i}", "u1", (n, part.nbytes)) for i, part in enumerate(token)])
+        last = np.dtype(("u1", 2 * config.n_embd))
+
+        self.entries, tokens, targets = {}, 0, 0
+        for ids, (n, at) in examples.items():
+            rows = range(tokens, tokens + n), range(targets, targets + len(at))
+            self.entries[ids] = Entry(len(self.entries), *rows, at)
+            tokens, targets = rows[0].stop, rows[1].stop
+        self.check_room(tokens * token.itemsize + targets * last.itemsize, cfg.cache_limit_gb)
+        self.states = self.map("states.bin", token, tokens)
+        self.last = self.map("last.bin", last, targets)
+        self.sums = self.map("sums.bin", np.dtype("u4"), len(examples))
+        self.checked = set()  # numbers of examples whose checksum was right
         self.absent = bool(self.sums.all())  # the base's matrices, which nobody needs
 
     def check_room(self, nbytes, limit):
-        path = self.folder / "states.bin"
-        free = shutil.disk_usage(self.folder).free + (path.exists() and path.stat().st_blocks * 512)
+        there = [path.stat().st_blocks * 512 for path in self.folder.glob("*.bin")]
+        free = shutil.disk_usage(self.folder).free + sum(there)
         if nbytes > min(free, 1e9 * limit):
             whose = "the disk has" if free < 1e9 * limit else "--cache_limit_gb is"
             raise InputError(
@@ -103,32 +110,19 @@ class HiddenCache:
             )
 
     def map(self, name, dtype, n):
-        """A file as an array; what is new in it are zeros, which take no room yet."""
+        """A file as an array of n; what is new in it are zeros, which take no room yet."""
         with open(self.folder / name, "ab") as file:
-            file.truncate(n * np.dtype(dtype).itemsize)
-        return np.memmap(self.folder / name, dtype, "r+")
-
-    def parts(self, n):
-        """Dtypes and shapes of what `pack_hidden` makes of n numbers."""
-        blocks = -(-n // BLOCK_SIZE)
-        return {
-            16: [(self.half, (n,))],
-            8: [(torch.int8, (blocks, BLOCK_SIZE)), (torch.float32, (blocks, 1))],
-            4: [(torch.uint8, (-(-n // 2),)), (torch.float32, (blocks,))],
-        }[self.bits]
-
-    def size(self, tokens):
-        """Bytes of a state of so many tokens."""
-        parts = self.parts(tokens * self.width)
-        return sum(dtype.itemsize * math.prod(shape) for dtype, shape in parts)
+            file.truncate(n * dtype.itemsize)
+        return np.memmap(self.folder / name, dtype, "r+", shape=(n,))
 
     def attach(self, load, device):
         """Load the base, without its layers if they are not needed, and stand before its functions.
 
         load: function of a device, or of one that gives each tensor's, that loads the base
         """
-        n, size = f"{(self.sums > 0).sum():,} of {len(self.sums):,}", f"{len(self.bytes) / 1e9:.2f}"
-        print(f"cache       {self.folder}: {n} examples in {self.bits} bits, {size} GB")
+        n, size = (self.sums > 0).sum(), (self.states.nbytes + self.last.nbytes) / 1e9
+        n, bits = f"{n:,} of {len(self.sums):,}", self.bits
+        print(f"cache       {self.folder}: {n} examples in {bits} bits, {size:.2f} GB")
         self.load = lambda: load(device)
         large = re.compile(r"layers\..*proj\.weight")
         without = lambda name: "meta" if large.fullmatch(name) else device
@@ -153,87 +147,100 @@ class HiddenCache:
 
     def embed(self, forward, idx, positions):
         """Look the batch up. The embedding itself is no work, and not kept."""
-        ids = [key(row) for row in idx.cpu().numpy()]
-        self.rows = [self.entries[one] for one in ids] if self.entries.keys() >= set(ids) else None
-        self.reading = self.rows is not None and all(map(self.whole, self.rows))
-        self.base.is_read = self.reading
+        batch = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
+        self.known = all(entry and len(entry.tokens) <= idx.shape[1] for entry in batch)
+        self.base.is_read = self.known and all(map(self.whole, batch))
+        if self.known:
+            self.batch = batch
+            starts = [range(len(entry.tokens)) for entry in batch]
+            self.tokens = places([entry.tokens for entry in batch], starts, idx)
+            at = [entry.at for entry in batch]
+            self.targets = places([entry.targets for entry in batch], at, idx)
         return forward(idx, positions)
 
     def layer(self, i, x, mask=None, rope=None, cache=None):
         """What a layer makes of a batch: read, or computed and, of known examples, written."""
         if cache is not None or mask is not None:
-            self.rows = None
+            self.known = self.base.is_read = False
         number, rest = divmod(i + 1, self.every)
-        if self.rows is not None and self.reading:
+        if self.base.is_read:
             return x if rest else self.read(number - 1, x)
         if self.absent:
             self.restore()
         h = self.forwards[i](x, mask, rope, cache)
-        for row, entry in zip(h, self.rows or ()) if not rest else ():
-            state = row[: entry.tokens]
-            if self.pool:
-                state = self.pool(state, self.about["pool"][1])
-            state = state.to(self.half) if self.bits == 16 else state
-            start = entry.start + (number - 1) * self.size(entry.tokens)
-            self.write(start, pack_hidden(state, self.bits))
+        if self.known and not rest:
+            self.write(number - 1, h)
         return h
 
     def final(self, forward, x):
         """The last state; of a batch that is read, it has zeros where there is no target."""
-        if self.rows is None:
+        if not self.known:
             return forward(x)
-        h = torch.zeros_like(x) if self.reading else forward(x)
-        for row, entry in zip(h, self.rows):
-            start = entry.stop - 2 * self.config.n_embd * len(entry.targets)
-            if self.reading:
-                last = self.tensor(start, entry.stop, x.device).view(self.half)
-                row[entry.targets] = last.view(len(entry.targets), -1).to(x.dtype)
-            else:
-                self.write(start, [row[entry.targets].to(self.half)])
-                self.sums[entry.number] = self.sum(entry)
-        if not self.reading and self.sums.all() and not hasattr(self.base, "stream"):
+        rows, at = self.targets
+        if self.base.is_read:
+            h = torch.zeros_like(x)
+            last = torch.from_numpy(self.last[rows]).to(x.device).view(self.half)
+            h.view(-1, x.shape[-1])[at] = last.to(x.dtype)
+            return h
+        h = forward(x)
+        self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
+        for entry in self.batch:
+            self.sums[entry.number] = self.sum(entry)
+        if self.sums.all() and not hasattr(self.base, "stream"):
             for module in self.base.layers.modules():
                 if isinstance(module, (Linear4bit, nn.Linear)):
                     module.to("meta")
             self.absent = True
         return h
 
+    def write(self, i, h):
+        """Keep the i-th state of the batch, h (B, T, C)."""
+        rows, at = self.tokens
+        state = h.flatten(0, 1)[at]
+        state = self.pool(state, self.about["pool"][1]) if self.pool else state
+        state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
+        for name, part in zip(self.states.dtype.names, pack_hidden(state, self.bits)):
+            self.states[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
+
     def read(self, i, x):
         """The i-th state that is kept, like x (B, T, C), with zeros where a row is padded."""
-        h = torch.zeros_like(x)
-        for row, entry in zip(h, self.rows):
-            start = entry.start + i * self.size(entry.tokens)
-            shape = torch.Size([entry.tokens, self.width])
-            packed, n = [], shape.numel()
-            for dtype, shape_of_part in self.parts(n):
-                stop = start + dtype.itemsize * math.prod(shape_of_part)
-                packed.append(self.tensor(start, stop, x.device).view(dtype).view(shape_of_part))
-                start = stop
-            if self.bits == 16:
-                packed = [packed[0].view(shape)]
-            state = unpack_hidden(packed, shape, self.bits, x.dtype).to(x.dtype)
-            if self.pool:  # neighbours that are all alike have this as their mean and largest
-                state = state.repeat_interleave(x.shape[-1] // self.width, dim=-1)
-            row[: entry.tokens] = state
+        (rows, at), (B, T, C), packed = self.tokens, x.shape, []
+        for name, (dtype, shape) in zip(self.states.dtype.names, self.forms):
+            part = torch.from_numpy(self.states[name][rows, i]).to(x.device)
+            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at, part)
+            packed.append(padded.view(dtype).reshape(-1, *shape))
+        width = self.width + self.fill
+        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, x.dtype)
+        h = h[:, : self.width].to(x.dtype)
+        if self.pool:  # neighbours that are all alike have this as their mean and largest
+            h = h.repeat_interleave(C // width, dim=-1)
+        h = h.reshape(x.shape)
+        if self.bits < 16 and not self.fill:
+            h.packed = {self.bits: packed}  # see `pack_once`
         return h
-
-    def tensor(self, start, stop, device):
-        """A copy of some bytes, uint8, on a device."""
-        return torch.from_numpy(self.bytes[start:stop].copy()).to(device)
-
-    def write(self, start, tensors):
-        for tensor in tensors:
-            part = tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
-            self.bytes[start : start + len(part)] = part
-            start += len(part)
 
     def sum(self, entry):
         """An example's checksum; 0 is for one that is not there."""
-        return zlib.crc32(self.bytes[entry.start : entry.stop]) or 1
+        states, last = (array[rows.start : rows.stop] for array, rows in (
+            (self.states, entry.tokens), (self.last, entry.targets)))  # fmt: skip
+        return zlib.crc32(last, zlib.crc32(states)) or 1
 
     def whole(self, entry):
-        """Whether an example is in the cache, undamaged."""
-        return self.sums[entry.number] == self.sum(entry)
+        """Whether an example is in the cache, undamaged; looked at once."""
+        if entry.number not in self.checked and self.sums[entry.number] == self.sum(entry):
+            self.checked.add(entry.number)
+        return entry.number in self.checked
+
+
+def places(rows, at, idx):
+    """For each row of a batch idx (B, T), rows of a file and where in it they belong -> all rows of
+    the file, and their places in the flat batch, (n,) each."""
+    start = np.repeat(np.arange(len(rows)) * idx.shape[1], [len(some) for some in rows])
+    return np.concatenate(rows), torch.tensor(start + np.concatenate(at), device=idx.device)
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().cpu().view(torch.uint8).numpy()
 
 
 def key(ids):
@@ -249,17 +256,3 @@ def targets_by_ids(examples):
         new = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
         found[key(ids)] = max(tokens, len(ids)), sorted({*at, *new})
     return found
-
-
-def signature(folder):
-    """A hash of a model's files: their sizes, and 16 MB of each, evenly spread."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
-            size = path.stat().st_size
-            found.update(f"{path.name} {size} ".encode())
-            with open(path, "rb") as file:
-                for i in range(4096):
-                    file.seek(size * i // 4096)
-                    found.update(file.read(4096))
-    return found.hexdigest()

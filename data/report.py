@@ -1,11 +1,13 @@
 """What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
 
+import math
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import weakref
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,9 +19,11 @@ except ImportError:  # Windows
     resource = None
 
 from data import quiet, tiny
+from data.charts import line_chart
+from data.files import write_json
 from data.methods import LEARNS, SIDE_METHODS
 from data.optim import AdamW8bit
-from quant import ABSMAX_BLOCK_SIZE, Linear4bit
+from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
@@ -221,3 +225,34 @@ def conclude(folder, cfg, result):
         script = os.path.relpath(os.path.join(os.path.dirname(__file__), "..", "qst.py"))
         print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
               f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")  # fmt: skip
+
+
+def conclude_sweep(cfg, runs, results):
+    """The table of a sweep: a row for each run, the best first."""
+    rows = []
+    for name, settings in runs.items():
+        result = results[name]
+        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get("loss_after"))
+        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
+        scores = [f"{score}_after" for score in SCORES]
+        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
+    rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
+    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
+    table = dict(runs=rows, best=best, config=asdict(cfg))
+    if all("error" in row for row in rows):
+        raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
+    write_json(Path(cfg.out_dir) / "sweep.json", table)
+    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
+    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
+    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
+    width = max(len(row["settings"]) for row in rows)
+    scores = [score for score in SCORES if f"{score}_after" in rows[0]]
+    print(f"\n      {'':{width}}  held-out loss", *scores)
+    for i, row in enumerate(rows, 1):
+        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
+        loss = row.get("error", loss)
+        values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
+        print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
+    if best:
+        print(f"\nThe best is in {best!r}.")
+    return table

@@ -8,60 +8,20 @@ run computes is to the bit what it computes alone. Runs that ask for something e
 generating, compute it themselves.
 """
 
-import itertools
-import math
 import threading
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from data import hidden
-from data.charts import line_chart
 from data.files import make_writable_folder, write_json
-from data.methods import SIDE_METHODS
-from data.report import SCORES
-from data.settings import SETTINGS_FILE, true_or_false
+from data.report import conclude_sweep
+from data.settings import SETTINGS_FILE
 from data.state import stop_signals
 from quant import InputError
 
-# What may vary beside the settings of the side network; what changes the base, the batches, or when
-# to evaluate may not.
-ALSO = (
-    "rank learning_rate alpha_lr_factor lr_schedule warmup_iters weight_decay beta1 beta2"
-    " grad_clip optimizer optimizer_bits checkpoint seed"
-).split()
 THREAD = threading.local()  # of a run's thread: its `number`, and the `turns` that it takes
-
-
-def settings_of_runs(given, cfg, resolve):
-    """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
-
-    given, cfg: settings before and after `resolve`
-    """
-    own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
-    kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
-    axes = []
-    for word in cfg.sweep.split():
-        name, _, values = word.partition("=")
-        if name not in kinds or not values:
-            raise InputError(
-                f"--sweep {word}: it takes NAME=VALUE,VALUE ..., apart by spaces. What leaves the "
-                f"base and the batches as they are can be a NAME: {', '.join(kinds)}."
-            )
-        try:
-            axes.append([(name, kinds[name](value)) for value in values.split(",")])
-        except ValueError:
-            raise InputError(f"--sweep {word}: not all of these are values of {name}.") from None
-    runs = {}
-    for row in itertools.product(*axes) if cfg.sweep else ():
-        name = ",".join(f"{name}={value}" for name, value in row)
-        if name in runs:
-            raise InputError(f"--sweep has {name} twice.")
-        same = dict(sweep="", data_seed=cfg.data_seed, out_dir=str(Path(cfg.out_dir) / name))
-        runs[name] = resolve(replace(given, **same | dict(row)))
-    return runs
 
 
 class Turns:
@@ -130,20 +90,10 @@ def was_alike(cache, theirs, x):
     if cache is None or theirs is None:
         return cache is theirs
     n = cache.length
-    if (n, cache.max_len) != (theirs.length - x.shape[1], theirs.max_len):
-        return False
-    if n == 0 or cache.k is theirs.k:
-        return True
     past = lambda tensor: tensor[:, :, :n]
-    return same(past(cache.k), past(theirs.k)) and same(past(cache.v), past(theirs.v))
-
-
-def pack_once(pack, h_f, bits):
-    """What backward keeps of h_f, for all side networks that read it and keep as many bits."""
-    packed = h_f.__dict__.setdefault("packed", {})
-    if bits not in packed:
-        packed[bits] = pack(h_f, bits)
-    return packed[bits]
+    begun = theirs.length - x.shape[1], theirs.max_len
+    return (n, cache.max_len) == begun and (n == 0 or cache.k is theirs.k or (
+        same(past(cache.k), past(theirs.k)) and same(past(cache.v), past(theirs.v))))  # fmt: skip
 
 
 def meet():
@@ -182,7 +132,6 @@ def run(cfg, runs, base, run_one):
     own = [getattr(*place) for place in shared]
     for place, function in zip(shared, own):
         setattr(*place, partial(turns.once, function))
-    pack, hidden.pack_hidden = hidden.pack_hidden, partial(pack_once, hidden.pack_hidden)
     try:
         with stop_signals():
             for one in threads:
@@ -192,38 +141,6 @@ def run(cfg, runs, base, run_one):
     finally:
         for place, function in zip(shared, own):
             setattr(*place, function)
-        hidden.pack_hidden = pack
     if crashes:
         raise crashes[0]
-    return conclude(cfg, runs, results)
-
-
-def conclude(cfg, runs, results):
-    """The table of a sweep: a row for each run, the best first."""
-    rows = []
-    for name, settings in runs.items():
-        result = results[name]
-        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get("loss_after"))
-        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
-        scores = [f"{score}_after" for score in SCORES]
-        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
-    rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
-    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
-    table = dict(runs=rows, best=best, config=asdict(cfg))
-    if all("error" in row for row in rows):
-        raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
-    write_json(Path(cfg.out_dir) / "sweep.json", table)
-    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
-    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
-    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
-    width = max(len(row["settings"]) for row in rows)
-    scores = [score for score in SCORES if f"{score}_after" in rows[0]]
-    print(f"\n      {'':{width}}  held-out loss", *scores)
-    for i, row in enumerate(rows, 1):
-        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
-        loss = row.get("error", loss)
-        values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
-        print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
-    if best:
-        print(f"\nThe best is in {best!r}.")
-    return table
+    return conclude_sweep(cfg, runs, results)

@@ -1,6 +1,14 @@
-"""Settings of the side network by name, for --variant; and what a method or the paper sets."""
+"""Settings of the side network by name, for --variant, and of many runs, for --sweep; and what a
+method or the paper sets."""
 
+import itertools
+from dataclasses import fields, replace
+from pathlib import Path
+
+from data.methods import SIDE_METHODS
 from data.released import RELEASED
+from data.settings import true_or_false
+from quant import InputError
 
 PAPER = dict(  # QST §3.2; what a `SideConfig` has where nothing else is said
     every=1, read_embedding=True, downsample="adapter", standardize=False, downsample_norm=False,
@@ -17,6 +25,13 @@ FAST = dict(
 )  # fmt: skip
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
+# What --sweep may vary beside the settings of the side network; what changes the base, the batches,
+# or when to evaluate may not.
+ALSO = (
+    "rank learning_rate alpha_lr_factor lr_schedule warmup_iters weight_decay beta1 beta2"
+    " grad_clip optimizer optimizer_bits checkpoint seed"
+).split()
+
 
 def settings_of_run(variant, task):
     """What --variant sets in a run: its architecture; and of fast the optimizer and the rate. The
@@ -25,3 +40,32 @@ def settings_of_run(variant, task):
         return VARIANTS[variant]
     small = dict(reduction=4) if task == "tiny" else {}
     return FAST | dict(optimizer="muon", learning_rate=1e-2) | small
+
+
+def settings_of_runs(given, cfg, resolve):
+    """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
+
+    given, cfg: settings before and after `resolve`
+    """
+    own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
+    kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
+    axes = []
+    for word in cfg.sweep.split():
+        name, _, values = word.partition("=")
+        if name not in kinds or not values:
+            raise InputError(
+                f"--sweep {word}: it takes NAME=VALUE,VALUE ..., apart by spaces. What leaves the "
+                f"base and the batches as they are can be a NAME: {', '.join(kinds)}."
+            )
+        try:
+            axes.append([(name, kinds[name](value)) for value in values.split(",")])
+        except ValueError:
+            raise InputError(f"--sweep {word}: not all of these are values of {name}.") from None
+    runs = {}
+    for row in itertools.product(*axes) if cfg.sweep else ():
+        name = ",".join(f"{name}={value}" for name, value in row)
+        if name in runs:
+            raise InputError(f"--sweep has {name} twice.")
+        same = dict(sweep="", data_seed=cfg.data_seed, out_dir=str(Path(cfg.out_dir) / name))
+        runs[name] = resolve(replace(given, **same | dict(row)))
+    return runs

@@ -30,7 +30,7 @@ from data.optim import make_optimizer  # noqa: E402
 from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
 from data.settings import Parser, parse_settings, pick_dtype, run, setting  # noqa: E402
 from data.stream import Stream  # noqa: E402
-from data.sweep import settings_of_runs  # noqa: E402
+from data.variants import settings_of_runs  # noqa: E402
 from model import (  # noqa: E402
     PRESETS, ModelConfig, Transformer, count_weights, model_bytes, read_config,
 )  # fmt: skip

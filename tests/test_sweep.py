@@ -15,7 +15,7 @@ from conftest import small_config
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
-from data import choice_logits, hidden, run_of_sweep, sweep
+from data import choice_logits, run_of_sweep, sweep
 from data.report import activation_bytes
 from data.sampling import KVCache
 from model import PRESETS, quantize_folder
@@ -274,7 +274,6 @@ def test_a_sweep_has_the_base_once(words, tmp_path, capsys, monkeypatch):
     assert both["total_bytes"] < sum(row["total_bytes"] - base for row in each) + base
     assert "all of them" in capsys.readouterr().out
 
-    monkeypatch.setattr(hidden, "pack_hidden", partial(sweep.pack_once, hidden.pack_hidden))
     models, base, idx = [], None, torch.zeros(3, 8, dtype=torch.long)
     for settings in dict(account.rows(cfg)).values():
         base = base or account.untrained(settings, small_config(), torch.float32, "cpu").base
