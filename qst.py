@@ -316,7 +316,9 @@ ALSO = f"Also, each with its own --help: {', '.join(f'`qst.py {name}`' for name 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    name = argv.pop(0) if argv and argv[0] in COMMANDS else "generate"
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else "generate"
+    if name not in COMMANDS:
+        raise InputError(f"qst.py has no command {name!r}: choose {', '.join(COMMANDS)}.")
     command, flags = COMMANDS[name]
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():

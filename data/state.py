@@ -150,7 +150,10 @@ class RunState:
 def remove_earlier_run(out_dir):
     """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
     files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *NAMES
-    for path in [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]:
+    paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
+    if any(path.exists() for path in paths) and not quiet():
+        print(f"What an earlier run left in {out_dir} is replaced.", flush=True)
+    for path in paths:
         path.unlink(missing_ok=True)
 
 

@@ -233,3 +233,8 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     for taken in (tiny_model, tmp_path / "merged"):
         with pytest.raises(InputError, match="is not empty: give a new folder"):
             qst.main([*merge[:-1], str(taken)])
+
+
+def test_a_command_that_is_not_there():
+    with pytest.raises(InputError, match="no command 'chta': choose generate, chat, answer"):
+        qst.main(["chta", "--base", "FOLDER"])

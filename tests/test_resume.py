@@ -283,11 +283,14 @@ def test_two_runs_in_one_folder(cfg):
     train.main(TrainConfig(**cfg | dict(max_iters=1)))
 
 
-def test_the_same_seed_is_the_same_run(cfg, tmp_path):
-    """Bit for bit; and another seed is another run."""
+def test_the_same_seed_is_the_same_run(cfg, tmp_path, capsys):
+    """Bit for bit; and another seed is another run, which says what it replaces."""
     runs = []
-    for number, seed in enumerate((1, 1, 2)):
-        out_dir = str(tmp_path / str(number))
+    for name, seed in ("first", 1), ("second", 1), ("second", 2):
+        capsys.readouterr()
+        out_dir = str(tmp_path / name)
         train.main(TrainConfig(**cfg | dict(seed=seed, out_dir=out_dir, max_iters=6)))
         runs.append(left(out_dir))
+        replaced = f"What an earlier run left in {out_dir} is replaced." in capsys.readouterr().out
+        assert replaced == (seed == 2)
     assert runs[0] == runs[1] and runs[0][0] != runs[2][0]
