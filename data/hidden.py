@@ -22,8 +22,8 @@ def pack_hidden(x, bits):
 def pack_once(h_f, bits):
     """The same, once for all who read h_f: the side networks of a sweep, and --cache_hidden, whose
     states come packed."""
-    if bits == 16:
-        return (h_f,)
+    if bits == 16 or torch.compiler.is_compiling():
+        return pack_hidden(h_f, bits)
     packed = h_f.__dict__.setdefault("packed", {})
     if bits not in packed:
         packed[bits] = pack_hidden(h_f, bits)

@@ -132,18 +132,13 @@ class HiddenCache:
             write_json(self.folder / "cache.json", self.about)
         base.known_fingerprint = self.about["fingerprint"]
         base.embed, base.final = partial(self.embed, base.embed), partial(self.final, base.final)
-        self.attach_layers()
+        self.compute_with(base.layers)
+        for i, layer in enumerate(base.layers):
+            layer.forward = partial(self.layer, i)
         return base
 
-    def attach_layers(self):
-        self.forwards = [layer.forward for layer in self.base.layers]
-        for i, layer in enumerate(self.base.layers):
-            layer.forward = partial(self.layer, i)
-
-    def restore(self):
-        """Load the base's layers again: something is asked that is not in the cache."""
-        self.base.layers, self.absent = self.load().layers, False
-        self.attach_layers()
+    def compute_with(self, layers):
+        self.layers, self.forwards = layers, [layer.forward for layer in layers]
 
     def embed(self, forward, idx, positions):
         """Look the batch up. The embedding itself is no work, and not kept."""
@@ -165,8 +160,9 @@ class HiddenCache:
         number, rest = divmod(i + 1, self.every)
         if self.base.is_read:
             return x if rest else self.read(number - 1, x)
-        if self.absent:
-            self.restore()
+        if self.absent:  # and what is asked is not in the cache
+            self.compute_with(self.load().layers)
+            self.absent = False
         h = self.forwards[i](x, mask, rope, cache)
         if self.known and not rest:
             self.write(number - 1, h)
@@ -187,7 +183,7 @@ class HiddenCache:
         for entry in self.batch:
             self.sums[entry.number] = self.sum(entry)
         if self.sums.all() and not hasattr(self.base, "stream"):
-            for module in self.base.layers.modules():
+            for module in self.layers.modules():
                 if isinstance(module, (Linear4bit, nn.Linear)):
                     module.to("meta")
             self.absent = True

@@ -10,6 +10,7 @@ import torch
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
+from data import choice_logits
 from quant import InputError, Linear4bit
 from train import TrainConfig
 
@@ -123,6 +124,26 @@ def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
     settings = json.loads((Path(worst) / "result.json").read_text())["config"]
     train.main(TrainConfig(**settings | dict(out_dir=str(tmp_path / "alone"))))
     assert left(worst) == left(tmp_path / "alone")
+
+
+def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):  # noqa: F811
+    """Loaded again from the cache's run, it computes a score once for all side networks."""
+    load, prompts = train.load_task, [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=12)
+    train.main(TrainConfig(**cfg))
+
+    def scoring(*args):
+        task = load(*args)
+        task.score = lambda model: dict(scored=choice_logits(model, prompts, [3, 7]).tolist())
+        return task
+
+    monkeypatch.setattr(train, "load_task", scoring)
+    counts = []
+    for seeds in ("1", "1,2,3"):
+        asked.clear()
+        train.main(TrainConfig(**cfg, sweep=f"seed={seeds}"))
+        counts.append(len(asked))
+    assert counts[0] == counts[1] > 0
 
 
 def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from data import IGNORE_INDEX
-from data.hidden import pack_hidden, unpack_hidden
+from data.hidden import PackedInputFunction, pack_hidden, unpack_hidden
 from data.report import activation_bytes
 from model import PRESETS, Transformer, _ChunkedLoss, token_loss
 from qst import QST
@@ -67,6 +67,27 @@ def test_few_bits_of_h_f(changes, bits, bound, idx):
             assert 0 < error < bound
         else:
             assert error == 0
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a")
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_packed_once_and_compiled(bits):
+    """Two that read h_f keep the same tensors of it; torch.compile takes the function whole."""
+    torch.manual_seed(0)
+    h_f, weights = torch.randn(2, 5, 64), [torch.randn(3, 64, requires_grad=True) for _ in "ab"]
+    grads = []
+    for compiled in (False, True):
+        kept, run = [], PackedInputFunction.apply
+        if compiled:
+            run = torch.compile(run, backend="aot_eager", fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            losses = [run(h_f, weight, bits).square().sum() for weight in weights]
+        if not compiled:
+            pointers = [t.data_ptr() for t in kept if t.shape != (2, 5, 3)]
+            assert pointers[len(pointers) // 2 :] == pointers[: len(pointers) // 2]
+        grads.append(torch.autograd.grad(sum(losses), weights))
+    for one, other in zip(*grads):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
