@@ -11,6 +11,7 @@ from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
 from data import choice_logits
+from model import quantize_folder
 from quant import InputError, Linear4bit
 from train import TrainConfig
 
@@ -94,10 +95,13 @@ def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
     assert not asked
 
 
-def test_the_base_is_loaded_again_to_answer(tiny_model, cfg, asked, tmp_path, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):  # noqa: F811
     """After training the score may generate: the layers come back, and answer as ever."""
-    monkeypatch.undo()
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12, stream=stream)
+    if stream:
+        quantize_folder(cfg["base"], tmp_path / "nf4")
+        cfg |= dict(base=str(tmp_path / "nf4"))
     found = []
     load = train.load_task
 
