@@ -20,8 +20,8 @@ def pack_hidden(x, bits):
 
 
 def pack_once(h_f, bits):
-    """The same, once for all who read h_f: the side networks of a sweep, and --cache_hidden, whose
-    states come packed."""
+    """`pack_hidden`, kept on h_f, which must not change any more: once for all side networks of a
+    sweep, and not at all where h_f comes packed from --cache_hidden."""
     if bits == 16 or torch.compiler.is_compiling():
         return pack_hidden(h_f, bits)
     packed = h_f.__dict__.setdefault("packed", {})

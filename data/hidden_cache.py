@@ -4,8 +4,8 @@ The base never changes, and so neither does what it makes of an example. The fir
 hidden states of its layers down, and the last one where there is a target. Every later epoch, and
 every later run with another side network, reads them, and the base's layers are not in memory.
 
-They are asked as ever: `attach` puts a `HiddenCache` before their `forward`. An example is known by
-its ids, whatever batch it is in. The files are memory-mapped:
+The layers are called as ever: `attach` puts a `HiddenCache` before their `forward`. An example is
+known by its ids, whatever batch it is in. The files are memory-mapped:
     states.bin  a record for each token of each example: what `pack_hidden` makes of its states
                 after layers 1 to N, or each --every-th; or what a pooling downsampler does, in 16
                 bits
@@ -28,6 +28,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE_INDEX
+from data.fields import TABLE, field, one_of, whole
 from data.files import make_writable_folder, read_json, write_json
 from data.fingerprint import fingerprint, of_files
 from data.hidden import pack_hidden, unpack_hidden
@@ -40,6 +41,7 @@ PARTS = {  # of cache.json: what must be the same, in words
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
     "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
 }  # fmt: skip
+KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
 
 
 class Entry(NamedTuple):
@@ -51,10 +53,19 @@ class Entry(NamedTuple):
     at: list
 
 
+class Batch(NamedTuple):
+    """Examples of the cache; hidden states carry it from function to function, as `batch`."""
+
+    entries: list
+    is_read: bool  # or else written
+    tokens: tuple  # rows of states.bin, and where they belong: see `places`
+    targets: tuple  # the same of last.bin
+
+
 class HiddenCache:
     """The cache of what the base in a folder says of a task's examples, in --cache_hidden.
 
-    runs: settings of all the side networks that are to read it, of which cfg is one or their like
+    runs: settings of all the side networks that are to read it; the rest is the same for all
     """
 
     def __init__(self, cfg, runs, folder, config, dtype, task):
@@ -62,16 +73,21 @@ class HiddenCache:
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         make_writable_folder(self.folder, "--cache_hidden")
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
-        forms = {(run.downsample, run.reduction, run.standardize) for run in runs}
-        pools = len(forms) == 1 and cfg.downsample in POOLS and not cfg.standardize
+        form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
+        pools = not others and form[0] in POOLS and not form[2]
         own = dict(
             base=of_files(folder), quant=cfg.quant, dtype=str(dtype),
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
-            pool=[cfg.downsample, cfg.reduction] if pools else None,
+            pool=[*form[:2]] if pools else None,
             every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
-            bits=16 if pools else cfg.h_f_bits,
+            bits=16 if pools else max(run.h_f_bits for run in runs),
         )  # fmt: skip
-        self.about = read_json(self.folder / "cache.json", optional=True) or own
+        path = self.folder / "cache.json"
+        self.about = read_json(path, optional=True) or own
+        if self.about is own:  # nobody knows what other files here are of
+            (self.folder / "sums.bin").unlink(missing_ok=True)
+        for name, kind in KINDS.items() if self.about is not own else ():
+            field(path, self.about, name, kind)
         for name, message in PARTS.items():
             known = self.about.get(name)
             enough = name == "pool" and known is None or name == "every" and not own[name] % known
@@ -79,11 +95,11 @@ class HiddenCache:
                 raise InputError(f"--cache_hidden {self.folder} is {message}: give another folder.")
         self.every, self.bits, pool = (self.about[name] for name in ("every", "bits", "pool"))
         self.pool, self.width = pool and POOLS[pool[0]], config.n_embd // (pool[1] if pool else 1)
-        self.fill = -self.width % BLOCK_SIZE if self.bits < 16 else 0  # a token has whole blocks
+        self.fill = -self.width % BLOCK_SIZE if self.bits < 16 else 0  # to whole blocks
         token = pack_hidden(torch.zeros(1, self.width + self.fill, dtype=self.half), self.bits)
         self.forms = [(part.dtype, part.shape[1:]) for part in token]
         n = config.n_layer // self.every
-        token = np.dtype([(f"part {i}", "u1", (n, part.nbytes)) for i, part in enumerate(token)])
+        token = np.dtype([("", "u1", (n, part.nbytes)) for part in token])
         last = np.dtype(("u1", 2 * config.n_embd))
 
         self.entries, tokens, targets = {}, 0, 0
@@ -142,56 +158,58 @@ class HiddenCache:
 
     def embed(self, forward, idx, positions):
         """Look the batch up. The embedding itself is no work, and not kept."""
-        batch = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
-        self.known = all(entry and len(entry.tokens) <= idx.shape[1] for entry in batch)
-        self.base.is_read = self.known and all(map(self.whole, batch))
-        if self.known:
-            self.batch = batch
-            starts = [range(len(entry.tokens)) for entry in batch]
-            self.tokens = places([entry.tokens for entry in batch], starts, idx)
-            at = [entry.at for entry in batch]
-            self.targets = places([entry.targets for entry in batch], at, idx)
-        return forward(idx, positions)
+        entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
+        known = all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries)
+        self.base.is_read = known and all(map(self.whole, entries))
+        x = forward(idx, positions)
+        x.batch = known and Batch(
+            entries, self.base.is_read,
+            places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
+            places([e.targets for e in entries], [e.at for e in entries], idx),
+        )  # fmt: skip
+        return x
 
     def layer(self, i, x, mask=None, rope=None, cache=None):
         """What a layer makes of a batch: read, or computed and, of known examples, written."""
-        if cache is not None or mask is not None:
-            self.known = self.base.is_read = False
+        batch = cache is None and mask is None and x.batch
         number, rest = divmod(i + 1, self.every)
-        if self.base.is_read:
-            return x if rest else self.read(number - 1, x)
-        if self.absent:  # and what is asked is not in the cache
-            self.compute_with(self.load().layers)
-            self.absent = False
-        h = self.forwards[i](x, mask, rope, cache)
-        if self.known and not rest:
-            self.write(number - 1, h)
+        if batch and batch.is_read:
+            h = x if rest else self.read(number - 1, x)
+        else:
+            if self.absent:  # and what is asked is not in the cache
+                self.compute_with(self.load().layers)
+                self.absent = False
+            h = self.forwards[i](x, mask, rope, cache)
+            if batch and not rest:
+                self.write(number - 1, h, batch)
+        h.batch = batch
         return h
 
     def final(self, forward, x):
         """The last state; of a batch that is read, it has zeros where there is no target."""
-        if not self.known:
+        if not x.batch:
             return forward(x)
-        rows, at = self.targets
-        if self.base.is_read:
+        rows, at = x.batch.targets
+        if x.batch.is_read:
             h = torch.zeros_like(x)
             last = torch.from_numpy(self.last[rows]).to(x.device).view(self.half)
             h.view(-1, x.shape[-1])[at] = last.to(x.dtype)
             return h
         h = forward(x)
         self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
-        for entry in self.batch:
+        for entry in x.batch.entries:
             self.sums[entry.number] = self.sum(entry)
-        if self.sums.all() and not hasattr(self.base, "stream"):
+        first = self.layers is self.base.layers  # what was loaded again, stays
+        if first and self.sums.all() and not hasattr(self.base, "stream"):
             for module in self.layers.modules():
                 if isinstance(module, (Linear4bit, nn.Linear)):
                     module.to("meta")
             self.absent = True
         return h
 
-    def write(self, i, h):
-        """Keep the i-th state of the batch, h (B, T, C)."""
-        rows, at = self.tokens
+    def write(self, i, h, batch):
+        """Keep the i-th state of a batch, h (B, T, C)."""
+        rows, at = batch.tokens
         state = h.flatten(0, 1)[at]
         state = self.pool(state, self.about["pool"][1]) if self.pool else state
         state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
@@ -200,7 +218,7 @@ class HiddenCache:
 
     def read(self, i, x):
         """The i-th state that is kept, like x (B, T, C), with zeros where a row is padded."""
-        (rows, at), (B, T, C), packed = self.tokens, x.shape, []
+        (rows, at), (B, T, C), packed = x.batch.tokens, x.shape, []
         for name, (dtype, shape) in zip(self.states.dtype.names, self.forms):
             part = torch.from_numpy(self.states[name][rows, i]).to(x.device)
             padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at, part)
@@ -217,12 +235,10 @@ class HiddenCache:
 
     def sum(self, entry):
         """An example's checksum; 0 is for one that is not there."""
-        states, last = (array[rows.start : rows.stop] for array, rows in (
-            (self.states, entry.tokens), (self.last, entry.targets)))  # fmt: skip
-        return zlib.crc32(last, zlib.crc32(states)) or 1
+        return zlib.crc32(self.last[entry.targets], zlib.crc32(self.states[entry.tokens])) or 1
 
     def whole(self, entry):
-        """Whether an example is in the cache, undamaged; looked at once."""
+        """Whether an example is in the cache, undamaged; if so, looked at once."""
         if entry.number not in self.checked and self.sums[entry.number] == self.sum(entry):
             self.checked.add(entry.number)
         return entry.number in self.checked
@@ -231,8 +247,8 @@ class HiddenCache:
 def places(rows, at, idx):
     """For each row of a batch idx (B, T), rows of a file and where in it they belong -> all rows of
     the file, and their places in the flat batch, (n,) each."""
-    start = np.repeat(np.arange(len(rows)) * idx.shape[1], [len(some) for some in rows])
-    return np.concatenate(rows), torch.tensor(start + np.concatenate(at), device=idx.device)
+    at = [i * idx.shape[1] + np.array(some, int) for i, some in enumerate(at)]
+    return np.concatenate(rows).astype(int), torch.tensor(np.concatenate(at), device=idx.device)
 
 
 def as_bytes(tensor):

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import small_config
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
 from data import choice_logits
-from model import quantize_folder
+from data.hub import save_pretrained
+from model import Transformer, quantize_folder, read_config
 from quant import InputError, Linear4bit
 from train import TrainConfig
 
@@ -40,16 +42,24 @@ def curves(out_dir):
      (dict(h_f_bits=8), 5e-3), (dict(h_f_bits=4), 0.1),
      (dict(downsample="avgpool"), 2e-3), (dict(downsample="maxpool", task="text"), 2e-3),
      (dict(standardize=True, gate="sum", downsample="linear", h_f_bits=16), 1e-2),
-     (dict(every=3, read_embedding=False, h_f_bits=16), 1e-2)],
-    ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every"],
+     (dict(every=3, read_embedding=False, h_f_bits=16), 1e-2),
+     (dict(n_embd=64, h_f_bits=8), 5e-3), (dict(n_embd=64, h_f_bits=4, dtype="bf16"), 0.1)],
+    ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every", "8, whole blocks",
+         "4, whole blocks, bf16"],
 )  # fmt: skip
-def test_as_with_the_base(settings, atol, cfg, asked, tmp_path):  # noqa: F811
+def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # noqa: F811
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
     with 16 bits. Once all is written, no layer of the base is asked."""
     if settings.get("task") == "text":
         Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 400)
         cfg |= dict(data=str(Path(cfg["data"]).with_suffix(".txt")), sequence_len=32)
-    cfg |= settings | dict(max_iters=12)
+    if n_embd := settings.get("n_embd"):  # whose states are kept, and come, packed
+        cfg |= dict(base=str(shutil.copytree(tiny_model, tmp_path / "wide")))
+        size = read_config(tiny_model).vocab_size
+        config = small_config(vocab_size=size, n_embd=n_embd, max_positions=128)
+        save_pretrained(Transformer(config), cfg["base"])
+    cfg |= {name: value for name, value in settings.items() if name != "n_embd"}
+    cfg |= dict(max_iters=12)
     found, counts = [], []
     for name in ("alone", "writing", "reading"):
         asked.clear()
@@ -154,6 +164,54 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize("settings, pool, bits", [
+    (dict(data_seed=1, h_f_bits=16, sweep="standardize=true,false"), None, 16),
+    (dict(data_seed=3, sweep="standardize=true,false h_f_bits=4,16"), None, 16),
+    (dict(downsample="avgpool", sweep="downsample=linear seed=1,2"), None, 8),
+    (dict(h_f_bits=4, sweep="downsample=avgpool reduction=2 seed=1,2"), ["avgpool", 2], 16),
+    (dict(h_f_bits=4, sweep="h_f_bits=8 seed=1,2"), None, 8),
+], ids=["part", "part, bits", "linear", "pool", "bits"])  # fmt: skip
+def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):  # noqa: F811
+    """And not what the sweep's other flags say; also where runs look at different batches."""
+    cfg |= dict(max_iters=12) | settings
+    found = []
+    for folder in ("", *2 * [str(tmp_path / "cache")]):
+        rows = train.main(TrainConfig(**cfg, cache_hidden=folder))["runs"]
+        found.append([row["loss"] for row in sorted(rows, key=lambda row: row["settings"])])
+    about = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    assert (about["pool"], about["bits"]) == (pool, bits)
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["states.bin", "last.bin", "sums.bin", "cache.json"])
+def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
+    """What it had is made again, and the base is loaded again once, not for each batch."""
+    loads, load = [], train.from_pretrained
+    monkeypatch.setattr(train, "from_pretrained", lambda *args: loads.append(1) or load(*args))
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12)
+    expected = train.main(TrainConfig(**cfg))["loss_after"]
+    (tmp_path / "cache" / name).unlink()
+    loads.clear()
+    assert train.main(TrainConfig(**cfg))["loss_after"] == pytest.approx(expected, abs=2e-3)
+    assert len(loads) == (2 if name in ("states.bin", "last.bin") else 1)
+    loads.clear()
+    assert train.main(TrainConfig(**cfg))["cached_iterations"] == 12 and len(loads) == 1
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(every="1"), "every is '1'; it must be a whole number"), (dict(bits=5), "bits is 5"),
+    (dict(every=0), "every is 0"), (dict(fingerprint=None), "lacks the field 'fingerprint'"),
+    (dict(pool=3), "another pooling"),
+])  # fmt: skip
+def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
+    train.main(TrainConfig(**cfg))
+    path = tmp_path / "cache" / "cache.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(InputError, match=message):
+        train.main(TrainConfig(**cfg))
+
+
 def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
     """Each is refused in a sentence, and nothing is touched."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
@@ -172,7 +230,8 @@ def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
             train.main(TrainConfig(**cfg | settings))
-    for settings in (dict(method="qlora", reduction=None), dict(eval_only=True)):
+    lora = dict(method="qlora", reduction=None)
+    for settings in (lora, dict(eval_only=True), dict(compile=True)):
         with pytest.raises(InputError, match="--cache_hidden is for training side networks"):
             train.main(TrainConfig(**cfg | settings))
     assert (tmp_path / "cache" / "states.bin").read_bytes() == before
