@@ -120,7 +120,8 @@ class RunState:
         """Go on from what lies in the folder; returns whether there is anything."""
         state, path = load_state(self.out_dir)
         if state is None:
-            print(f"{self.out_dir} has no state to go on from: the run begins." * (not quiet()))
+            if not quiet():
+                print(f"{self.out_dir} has no state to go on from: the run begins.")
             return False
         parts = ("about", "side", "moments", "scaler", "log")
         about, side, moments, scaler, log = (field(path, state, part, TABLE) for part in parts)
