@@ -67,7 +67,7 @@ class TrainConfig(SideConfig):
     instructions: str = setting("", "what --task mmlu trains on; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
-    head: str = setting(None, "what answers; default: classifier for GLUE", ("lm", "classifier"))
+    head: str = setting(None, "default: classifier for GLUE, without --shots", ("lm", "classifier"))
     out_dir: str = setting(None, "where the run leaves its files; default: out, or out-eval")
     resume: bool = setting(False, "go on where the run in --out_dir ended; without one, begin it")
     checkpoint: bool = setting(None, "recompute the side network's steps in backward (qst, lst: "
@@ -144,7 +144,7 @@ def resolve(cfg):
     defaults = {name: row[column] for name, row in DEFAULTS.items()}
     if cfg.method == "lst":
         defaults["reduction"] = 8
-    classifier = on_glue and (cfg.n_labels if cfg.side else not cfg.eval_only)
+    classifier = on_glue and (cfg.n_labels if cfg.side else not (cfg.eval_only or cfg.shots))
     defaults |= dict(
         task=task, optimizer="adamw", data_seed=cfg.seed,
         out_dir="out-eval" if cfg.eval_only else "out",

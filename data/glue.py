@@ -4,7 +4,9 @@ Two ways to ask, `--head`
     classifier   as the released code does: the bare sentences, each after a bos token, and a
                  classifier on the last token's state, trained with the side network; STS-B's rating
                  is a regression
-    lm           a question in words, and the frozen LM head's next token among the label words
+    lm           a question in words, and the frozen LM head's next token among the label words.
+                 With --shots K so many training examples and their answers stand before it: a
+                 frozen model learns from them what is asked, and its states say more of it
 
 The loss on a tenth of train.tsv chooses the side network that is kept; the score is that of all of
 dev.tsv, which nothing was chosen by.
@@ -14,6 +16,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
@@ -168,23 +171,43 @@ def parse_label(path, line, text, form):
     raise InputError(f"{path}, line {line}: the label {shown(text)} is not {known}.")
 
 
-def prompt(sentences, form, tokenizer, sequence_len, head):
+def take_shots(rows, number):
+    """Of the rows as `read` finds them, the first of each class in turn; and all the others."""
+    classes = {}
+    for row in rows:
+        classes.setdefault(row[1], []).append(row)
+    in_turn = [row for turn in zip_longest(*classes.values()) for row in turn if row]
+    if number > len(in_turn) - 2:
+        raise InputError(f"--shots {number} leaves too few of {len(rows)} examples: give less.")
+    shots = in_turn[:number]
+    return shots, [row for row in rows if not any(row is shot for shot in shots)]
+
+
+def answered(sentences, target, form):
+    """A shot: the question and its answer."""
+    word = form.words[min(round(target), len(form.words) - 1)]
+    return f"{form.question.format(*sentences)}{ANSWER} {word}\n\n"
+
+
+def prompt(sentences, form, tokenizer, sequence_len, head, shots=()):
     """Ids, at most `sequence_len`: of what is too long, the longer sentence loses its end.
 
     A classifier reads a bos token before each sentence, which is how the tokenizers of LLaMA and
     OPT join a pair.
     """
     sentences, bos = list(sentences), [tokenizer.bos_id]
+    before = "".join(answered(*shot, form) for shot in shots)
 
     def ids():
         if head == "lm":
-            return bos + tokenizer.encode(form.question.format(*sentences) + ANSWER)
+            return bos + tokenizer.encode(before + form.question.format(*sentences) + ANSWER)
         return [id for sentence in sentences for id in bos + tokenizer.encode(sentence)]
 
     while (over := len(found := ids()) - sequence_len) > 0:
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
-            raise InputError(f"--sequence_len {sequence_len} is too short for the question itself.")
+            what = f"{len(shots)} shots and the question" if shots else "the question itself"
+            raise InputError(f"--sequence_len {sequence_len} is too short for {what}.")
         # A character may be four tokens, its bytes: cut so few that nothing is lost that fits.
         sentences[longest] = sentences[longest][: -max(1, over // 4)]
     return found
@@ -212,8 +235,14 @@ def load(cfg, tokenizer, template):
     data = files(cfg.data, form)
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
-    settings = dict(form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head)
-    to_ids = partial(prompt, **settings)
+    rows, more = [], 0
+    if cfg.shots or not cfg.eval_only:
+        rows, more = read(data / "train.tsv", form)
+    shots, rows = take_shots(rows, cfg.shots) if cfg.shots else ([], rows)
+    to_ids = partial(
+        prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
+        shots=shots,
+    )  # fmt: skip
     choices = word_ids(tokenizer, form.words, ANSWER) if cfg.head == "lm" else None
 
     def example(row):
@@ -229,7 +258,6 @@ def load(cfg, tokenizer, template):
     n_labels = 0 if choices else len(form.labels) or 1
     if cfg.eval_only:
         return Task([], [example(row) for row in dev], scored, n_labels)
-    rows, more = read(data / "train.tsv", form)
     parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     halves = [[example(row) for row in part] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []

@@ -137,6 +137,45 @@ def test_prompts(tokenizer, task):
     assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
 
 
+@pytest.mark.parametrize("task", FORMS)
+def test_shots_stand_before_the_question(tokenizer, folder, task):
+    """The first of each class in turn, with their answers; the others are learned from."""
+    form = FORMS[task]
+    rows, _ = glue.read(folder / form.folder / "train.tsv", form)
+    shots, rest = glue.take_shots(rows, 3)
+    assert len({label for _, label in shots[:2]}) == 2 and shots[2][1] == shots[0][1]
+    assert rows[0] is shots[0] and len(rest) == len(rows) - 3
+    assert not any(row is shot for row in rest for shot in shots)
+    text = tokenizer.decode(glue.prompt(rest[0][0], form, tokenizer, 500, "lm", shots))
+    answers = [form.words[label if form.labels else round(label)] for _, label in shots]
+    asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rest[0]]]
+    assert text == "".join(f"{a} {b}\n\n" for a, b in zip(asked, answers)) + asked[-1]
+
+
+def test_shots_that_are_too_many(tokenizer, folder):
+    """More than there are, or longer than the sequence: a sentence."""
+    rows, _ = glue.read(folder / "SST-2/train.tsv", FORMS["sst2"])
+    with pytest.raises(InputError, match="--shots 39 leaves too few of 40 examples"):
+        glue.take_shots(rows, 39)
+    with pytest.raises(InputError, match="--sequence_len 60 is too short for 9 shots and"):
+        glue.prompt(rows[0][0], FORMS["sst2"], tokenizer, 60, "lm", glue.take_shots(rows, 9)[0])
+
+
+def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path):
+    """A run with shots asks in words, and what it leaves is scored with the same shots."""
+    out = tmp_path / "out"
+    result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=5)
+    assert result["config"]["head"] == "lm" and "accuracy_before" in result
+    again = run(tiny_model, folder, tmp_path / "eval", task="sst2", side=str(out), eval_only=True)
+    assert again["config"]["shots"] == 1 and again["accuracy"] == result["accuracy_after"]
+    with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
+        run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
+    with pytest.raises(InputError, match="--shots stand before questions in words"):
+        run(tiny_model, folder, out, task="sst2", shots=2, head="classifier")
+    with pytest.raises(InputError, match="--shots stand before questions in words"):
+        run(tiny_model, folder, out, task="text", shots=2)
+
+
 @pytest.mark.parametrize("head", ["lm", "classifier"])
 def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
     """The shorter sentence and the question stay whole; without room for them it is refused."""
