@@ -41,6 +41,7 @@ class Form:
     columns: tuple  # the sentences, and last the label
     labels: tuple  # as the files spell them, in the order of the classes
     words: tuple  # that answer the question, in the same order
+    heading: str  # what to do, before all: a causal model reads the sentences with it in mind
     question: str  # {0} and {1} are the sentences
     metrics: tuple
     dev: str = "dev.tsv"
@@ -50,23 +51,27 @@ YES_NO = ("no", "yes")
 SENTENCES = ("sentence1", "sentence2")
 FORMS = {
     "rte": Form("RTE", (*SENTENCES, "label"), ("not_entailment", "entailment"), YES_NO,
-                "{0}\nDoes it follow that: {1}", ("accuracy",)),
+                "Say whether the claim follows from the text.", "Text: {0}\nClaim: {1}",
+                ("accuracy",)),
     "mrpc": Form("MRPC", ("#1 String", "#2 String", "Quality"), ("0", "1"), YES_NO,
-                 "First: {0}\nSecond: {1}\nDo both say the same?", ("accuracy", "f1")),
+                 "Say whether both sentences say the same.", "First: {0}\nSecond: {1}",
+                 ("accuracy", "f1")),
     "stsb": Form("STS-B", (*SENTENCES, "score"), (),
                  ("zero", "one", "two", "three", "four", "five"),
-                 "First: {0}\nSecond: {1}\nHow similar are they, from zero to five?",
-                 ("pearson", "spearman")),
-    "cola": Form("CoLA", (3, 1), ("0", "1"), YES_NO, "{0}\nIs this good English?", ("matthews",)),
+                 "Say how similar both sentences are, from zero to five.",
+                 "First: {0}\nSecond: {1}", ("pearson", "spearman")),
+    "cola": Form("CoLA", (3, 1), ("0", "1"), YES_NO,
+                 "Say whether the sentence is good English.", "Sentence: {0}", ("matthews",)),
     "sst2": Form("SST-2", ("sentence", "label"), ("0", "1"), ("bad", "good"),
-                 "Review: {0}\nIs the film good or bad?", ("accuracy",)),
+                 "Say whether the film review is good or bad.", "Review: {0}", ("accuracy",)),
     "qnli": Form("QNLI", ("question", "sentence", "label"), ("not_entailment", "entailment"),
-                 YES_NO, "{1}\nDoes this answer the question: {0}", ("accuracy",)),
+                 YES_NO, "Say whether the text answers the question.",
+                 "Question: {0}\nText: {1}", ("accuracy",)),
     "qqp": Form("QQP", ("question1", "question2", "is_duplicate"), ("0", "1"), YES_NO,
-                "First: {0}\nSecond: {1}\nDo both ask the same?", ("accuracy", "f1")),
+                "Say whether both ask the same.", "First: {0}\nSecond: {1}", ("accuracy", "f1")),
     "mnli": Form("MNLI", (*SENTENCES, "gold_label"), ("entailment", "neutral", "contradiction"),
-                 ("yes", "maybe", "no"), "{0}\nDoes it follow that: {1}", ("accuracy",),
-                 "dev_matched.tsv"),
+                 ("yes", "maybe", "no"), "Say whether the claim follows from the text.",
+                 "Text: {0}\nClaim: {1}", ("accuracy",), "dev_matched.tsv"),
 }  # fmt: skip
 FORMS["mnli-mm"] = Form(**{**vars(FORMS["mnli"]), "dev": "dev_mismatched.tsv"})
 ANSWER = "\nAnswer:"
@@ -172,15 +177,14 @@ def parse_label(path, line, text, form):
 
 
 def take_shots(rows, number):
-    """Of the rows as `read` finds them, the first of each class in turn; and all the others."""
+    """Of the rows as `read` finds them, the first of each class in turn."""
     classes = {}
     for row in rows:
         classes.setdefault(row[1], []).append(row)
     in_turn = [row for turn in zip_longest(*classes.values()) for row in turn if row]
-    if number > len(in_turn) - 2:
-        raise InputError(f"--shots {number} leaves too few of {len(rows)} examples: give less.")
-    shots = in_turn[:number]
-    return shots, [row for row in rows if not any(row is shot for shot in shots)]
+    if number > len(in_turn):
+        raise InputError(f"--shots {number} is more than the {len(rows)} examples: give less.")
+    return in_turn[:number]
 
 
 def answered(sentences, target, form):
@@ -196,7 +200,7 @@ def prompt(sentences, form, tokenizer, sequence_len, head, shots=()):
     OPT join a pair.
     """
     sentences, bos = list(sentences), [tokenizer.bos_id]
-    before = "".join(answered(*shot, form) for shot in shots)
+    before = "".join([form.heading, "\n\n", *(answered(*shot, form) for shot in shots)])
 
     def ids():
         if head == "lm":
@@ -238,7 +242,7 @@ def load(cfg, tokenizer, template):
     rows, more = [], 0
     if cfg.shots or not cfg.eval_only:
         rows, more = read(data / "train.tsv", form)
-    shots, rows = take_shots(rows, cfg.shots) if cfg.shots else ([], rows)
+    shots = take_shots(rows, cfg.shots)
     to_ids = partial(
         prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
         shots=shots,
@@ -259,7 +263,7 @@ def load(cfg, tokenizer, template):
     if cfg.eval_only:
         return Task([], [example(row) for row in dev], scored, n_labels)
     parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
-    halves = [[example(row) for row in part] for part in parts]
+    halves = [[example(row) for row in part if row not in shots] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
     return Task(*halves, scored, n_labels, notes)
 

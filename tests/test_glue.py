@@ -132,33 +132,34 @@ def test_prompts(tokenizer, task):
     sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
     asked = glue.prompt(sentences, form, tokenizer, 500, "lm")
     assert asked[0] == tokenizer.bos_id
-    assert tokenizer.decode(asked) == form.question.format(*sentences) + ANSWER
+    question = form.question.format(*sentences) + ANSWER
+    assert tokenizer.decode(asked) == f"{form.heading}\n\n{question}"
     bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
     assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
 
 
 @pytest.mark.parametrize("task", FORMS)
 def test_shots_stand_before_the_question(tokenizer, folder, task):
-    """The first of each class in turn, with their answers; the others are learned from."""
+    """The first of each class in turn, with their answers."""
     form = FORMS[task]
     rows, _ = glue.read(folder / form.folder / "train.tsv", form)
-    shots, rest = glue.take_shots(rows, 3)
-    assert len({label for _, label in shots[:2]}) == 2 and shots[2][1] == shots[0][1]
-    assert rows[0] is shots[0] and len(rest) == len(rows) - 3
-    assert not any(row is shot for row in rest for shot in shots)
-    text = tokenizer.decode(glue.prompt(rest[0][0], form, tokenizer, 500, "lm", shots))
+    shots = glue.take_shots(rows, 3)
+    assert shots == [rows[0], rows[1], rows[2]] and rows[0][1] != rows[1][1]
+    assert glue.take_shots([rows[0], rows[2], rows[1]], 2) == [rows[0], rows[1]]
+    text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", shots))
     answers = [form.words[label if form.labels else round(label)] for _, label in shots]
-    asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rest[0]]]
-    assert text == "".join(f"{a} {b}\n\n" for a, b in zip(asked, answers)) + asked[-1]
+    asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rows[3]]]
+    shown = "".join(f"{a} {b}\n\n" for a, b in zip(asked, answers))
+    assert text == f"{form.heading}\n\n{shown}{asked[-1]}"
 
 
 def test_shots_that_are_too_many(tokenizer, folder):
     """More than there are, or longer than the sequence: a sentence."""
     rows, _ = glue.read(folder / "SST-2/train.tsv", FORMS["sst2"])
-    with pytest.raises(InputError, match="--shots 39 leaves too few of 40 examples"):
-        glue.take_shots(rows, 39)
+    with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
+        glue.take_shots(rows, 41)
     with pytest.raises(InputError, match="--sequence_len 60 is too short for 9 shots and"):
-        glue.prompt(rows[0][0], FORMS["sst2"], tokenizer, 60, "lm", glue.take_shots(rows, 9)[0])
+        glue.prompt(rows[0][0], FORMS["sst2"], tokenizer, 60, "lm", glue.take_shots(rows, 9))
 
 
 def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path):
