@@ -132,8 +132,8 @@ def test_prompts(tokenizer, task):
     sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
     asked = glue.prompt(sentences, form, tokenizer, 500, "lm")
     assert asked[0] == tokenizer.bos_id
-    question = form.question.format(*sentences) + ANSWER
-    assert tokenizer.decode(asked) == f"{form.heading}\n\n{question}"
+    whole = f"{form.heading}\n\n{form.question.format(*sentences)}{ANSWER}"
+    assert tokenizer.decode(asked) == whole
     bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
     assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
 
@@ -149,8 +149,7 @@ def test_shots_stand_before_the_question(tokenizer, folder, task):
     text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", shots))
     answers = [form.words[label if form.labels else round(label)] for _, label in shots]
     asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rows[3]]]
-    shown = "".join(f"{a} {b}\n\n" for a, b in zip(asked, answers))
-    assert text == f"{form.heading}\n\n{shown}{asked[-1]}"
+    assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
 
 
 def test_shots_that_are_too_many(tokenizer, folder):
@@ -159,22 +158,24 @@ def test_shots_that_are_too_many(tokenizer, folder):
     with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
         glue.take_shots(rows, 41)
     with pytest.raises(InputError, match="--sequence_len 60 is too short for 9 shots and"):
-        glue.prompt(rows[0][0], FORMS["sst2"], tokenizer, 60, "lm", glue.take_shots(rows, 9))
+        glue.prompt(["A"], FORMS["sst2"], tokenizer, 60, "lm", rows[:9])
 
 
-def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path):
-    """A run with shots asks in words, and what it leaves is scored with the same shots."""
+def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):
+    """They are not learned (here a class has one line), and score again what the run leaves."""
     out = tmp_path / "out"
+    read = []
+    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(glue.load(*args)) or read[0])
     result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=5)
+    assert len({target for _, (*_, target) in read[0].train + read[0].held_out}) == 1
     assert result["config"]["head"] == "lm" and "accuracy_before" in result
     again = run(tiny_model, folder, tmp_path / "eval", task="sst2", side=str(out), eval_only=True)
     assert again["config"]["shots"] == 1 and again["accuracy"] == result["accuracy_after"]
     with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
         run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
-    with pytest.raises(InputError, match="--shots stand before questions in words"):
-        run(tiny_model, folder, out, task="sst2", shots=2, head="classifier")
-    with pytest.raises(InputError, match="--shots stand before questions in words"):
-        run(tiny_model, folder, out, task="text", shots=2)
+    for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
+        with pytest.raises(InputError, match="--shots stand before questions in words"):
+            run(tiny_model, folder, out, shots=2, **wrong)
 
 
 @pytest.mark.parametrize("head", ["lm", "classifier"])
