@@ -57,7 +57,7 @@ class SideConfig:
     repair: int = of_4_bits(0, "rank of what mends the 4 bits' error; 0: no repair", at_least=0)
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
     task: str = setting("", "whose labels a classifier has learned", flag=False)
-    shots: int = setting(0, "of GLUE's examples, with answers, before each question", at_least=0)
+    shots: int = setting(0, "of GLUE in words: answered examples before each question", at_least=0)
 
     def __post_init__(self):
         for name, value in (PAPER | (LST if self.method == "lst" else {})).items():

@@ -211,7 +211,7 @@ def prompt(sentences, form, tokenizer, sequence_len, head, shots=()):
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
             what = f"{len(shots)} shots and the question" if shots else "the question itself"
-            raise InputError(f"--sequence_len {sequence_len} is too short for {what}.")
+            raise InputError(f"--sequence_len {sequence_len} is too short for {what}: give more.")
         # A character may be four tokens, its bytes: cut so few that nothing is lost that fits.
         sentences[longest] = sentences[longest][: -max(1, over // 4)]
     return found
