@@ -273,6 +273,8 @@ def import_command(args):
 def merge_command(args):
     """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder
     of plain weights, in bf16 if --dtype does not say otherwise."""
+    if not args.side:
+        raise InputError("merge needs --side: the --out_dir of a run of train.py.")
     if any(Path(args.out).glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)

@@ -154,7 +154,7 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
     given = parser.parse_args(argv)
     path = given.config
     if path is None and vars(given).get("resume"):
-        path = Path(given.out_dir) / SETTINGS_FILE
+        path = Path(given.out_dir or "out") / SETTINGS_FILE
         path = path if path.exists() else None
     if path is not None:
         table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")

@@ -144,16 +144,14 @@ def test_shots_stand_before_the_question(tokenizer, folder, task):
     form = FORMS[task]
     rows, _ = glue.read(folder / form.folder / "train.tsv", form)
     shots = glue.take_shots(rows, 3)
-    assert shots == [rows[0], rows[1], rows[2]] and rows[0][1] != rows[1][1]
-    assert glue.take_shots([rows[0], rows[2], rows[1]], 2) == [rows[0], rows[1]]
+    assert shots == rows[:3] and glue.take_shots([rows[0], rows[2], rows[1]], 2) == rows[:2]
     text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", shots))
-    answers = [form.words[label if form.labels else round(label)] for _, label in shots]
+    answers = [form.words[round(label)] for _, label in shots]
     asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rows[3]]]
     assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
 
 
-def test_shots_that_are_too_many(tokenizer, folder):
-    """More than there are, or longer than the sequence: a sentence."""
+def test_too_many_shots(tokenizer, folder):
     rows, _ = glue.read(folder / "SST-2/train.tsv", FORMS["sst2"])
     with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
         glue.take_shots(rows, 41)
@@ -164,8 +162,8 @@ def test_shots_that_are_too_many(tokenizer, folder):
 def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):
     """They are not learned (here a class has one line), and score again what the run leaves."""
     out = tmp_path / "out"
-    read = []
-    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(glue.load(*args)) or read[0])
+    read, load = [], glue.load
+    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(load(*args)) or read[0])
     result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=5)
     assert len({target for _, (*_, target) in read[0].train + read[0].held_out}) == 1
     assert result["config"]["head"] == "lm" and "accuracy_before" in result
@@ -174,8 +172,10 @@ def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypat
     with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
         run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
     for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
-        with pytest.raises(InputError, match="--shots stand before questions in words"):
+        with pytest.raises(InputError, match="--shots 2 stand before questions"):
             run(tiny_model, folder, out, shots=2, **wrong)
+    with pytest.raises(InputError, match="with which --side .* was trained, stand"):
+        run(tiny_model, folder, out, task="text", side=str(out), eval_only=True)
 
 
 @pytest.mark.parametrize("head", ["lm", "classifier"])

@@ -207,3 +207,17 @@ def test_mistakes_when_generating(flags, message, tiny_model):
     with pytest.raises(SystemExit) as stopped:
         run(lambda: qst.main(["--base", str(tiny_model), "--prompt", "x", *words]))
     assert message in stopped.value.code and "\n" not in stopped.value.code
+
+
+def test_resume_in_the_default_folder(tmp_path, monkeypatch):
+    """--resume alone goes on in out/, with the settings of the run there; an evaluation does not
+    go on, and to merge is to merge something."""
+    monkeypatch.chdir(tmp_path)
+    assert train.parse_args(["--resume"]).max_iters is None
+    (tmp_path / "out").mkdir()
+    write_json("out/settings.json", {"max_iters": 7})
+    assert train.parse_args(["--resume"]).max_iters == 7
+    with pytest.raises(InputError, match="leave out --eval_only"):
+        train.resolve(TrainConfig(resume=True, eval_only=True))
+    with pytest.raises(InputError, match="merge needs --side"):
+        qst.main(["merge", "--base", "none", "--out", "merged"])
