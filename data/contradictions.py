@@ -27,8 +27,8 @@ def refuse(cfg, task):
          "--stream needs a --base, and is neither for --devices nor for --compile"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
-         f"--shots {cfg.shots}{f', with which --side {cfg.side} was trained,' * bool(cfg.side)} stand "
-         "before questions in words: they need a --task of GLUE, and --head lm"),
+         f"--shots {cfg.shots}{f', with which --side {cfg.side} was trained,' if cfg.side else ''} "
+         "stand before questions in words: they need a --task of GLUE, and --head lm"),
         (cfg.eval_only and cfg.resume, "--resume goes on with training: leave out --eval_only"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not of --task {task}"),
         (cfg.samples_interval and task not in ("tiny", "instruct"),
