@@ -69,17 +69,25 @@ def with_tensors(tree, tensors, depth=6):
 
 
 def load_state(out_dir):
-    """The newest whole state that there is, and its path; None, None without any."""
-    for name in NAMES:
-        path = out_dir / name
-        if not path.exists():
-            continue
+    """The newest whole state that there is, and its path; None, None without any. Damaged ones go
+    where one is whole; where none is, they are refused, and all that lies there stays."""
+    damaged = []
+    for path in [out_dir / name for name in NAMES if (out_dir / name).exists()]:
         file_size(path, "remove it")  # no folder, device or pipe
         try:
-            return read_state(path), path
+            state = read_state(path)
         except (InputError, ValueError, KeyError, RecursionError):
-            print(f"{path} is damaged, and removed.")
-            path.unlink(missing_ok=True)
+            damaged.append(path)
+            continue
+        for other in damaged:
+            print(f"{other} is damaged, and removed.")
+            other.unlink()
+        return state, path
+    if damaged:
+        raise InputError(
+            f"{damaged[0]} is damaged, and there is no other state: without --resume the run begins "
+            "anew, and replaces what it left."
+        )
     return None, None
 
 

@@ -211,19 +211,23 @@ def test_a_signal_from_outside(cfg):
 
 
 def test_a_damaged_state(cfg, tmp_path, capsys):
-    """The one before it is used, and said so; without any that is whole, the run begins anew."""
+    """The one before it is used, and said so; without any that is whole, nothing is touched."""
     train.main(TrainConfig(**cfg))
-    expected = left(cfg["out_dir"])
-    for names, goes_on in ((state.NAMES[:1], True), (state.NAMES, False)):
-        for path in (Path(cfg["out_dir"]) / name for name in names):
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
-        whole, _ = state.load_state(Path(cfg["out_dir"]))
-        assert (whole is not None) == goes_on
-        assert "state.safetensors is damaged" in capsys.readouterr().out
+    expected, out_dir = left(cfg["out_dir"]), Path(cfg["out_dir"])
+
+    def damage(names):
+        for path in (out_dir / name for name in names):
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    damage(state.NAMES[:1])
+    whole, _ = state.load_state(out_dir)
+    assert whole and "state.safetensors is damaged, and removed" in capsys.readouterr().out
+    train.main(TrainConfig(**cfg | dict(resume=True)))
+    assert left(out_dir) == expected
+    damage(state.NAMES)
+    with pytest.raises(InputError, match="state.safetensors is damaged, and there is no other"):
         train.main(TrainConfig(**cfg | dict(resume=True)))
-        assert left(cfg["out_dir"]) == expected
+    assert left(out_dir) == expected and (out_dir / state.NAMES[0]).exists()
 
 
 def test_a_state_holds_all_that_a_run_needs(tmp_path):
