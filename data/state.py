@@ -85,8 +85,8 @@ def load_state(out_dir):
         return state, path
     if damaged:
         raise InputError(
-            f"{damaged[0]} is damaged, and there is no other state: without --resume the run begins "
-            "anew, and replaces what it left."
+            f"{damaged[0]} is damaged, and there is no other state: without --resume the run "
+            "begins anew, and replaces what it left."
         )
     return None, None
 
