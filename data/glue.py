@@ -189,15 +189,14 @@ def take_shots(rows, number):
 
 def answered(sentences, target, form):
     """A shot: the question and its answer."""
-    word = form.words[min(round(target), len(form.words) - 1)]
-    return f"{form.question.format(*sentences)}{ANSWER} {word}\n\n"
+    return f"{form.question.format(*sentences)}{ANSWER} {form.words[round(target)]}\n\n"
 
 
 def prompt(sentences, form, tokenizer, sequence_len, head, shots=()):
     """Ids, at most `sequence_len`: of what is too long, the longer sentence loses its end.
 
-    A classifier reads a bos token before each sentence, which is how the tokenizers of LLaMA and
-    OPT join a pair.
+    In words: the heading, the shots with their answers, the question. A classifier reads a bos
+    token before each sentence, which is how the tokenizers of LLaMA and OPT join a pair.
     """
     sentences, bos = list(sentences), [tokenizer.bos_id]
     before = "".join([form.heading, "\n\n", *(answered(*shot, form) for shot in shots)])
@@ -252,7 +251,7 @@ def load(cfg, tokenizer, template):
     def example(row):
         sentences, target = row
         if choices:
-            target = choices[target if form.labels else min(5, round(target))]
+            target = choices[round(target)]
         elif not form.labels:
             target = target / RATING
         return label(to_ids(sentences), target)

@@ -217,7 +217,7 @@ def test_a_damaged_state(cfg, tmp_path, capsys):
 
     def damage(names):
         for path in (out_dir / name for name in names):
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 
     damage(state.NAMES[:1])
     whole, _ = state.load_state(out_dir)
