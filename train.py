@@ -21,8 +21,8 @@ import torch
 
 from data import (
     chat, check_length, collate, contradictions, count_tokens, distributed, glue, instruct,
-    iteration_batches, mean_loss, mmlu, placement, prefetch, quiet, repair, sweep, text, tiny,
-    to_device,
+    iteration_batches, mean_loss, mmlu, placement, prefetch, prefix_cache, quiet, repair, sweep,
+    text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
 from data.hidden_cache import HiddenCache
@@ -415,7 +415,10 @@ def main(cfg):
 
         def load(place):
             streamed = cfg.stream and place is device  # the cache may ask for "meta"
-            return from_pretrained(folder, cfg.quant, dtype, place, streamed)
+            base = from_pretrained(folder, cfg.quant, dtype, place, streamed)
+            if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile):
+                prefix_cache.attach(base, task.train + task.held_out)
+            return base
 
         if cfg.cache_hidden:
             cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
