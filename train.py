@@ -363,7 +363,9 @@ def train(model, task, folder, cfg, result):
     after = task.score(model)
     samples = [score.pop("samples", []) for score in (before, after)]
     result["examples"] = after.pop("examples", len(task.held_out[: cfg.eval_examples]))
-    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in zip(*samples)]
+    untold = [{**sample, "answer": None} for sample in samples[1]]  # the base was not asked
+    pairs = zip(samples[0] or untold, samples[1])
+    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in pairs]
     result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
     result |= {f"{name}_after": value for name, value in after.items()}
 

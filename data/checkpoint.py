@@ -62,6 +62,8 @@ def read(folder, kind):
     if not weights.exists() and not path.exists():
         last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
         advice = f"give {last}" if (last / WEIGHTS).exists() else ADVICE
+        if (Path(folder) / "sweep.json").exists():
+            advice = f"{folder} is of a sweep: give the folder of one of its runs"
         raise InputError(f"{path} is missing: {advice}.")
     entries, metadata = read_header(weights)
     if "side" in metadata:

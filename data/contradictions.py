@@ -2,10 +2,11 @@
 
 import os
 import shutil
+from pathlib import Path
 
 from data.glue import FORMS
 from data.methods import SIDE_METHODS
-from data.settings import refuse_if
+from data.settings import SETTINGS_FILE, refuse_if
 
 
 def refuse(cfg, task):
@@ -45,4 +46,6 @@ def refuse(cfg, task):
          "--cache_hidden is for training side networks, without --devices, --repair, --compile"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
+        (cfg.eval_only and cfg.out_dir and (Path(cfg.out_dir) / SETTINGS_FILE).exists(),
+         f"--out_dir {cfg.out_dir} has a run whose result.json this would replace: give another"),
     )  # fmt: skip

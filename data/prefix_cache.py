@@ -15,7 +15,7 @@ import torch
 from data.sampling import KVCache
 from model import positions_and_mask
 
-WORTH = 16  # tokens: for fewer, the keys' copies and the mask cost as much as they save
+WORTH = 8  # tokens, and a tenth of the whole: for fewer, copies and mask cost what they save
 
 
 class PrefixCache:
@@ -56,8 +56,8 @@ class PrefixCache:
 
 def attach(base, examples):
     """Give a base a `PrefixCache` of what the examples begin with, if that is worth it."""
-    prompts = [ids for ids, _ in examples]
-    prefix = commonprefix(prompts)[: min(map(len, prompts), default=0) - 1]  # leave one id of each
-    if len(prefix) >= WORTH:
+    lengths = [len(ids) for ids, _ in examples] or [1]
+    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one id of each is left
+    if len(prefix) >= max(WORTH, sum(lengths) / len(lengths) / 10):
         PrefixCache(base, prefix)
     return base

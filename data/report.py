@@ -188,7 +188,8 @@ def yardstick(name, result, end):
 def show_sample(sample, who):
     """A question with the answers that are expected and given. who: names, as in result.json"""
     lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
-    lines += [f"   {one:10}{sample.get(one, sample['answer'])}" for one in who]
+    said = {one: sample.get(one, sample.get("answer")) for one in who}  # not all may have been asked
+    lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
     return "\n".join(lines)
 
 
@@ -205,7 +206,7 @@ def conclude(folder, cfg, result):
             print(f"{title:15} {', '.join(found)}{more}")
 
     print()
-    line("held-out loss", "loss", ".3f")
+    line("loss" if cfg.eval_only else "held-out loss", "loss", ".3f")
     line("perplexity", "perplexity", ".3f")
     after = result.get("loss_after")
     if after is not None and not result["interrupted"] and after >= result["loss_before"]:
@@ -219,7 +220,7 @@ def conclude(folder, cfg, result):
         print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
-    if not cfg.eval_only and cfg.head == "lm":
+    if not cfg.eval_only and cfg.task in ("tiny", "instruct", "mmlu"):  # that answer questions
         side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
         prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
         script = os.path.relpath(os.path.join(os.path.dirname(__file__), "..", "qst.py"))

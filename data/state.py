@@ -195,6 +195,8 @@ def stop_signals():
         if ASKED and number == signal.SIGINT:
             raise KeyboardInterrupt
         ASKED.append(number)
+        text = "\nStopping after this iteration, to save all; Ctrl-C again stops at once.\n"
+        os.write(2, text.encode())  # a signal may come while something is printed
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -60,7 +60,8 @@ def settings_of_runs(given, cfg, resolve):
         try:
             axes.append([(name, kinds[name](value)) for value in values.split(",")])
         except ValueError:
-            raise InputError(f"--sweep {word}: not all of these are values of {name}.") from None
+            message = f"not all of these are values of {name}; after a comma comes no space"
+            raise InputError(f"--sweep {word}: {message}.") from None
     runs = {}
     for row in itertools.product(*axes) if cfg.sweep else ():
         name = ",".join(f"{name}={value}" for name, value in row)

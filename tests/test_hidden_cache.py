@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import short_run, small_config
 from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
@@ -234,6 +234,17 @@ def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
         with pytest.raises(InputError, match="--cache_hidden is for training side networks"):
             train.main(TrainConfig(**cfg | settings))
     assert (tmp_path / "cache" / "states.bin").read_bytes() == before
+
+
+def test_answers_are_shown_without_the_bases(tiny_model, tmp_path, capsys):
+    """A base that is only in the cache is not asked; what the side network answers is shown."""
+    cfg = short_run(tiny_model, tmp_path, 40, max_iters=1, cache_hidden=str(tmp_path / "cache"))
+    samples = train.main(TrainConfig(**cfg))["samples"]
+    assert len(samples) == 3
+    shown = capsys.readouterr().out.split("held-out loss")[1]
+    for sample in samples:
+        assert sample["answer"] is None and f"   QST       {sample['QST']}" in shown
+    assert "   base" not in shown and "Ask it yourself" in shown
 
 
 def test_room_is_checked_before(cfg, tmp_path):  # noqa: F811

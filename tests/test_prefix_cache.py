@@ -73,15 +73,17 @@ def test_a_prefix_must_be_worth_it():
         return hasattr(prefix_cache.attach(small_base(), examples).layers[0].forward, "func")
 
     assert kept(answered([5, 9], [30]))
-    assert not kept([(ids[6:], targets[6:]) for ids, targets in answered([5, 9], [30])])
-    assert not kept([(PREFIX[:16], []), (PREFIX, [])])  # one id must be left of each
+    assert not kept([(ids[13:], targets[13:]) for ids, targets in answered([5, 9], [30])])
+    assert not kept([(PREFIX[:8], []), (PREFIX, [])])  # one id must be left of each
+    assert not kept(answered([5] * 190, [9] * 190))  # less than a tenth
     assert not kept([])
 
 
 @pytest.mark.parametrize("settings", [
     {}, dict(variant="fast"), dict(variant="fast", repair=4), dict(stream=True),
     dict(cache_hidden="cache"), dict(sweep="seed=1,2"), dict(method="lst", quant="nf4"),
-    dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"), dict(method="adapter", quant="nf4", reduction=None),
+    dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"),
+    dict(method="adapter", quant="nf4", reduction=None),
 ], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")  # fmt: skip
 def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
     """A run's losses are those of one without, and the base computes less, but where it learns."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_config
 
+from data import report
 from data.charts import line_chart
 from data.training_log import TrainingLog, mixing
 from side import SideConfig, SideNetwork
@@ -116,3 +117,11 @@ def test_a_chart_of_any_numbers(low, top, tmp_path):
     line_chart(tmp_path / "x.svg", "x", "y", {"a": [(1, low), (2, top), (3, float("nan"))]})
     drawn = (tmp_path / "x.svg").read_text()
     assert 3 <= drawn.count("<line ") <= 13 and "nan" not in drawn
+
+
+@pytest.mark.parametrize("task, asked", [("instruct", True), ("sst2", False), ("text", False)])
+def test_a_command_to_ask_it(task, asked, capsys):
+    """Where what was trained answers questions; a label is scored with --eval_only."""
+    cfg = TrainConfig(task=task, head="lm", out_dir="out")
+    report.conclude("base", cfg, dict(best_iteration=1, peak_memory_bytes=1, seconds=1.0))
+    assert ("Ask it yourself" in capsys.readouterr().out) == asked

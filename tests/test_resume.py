@@ -253,15 +253,15 @@ def test_a_state_holds_all_that_a_run_needs(tmp_path):
         assert len(moments[1]) == 3 and all(map(torch.equal, *(m.values() for m in moments)))
 
 
-def test_signals_are_noted():
-    """The first asks the run to stop, and a second Ctrl-C stops it at once; after the run both do
-    what they did before."""
+def test_signals_are_noted(capfd):
+    """The first asks the run to stop, and says so; a second Ctrl-C stops it at once; after the run
+    both do what they did before."""
     numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     with state.stop_signals() as asked:
         assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
         signal.raise_signal(signal.SIGTERM)
-        assert asked == [signal.SIGTERM]
+        assert asked == [signal.SIGTERM] and "Ctrl-C again stops at once" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before

@@ -19,7 +19,7 @@ from data import choice_logits, run_of_sweep, sweep
 from data.report import activation_bytes
 from data.sampling import KVCache
 from model import PRESETS, quantize_folder
-from qst import tune
+from qst import read_side, tune
 from quant import InputError, Linear4bit
 from train import TrainConfig, prepare, side_config
 
@@ -144,6 +144,8 @@ def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):  # noqa:
     assert ("not evaluated" in printed, "The best is" in printed) == (not evaluated, evaluated)
     train.main(TrainConfig(**again, sweep=words))
     assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
+    with pytest.raises(InputError, match="is of a sweep: give the folder of one of its runs"):
+        read_side(again["out_dir"])
 
 
 @pytest.mark.parametrize("words, message", {

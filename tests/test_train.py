@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,11 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     for model, name in ((untrained, "loss_before"), (trained, "loss_after")):
         loss = train.mean_loss(model, task.held_out, 3)
         assert loss == pytest.approx(result[name], rel=1e-4)
+    before, own = (Path(cfg["out_dir"]) / "result.json").read_bytes(), cfg["out_dir"]
+    with pytest.raises(InputError, match="out has a run whose result.json this would replace"):
+        evaluated = dict(base=cfg["base"], data=cfg["data"], side=own, eval_only=True, out_dir=own)
+        train.main(TrainConfig(**evaluated))
+    assert (Path(cfg["out_dir"]) / "result.json").read_bytes() == before
 
 
 @pytest.mark.usefixtures("no_answers")
