@@ -57,7 +57,7 @@ class PrefixCache:
 def attach(base, examples):
     """Give a base a `PrefixCache` of what the examples begin with, if that is worth it."""
     lengths = [len(ids) for ids, _ in examples] or [1]
-    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one id of each is left
+    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
     if len(prefix) >= max(WORTH, sum(lengths) / len(lengths) / 10):
         PrefixCache(base, prefix)
     return base

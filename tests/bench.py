@@ -27,6 +27,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
     "sweep": ("sweep", "FLAGS", "several side networks on one forward pass, beside one"),
     "cached": ("cached", "FLAGS", "an epoch from the cache of hidden states, beside one without"),
+    "prefix": ("cached", "FLAGS", "a prefix that all examples share, read once and every time"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),

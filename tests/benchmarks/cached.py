@@ -1,5 +1,6 @@
-"""What an epoch from the cache of hidden states costs beside one with the base: --cache_hidden."""
+"""What an iteration costs with less of the base: --cache_hidden, and a prefix that is read once."""
 
+import math
 import shlex
 import shutil
 import statistics
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import train
 from benchmarks.common import alone, print_row, print_table
+from data import prefix_cache
 
 FORMS = {
     "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",
@@ -37,6 +39,21 @@ def cached(flags):
             name, *(f"{s:.3f}" for s in seconds), f"{seconds[0] / seconds[2]:.1f}",
             f"{three / sums[0]:.2f}", f"{size / 1e6:,.0f}", " ".join(f"{x:.4f}" for x in losses),
         )  # fmt: skip
+
+
+def prefix(*flags):
+    """Processor seconds of an iteration whose examples begin alike: with what they begin with read
+    in every one of them, and once."""
+    print_table("An iteration", "round", "every time, s", "once, s", "ratio", "held out")
+    for i in range(1, 4):
+        (before, _, loss), (after, _, same) = alone(run_whole, flags), alone(run_once, flags)
+        losses = f"{loss:.6f} {same:.6f}"
+        print_row(i, f"{before:.3f}", f"{after:.3f}", f"{after / before:.2f}", losses)
+
+
+def run_whole(words):
+    prefix_cache.WORTH = math.inf
+    return run_once(words)
 
 
 def run_once(words):
