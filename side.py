@@ -58,6 +58,7 @@ class SideConfig:
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
     task: str = setting("", "whose labels a classifier has learned", flag=False)
     shots: int = setting(0, "of GLUE in words: answered examples before each question", at_least=0)
+    preamble: str = setting("", "all that stands before each question", flag=False)
 
     def __post_init__(self):
         for name, value in (PAPER | (LST if self.method == "lst" else {})).items():

@@ -363,9 +363,8 @@ def train(model, task, folder, cfg, result):
     after = task.score(model)
     samples = [score.pop("samples", []) for score in (before, after)]
     result["examples"] = after.pop("examples", len(task.held_out[: cfg.eval_examples]))
-    untold = [{**sample, "answer": None} for sample in samples[1]]  # the base was not asked
-    pairs = zip(samples[0] or untold, samples[1])
-    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in pairs]
+    told = samples[0] or [{**sample, "answer": None} for sample in samples[1]]  # no base to ask
+    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in zip(told, samples[1])]
     result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
     result |= {f"{name}_after": value for name, value in after.items()}
 
@@ -373,6 +372,7 @@ def train(model, task, folder, cfg, result):
 def run_one(cfg, started, base, task, folder):
     """Train or evaluate one model on a loaded base and task; write and return its result."""
     torch.manual_seed(cfg.seed)
+    cfg = replace(cfg, preamble=task.preamble)
     model = make_model(cfg, base, task)
     result = sizes(model, count_weights(base.config)) | dict(weights_bytes=model_bytes(model))
     if cfg.eval_only:
@@ -417,10 +417,7 @@ def main(cfg):
 
         def load(place):
             streamed = cfg.stream and place is device  # the cache may ask for "meta"
-            base = from_pretrained(folder, cfg.quant, dtype, place, streamed)
-            if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile):
-                prefix_cache.attach(base, task.train + task.held_out)
-            return base
+            return from_pretrained(folder, cfg.quant, dtype, place, streamed)
 
         if cfg.cache_hidden:
             cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
@@ -429,9 +426,12 @@ def main(cfg):
             base = load(device)
         if cfg.devices:
             placement.join(base)
+        task = task.with_shots(base) if task.with_shots else task
         if cfg.repair and not cfg.side:
             torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
+        if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile or cfg.cache_hidden):
+            prefix_cache.attach(base, task.train + task.held_out)
         run_on_base = partial(run_one, started=started, base=base, task=task, folder=folder)
         if cfg.sweep:
             return sweep.run(given, runs, base, run_on_base)

@@ -26,7 +26,8 @@ from quant import InputError
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"
 ADDED = (  # settings that older files do not have,
-    "method", "standardize", "n_labels", "task", "every", "read_embedding", "repair", "shots"
+    "method", "standardize", "n_labels", "task", "every", "read_embedding", "repair", "shots",
+    "preamble",
 )  # fmt: skip
 REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer

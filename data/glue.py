@@ -12,22 +12,25 @@ The loss on a tenth of train.tsv chooses the side network that is kept; the scor
 dev.tsv, which nothing was chosen by.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from data import Task, choice_logits, label, split, word_ids
 from data.download import command_line
 from data.fields import shown
 from data.files import read_text, write_atomically
+from data.metrics import METRICS
+from data.shots import SETS, choose_shots, take_shots
 from quant import InputError
 
 RATING = 5.0  # STS-B's largest
@@ -75,42 +78,6 @@ FORMS = {
 }  # fmt: skip
 FORMS["mnli-mm"] = Form(**{**vars(FORMS["mnli"]), "dev": "dev_mismatched.tsv"})
 ANSWER = "\nAnswer:"
-
-# --------------------------------------------------------------------------------------
-# Metrics: functions of predictions and labels, fp64 tensors of one length
-
-
-def accuracy(predicted, labels):
-    return (predicted == labels).double().mean().item()
-
-
-def f1(predicted, labels):
-    """Harmonic mean of precision and recall of class 1."""
-    hits = ((predicted == 1) & (labels == 1)).sum().item()
-    return 2 * hits / max(1, ((predicted == 1).sum() + (labels == 1).sum()).item())
-
-
-def pearson(predicted, labels):
-    """Correlation; 0 where either does not vary."""
-    a, b = predicted - predicted.mean(), labels - labels.mean()
-    return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp(min=1e-300)).item()
-
-
-matthews = pearson  # of two classes, Matthews' correlation is Pearson's of zeros and ones
-
-
-def spearman(predicted, labels):
-    """Correlation of the ranks, equal values sharing the mean of theirs."""
-    return pearson(ranks(predicted), ranks(labels))
-
-
-def ranks(values):
-    _, group, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[group]
-
-
-METRICS = dict(accuracy=accuracy, f1=f1, pearson=pearson, spearman=spearman, matthews=matthews)
 
 # --------------------------------------------------------------------------------------
 # Reading and asking
@@ -176,40 +143,33 @@ def parse_label(path, line, text, form):
     raise InputError(f"{path}, line {line}: the label {shown(text)} is not {known}.")
 
 
-def take_shots(rows, number):
-    """Of the rows as `read` finds them, the first of each class in turn."""
-    classes = {}
-    for row in rows:
-        classes.setdefault(row[1], []).append(row)
-    in_turn = [row for turn in zip_longest(*classes.values()) for row in turn if row]
-    if number > len(in_turn):
-        raise InputError(f"--shots {number} is more than the {len(rows)} examples: give less.")
-    return in_turn[:number]
-
-
 def answered(sentences, target, form):
     """A shot: the question and its answer."""
     return f"{form.question.format(*sentences)}{ANSWER} {form.words[round(target)]}\n\n"
 
 
-def prompt(sentences, form, tokenizer, sequence_len, head, shots=()):
+def preamble_of(shots, form):
+    """What stands before every question: what is asked, and the shots with their answers."""
+    return "".join([form.heading, "\n\n", *(answered(*shot, form) for shot in shots)])
+
+
+def prompt(sentences, form, tokenizer, sequence_len, head, preamble=""):
     """Ids, at most `sequence_len`: of what is too long, the longer sentence loses its end.
 
-    In words: the heading, the shots with their answers, the question. A classifier reads a bos
-    token before each sentence, which is how the tokenizers of LLaMA and OPT join a pair.
+    In words: the preamble and the question. A classifier reads a bos token before each sentence,
+    which is how the tokenizers of LLaMA and OPT join a pair.
     """
     sentences, bos = list(sentences), [tokenizer.bos_id]
-    before = "".join([form.heading, "\n\n", *(answered(*shot, form) for shot in shots)])
 
     def ids():
         if head == "lm":
-            return bos + tokenizer.encode(before + form.question.format(*sentences) + ANSWER)
+            return bos + tokenizer.encode(preamble + form.question.format(*sentences) + ANSWER)
         return [id for sentence in sentences for id in bos + tokenizer.encode(sentence)]
 
     while (over := len(found := ids()) - sequence_len) > 0:
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
-            what = f"{len(shots)} shots and the question" if shots else "the question itself"
+            what = "the shots and the question" if ANSWER in preamble else "the question itself"
             raise InputError(f"--sequence_len {sequence_len} is too short for {what}: give more.")
         # A character may be four tokens, its bytes: cut so few that nothing is lost that fits.
         sentences[longest] = sentences[longest][: -max(1, over // 4)]
@@ -232,39 +192,78 @@ def score(model, rows, prompts, form, choices, batch_size):
     return {**found, "examples": len(rows)}
 
 
+def loss_after(base, form, tokenizer, choices, cfg, shots, judges):
+    """Mean loss of a base's answers to some rows, after shots; infinite without room or rows.
+
+    What the base prefers whatever it is asked is taken off (batch calibration, arXiv 2309.17249): a
+    side network learns it in a few steps, and it would hide what is told apart.
+    """
+    preamble = preamble_of(shots, form)
+    ask = partial(prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head="lm")
+    try:
+        prompts = [ask(sentences, preamble=preamble) for sentences, _ in judges]
+    except InputError:
+        prompts = []
+    if not prompts:
+        return math.inf
+    logits = choice_logits(base, prompts, choices, 2 * cfg.batch_size, "shots")
+    labels = torch.tensor([round(label) for _, label in judges])
+    return cross_entropy(logits - logits.mean(dim=0), labels).item()
+
+
 def load(cfg, tokenizer, template):
     """Read a task's train.tsv and dev.tsv: `Task`."""
     form = FORMS[cfg.task]
     data = files(cfg.data, form)
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
+    known = cfg.preamble.startswith(form.heading)  # of --side, or of a run that goes on
     rows, more = [], 0
-    if cfg.shots or not cfg.eval_only:
+    if not cfg.eval_only or cfg.shots and not known:
         rows, more = read(data / "train.tsv", form)
-    shots = take_shots(rows, cfg.shots)
-    to_ids = partial(
-        prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
-        shots=shots,
-    )  # fmt: skip
+    parts = [rows, []]
+    if not cfg.eval_only:
+        parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     choices = word_ids(tokenizer, form.words, ANSWER) if cfg.head == "lm" else None
-
-    def example(row):
-        sentences, target = row
-        if choices:
-            target = choices[round(target)]
-        elif not form.labels:
-            target = target / RATING
-        return label(to_ids(sentences), target)
-
-    prompts = [to_ids(sentences) for sentences, _ in dev]
-    scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
-    n_labels = 0 if choices else len(form.labels) or 1
-    if cfg.eval_only:
-        return Task([], [example(row) for row in dev], scored, n_labels)
-    parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
-    halves = [[example(row) for row in part if row not in shots] for part in parts]
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
-    return Task(*halves, scored, n_labels, notes)
+
+    def asked_after(preamble):
+        """The task with that before each question."""
+        to_ids = partial(
+            prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
+            preamble=preamble,
+        )  # fmt: skip
+
+        def example(row):
+            sentences, target = row
+            if choices:
+                target = choices[round(target)]
+            elif not form.labels:
+                target = target / RATING
+            return label(to_ids(sentences), target)
+
+        prompts = [to_ids(sentences) for sentences, _ in dev]
+        scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
+        # A shot is not learned.
+        new = lambda row: not choices or answered(*row, form) not in preamble
+        halves = [[example(row) for row in part if new(row)] for part in parts]
+        if cfg.eval_only:
+            halves = [[], [example(row) for row in dev]]
+        n_labels = 0 if choices else len(form.labels) or 1
+        return Task(*halves, scored, n_labels, notes, preamble=preamble if choices else "")
+
+    def with_shots(base):
+        """The task after those training examples that help the base most."""
+        loss = partial(loss_after, base, form, tokenizer, choices, cfg)
+        shots, found = choose_shots(parts[0], cfg.shots, loss, cfg.data_seed)
+        print(f"shots       {cfg.shots}, of {SETS} sets that after which the base has {found:.3f}")
+        return asked_after(preamble_of(shots, form))
+
+    if known:
+        return asked_after(cfg.preamble)
+    task = asked_after(preamble_of(take_shots(parts[0], cfg.shots), form))
+    task.with_shots = with_shots if cfg.shots else None
+    return task
 
 
 def show(folder):

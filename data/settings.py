@@ -63,6 +63,7 @@ def from_table(kind, where, table, optional=(), text=NAME):
 
 def kind_of(f, text=NAME):
     """What a setting may be, in a file."""
+    text = TEXT if f.name == "preamble" else text
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
     if choices:
         return one_of(*choices)

@@ -10,7 +10,8 @@ from conftest import TEST_DATA, as_of_an_older_commit, needs_test_data
 
 import train
 from data import glue
-from data.glue import ANSWER, FORMS, METRICS
+from data.glue import ANSWER, FORMS
+from data.metrics import METRICS, ranks
 from data.tokenizer import load_tokenizer
 from model import from_pretrained
 from qst import QST
@@ -107,7 +108,7 @@ def test_metrics():
     assert METRICS["matthews"](predicted, labels) == pytest.approx(2 / 12**0.5)
     assert METRICS["matthews"](torch.ones(4).double(), labels) == 0
     a, b = torch.tensor([[1.0, 2, 2, 4], [1, 8, 9, 100]]).double()
-    assert glue.ranks(a).tolist() == [1, 2.5, 2.5, 4]
+    assert ranks(a).tolist() == [1, 2.5, 2.5, 4]
     assert METRICS["spearman"](a, b) == pytest.approx(0.9486833)
     assert METRICS["pearson"](a, b) == pytest.approx(169.5 / (4.75 * 6665) ** 0.5)
 
@@ -130,52 +131,12 @@ def test_prompts(tokenizer, task):
     """In words: the question whole; for a classifier: a bos token before each bare sentence."""
     form = FORMS[task]
     sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
-    asked = glue.prompt(sentences, form, tokenizer, 500, "lm")
+    asked = glue.prompt(sentences, form, tokenizer, 500, "lm", glue.preamble_of([], form))
     assert asked[0] == tokenizer.bos_id
     whole = f"{form.heading}\n\n{form.question.format(*sentences)}{ANSWER}"
     assert tokenizer.decode(asked) == whole
     bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
     assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
-
-
-@pytest.mark.parametrize("task", FORMS)
-def test_shots_stand_before_the_question(tokenizer, folder, task):
-    """The first of each class in turn, with their answers."""
-    form = FORMS[task]
-    rows, _ = glue.read(folder / form.folder / "train.tsv", form)
-    shots = glue.take_shots(rows, 3)
-    assert shots == rows[:3] and glue.take_shots([rows[0], rows[2], rows[1]], 2) == rows[:2]
-    text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", shots))
-    answers = [form.words[round(label)] for _, label in shots]
-    asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*shots, rows[3]]]
-    assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
-
-
-def test_too_many_shots(tokenizer, folder):
-    rows, _ = glue.read(folder / "SST-2/train.tsv", FORMS["sst2"])
-    with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
-        glue.take_shots(rows, 41)
-    with pytest.raises(InputError, match="--sequence_len 60 is too short for 9 shots and"):
-        glue.prompt(["A"], FORMS["sst2"], tokenizer, 60, "lm", rows[:9])
-
-
-def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):
-    """They are not learned (here a class has one line), and score again what the run leaves."""
-    out = tmp_path / "out"
-    read, load = [], glue.load
-    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(load(*args)) or read[0])
-    result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=5)
-    assert len({target for _, (*_, target) in read[0].train + read[0].held_out}) == 1
-    assert result["config"]["head"] == "lm" and "accuracy_before" in result
-    again = run(tiny_model, folder, tmp_path / "eval", task="sst2", side=str(out), eval_only=True)
-    assert again["config"]["shots"] == 1 and again["accuracy"] == result["accuracy_after"]
-    with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
-        run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
-    for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
-        with pytest.raises(InputError, match="--shots 2 stand before questions"):
-            run(tiny_model, folder, out, shots=2, **wrong)
-    with pytest.raises(InputError, match="with which --side .* was trained, stand"):
-        run(tiny_model, folder, out, task="text", side=str(out), eval_only=True)
 
 
 @pytest.mark.parametrize("head", ["lm", "classifier"])
