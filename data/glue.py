@@ -206,7 +206,7 @@ def loss_after(base, form, tokenizer, choices, cfg, shots, judges):
         prompts = []
     if not prompts:
         return math.inf
-    logits = choice_logits(base, prompts, choices, 2 * cfg.batch_size, "shots")
+    logits = choice_logits(base, prompts, choices, 2 * cfg.batch_size)
     labels = torch.tensor([round(label) for _, label in judges])
     return cross_entropy(logits - logits.mean(dim=0), labels).item()
 
@@ -256,7 +256,7 @@ def load(cfg, tokenizer, template):
         """The task after those training examples that help the base most."""
         loss = partial(loss_after, base, form, tokenizer, choices, cfg)
         shots, found = choose_shots(parts[0], cfg.shots, loss, cfg.data_seed)
-        print(f"shots       {cfg.shots}, of {SETS} sets that after which the base has {found:.3f}")
+        print(f"shots       {cfg.shots}, the best for the base of {SETS} sets: loss {found:.3f}")
         return asked_after(preamble_of(shots, form))
 
     if known:

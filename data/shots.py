@@ -10,6 +10,8 @@ judged by twice as many examples in the next: successive halving (arXiv 1502.079
 import random
 from itertools import zip_longest
 
+from tqdm import tqdm
+
 from quant import InputError
 
 SETS, JUDGES = 16, 16  # how many are drawn, and by how many examples each is judged at first
@@ -35,9 +37,13 @@ def choose_shots(rows, number, loss, seed):
     rng, judges = random.Random(seed), JUDGES
     orders = [rows, *(rng.sample(rows, len(rows)) for _ in range(SETS - 1))]
     sets = [take_shots(order, number) for order in orders]
+    bar = tqdm(total=2 * SETS - 2, desc="shots", unit="set", leave=False)
     while len(sets) > 1:
-        asked = [[row for row in rows[:judges] if row not in one] for one in sets]
-        losses = [loss(*pair) for pair in zip(sets, asked)]
+        losses = []
+        for one in sets:
+            losses.append(loss(one, [row for row in rows[:judges] if row not in one]))
+            bar.update()
         best = sorted(range(len(sets)), key=losses.__getitem__)[: len(sets) // 2]
         sets, judges = [sets[i] for i in best], 2 * judges
+    bar.close()
     return sets[0], losses[best[0]]

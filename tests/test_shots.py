@@ -119,7 +119,7 @@ def test_shots_are_chosen_by_the_base_before_it_is_scored(tiny_model, folder, tm
     """Also where nothing is trained; the same seed chooses the same."""
     run(tiny_model, folder, tmp_path, task="sst2", shots=2, eval_only=True, score_examples=4)
     printed = capsys.readouterr().out
-    assert "shots       2, of 16 sets that after which the base has" in printed
+    assert "shots       2, the best for the base of 16 sets: loss " in printed
 
 
 def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
