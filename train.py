@@ -417,7 +417,10 @@ def main(cfg):
 
         def load(place):
             streamed = cfg.stream and place is device  # the cache may ask for "meta"
-            return from_pretrained(folder, cfg.quant, dtype, place, streamed)
+            base = from_pretrained(folder, cfg.quant, dtype, place, streamed)
+            if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile):
+                prefix_cache.attach(base, task.train + task.held_out)
+            return base
 
         if cfg.cache_hidden:
             cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
@@ -426,12 +429,9 @@ def main(cfg):
             base = load(device)
         if cfg.devices:
             placement.join(base)
-        task = task.with_shots(base) if task.with_shots else task
         if cfg.repair and not cfg.side:
             torch.manual_seed(cfg.data_seed)
             repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
-        if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile or cfg.cache_hidden):
-            prefix_cache.attach(base, task.train + task.held_out)
         run_on_base = partial(run_one, started=started, base=base, task=task, folder=folder)
         if cfg.sweep:
             return sweep.run(given, runs, base, run_on_base)

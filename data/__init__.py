@@ -36,9 +36,8 @@ class Task:
     score: Callable = lambda model: {}
     n_labels: int = 0
     notes: list = field(default_factory=list)  # what a user should know of the data
-    samples: Callable = None  # function of a model: a held-out question or two, with its answers
     preamble: str = ""  # what stands before every question, if they are asked in words
-    with_shots: Callable = None  # function of the base: this task, asked as it answers best
+    samples: Callable = None  # function of a model: a held-out question or two, with its answers
 
 
 def collate(examples, pad_id=0):

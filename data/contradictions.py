@@ -42,9 +42,8 @@ def refuse(cfg, task):
         (cfg.sweep and (cfg.eval_only or cfg.compile or cfg.samples_interval or not beside),
          "--sweep is not for --eval_only, --compile, --samples_interval and other methods"),
         (cfg.cache_hidden and (
-            cfg.eval_only or cfg.devices or cfg.repair or cfg.shots or cfg.compile or not beside),
-         "--cache_hidden is for training side networks, without --devices, --repair, --shots and "
-         "--compile"),
+            cfg.eval_only or cfg.devices or cfg.repair or cfg.compile or not beside),
+         "--cache_hidden is for training side networks, without --devices, --repair, --compile"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
         (cfg.eval_only and cfg.out_dir and (Path(cfg.out_dir) / SETTINGS_FILE).exists(),

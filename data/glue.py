@@ -12,25 +12,23 @@ The loss on a tenth of train.tsv chooses the side network that is kept; the scor
 dev.tsv, which nothing was chosen by.
 """
 
-import math
 import re
 import sys
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a script, it stands in data/, and its imports one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from data import Task, choice_logits, label, split, word_ids
 from data.download import command_line
 from data.fields import shown
 from data.files import read_text, write_atomically
 from data.metrics import METRICS
-from data.shots import SETS, choose_shots, take_shots
 from quant import InputError
 
 RATING = 5.0  # STS-B's largest
@@ -143,6 +141,17 @@ def parse_label(path, line, text, form):
     raise InputError(f"{path}, line {line}: the label {shown(text)} is not {known}.")
 
 
+def take_shots(rows, number):
+    """Of the rows as `read` finds them, the first of each class in turn."""
+    classes = {}
+    for row in rows:
+        classes.setdefault(row[1], []).append(row)
+    in_turn = [row for turn in zip_longest(*classes.values()) for row in turn if row]
+    if number > len(in_turn):
+        raise InputError(f"--shots {number} is more than the {len(rows)} examples: give less.")
+    return in_turn[:number]
+
+
 def answered(sentences, target, form):
     """A shot: the question and its answer."""
     return f"{form.question.format(*sentences)}{ANSWER} {form.words[round(target)]}\n\n"
@@ -192,78 +201,42 @@ def score(model, rows, prompts, form, choices, batch_size):
     return {**found, "examples": len(rows)}
 
 
-def loss_after(base, form, tokenizer, choices, cfg, shots, judges):
-    """Mean loss of a base's answers to some rows, after shots; infinite without room or rows.
-
-    What the base prefers whatever it is asked is taken off (batch calibration, arXiv 2309.17249): a
-    side network learns it in a few steps, and it would hide what is told apart.
-    """
-    preamble = preamble_of(shots, form)
-    ask = partial(prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head="lm")
-    try:
-        prompts = [ask(sentences, preamble=preamble) for sentences, _ in judges]
-    except InputError:
-        prompts = []
-    if not prompts:
-        return math.inf
-    logits = choice_logits(base, prompts, choices, 2 * cfg.batch_size)
-    labels = torch.tensor([round(label) for _, label in judges])
-    return cross_entropy(logits - logits.mean(dim=0), labels).item()
-
-
 def load(cfg, tokenizer, template):
     """Read a task's train.tsv and dev.tsv: `Task`."""
     form = FORMS[cfg.task]
     data = files(cfg.data, form)
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
-    known = cfg.preamble.startswith(form.heading)  # of --side, or of a run that goes on
+    known = cfg.side and cfg.preamble.startswith(form.heading)  # older ones and other tasks' do not
     rows, more = [], 0
     if not cfg.eval_only or cfg.shots and not known:
         rows, more = read(data / "train.tsv", form)
-    parts = [rows, []]
-    if not cfg.eval_only:
-        parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     choices = word_ids(tokenizer, form.words, ANSWER) if cfg.head == "lm" else None
     notes = [f"{dropped + more} lines of too few columns left out"] if dropped + more else []
 
-    def asked_after(preamble):
-        """The task with that before each question."""
-        to_ids = partial(
-            prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
-            preamble=preamble,
-        )  # fmt: skip
+    preamble = cfg.preamble if known else preamble_of(take_shots(rows, cfg.shots), form)
+    to_ids = partial(
+        prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
+        preamble=preamble,
+    )  # fmt: skip
 
-        def example(row):
-            sentences, target = row
-            if choices:
-                target = choices[round(target)]
-            elif not form.labels:
-                target = target / RATING
-            return label(to_ids(sentences), target)
+    def example(row):
+        sentences, target = row
+        if choices:
+            target = choices[round(target)]
+        elif not form.labels:
+            target = target / RATING
+        return label(to_ids(sentences), target)
 
-        prompts = [to_ids(sentences) for sentences, _ in dev]
-        scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
-        # A shot is not learned.
-        new = lambda row: not choices or answered(*row, form) not in preamble
-        halves = [[example(row) for row in part if new(row)] for part in parts]
-        if cfg.eval_only:
-            halves = [[], [example(row) for row in dev]]
-        n_labels = 0 if choices else len(form.labels) or 1
-        return Task(*halves, scored, n_labels, notes, preamble=preamble if choices else "")
-
-    def with_shots(base):
-        """The task after those training examples that help the base most."""
-        loss = partial(loss_after, base, form, tokenizer, choices, cfg)
-        shots, found = choose_shots(parts[0], cfg.shots, loss, cfg.data_seed)
-        print(f"shots       {cfg.shots}, the best for the base of {SETS} sets: loss {found:.3f}")
-        return asked_after(preamble_of(shots, form))
-
-    if known:
-        return asked_after(cfg.preamble)
-    task = asked_after(preamble_of(take_shots(parts[0], cfg.shots), form))
-    task.with_shots = with_shots if cfg.shots else None
-    return task
+    prompts = [to_ids(sentences) for sentences, _ in dev]
+    scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
+    n_labels = 0 if choices else len(form.labels) or 1
+    about = scored, n_labels, notes, preamble if choices else ""
+    if cfg.eval_only:
+        return Task([], [example(row) for row in dev], *about)
+    parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
+    is_shot = lambda row: choices and answered(*row, form) in preamble  # which is not learned
+    return Task(*([example(row) for row in part if not is_shot(row)] for part in parts), *about)
 
 
 def show(folder):

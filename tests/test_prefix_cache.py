@@ -81,7 +81,8 @@ def test_a_prefix_must_be_worth_it():
 
 @pytest.mark.parametrize("settings", [
     {}, dict(variant="fast"), dict(variant="fast", repair=4), dict(stream=True),
-    dict(sweep="seed=1,2"), dict(method="lst", quant="nf4"),
+    dict(sweep="seed=1,2"), dict(method="lst", quant="nf4"), dict(cache_hidden="cache"),
+    dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"),
     dict(devices="cpu,cpu"), dict(method="adapter", quant="nf4", reduction=None),
 ], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")  # fmt: skip
 def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
@@ -102,6 +103,8 @@ def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
         monkeypatch.setattr(prefix_cache, "WORTH", worth)
         tokens.clear()
         own = dict(out_dir=str(tmp_path / name), max_iters=4)
+        if "cache_hidden" in settings:
+            own |= dict(cache_hidden=str(tmp_path / f"{name}-cache"))
         train.main(TrainConfig(**cfg | settings | own))
         logs = sorted((tmp_path / name).rglob("log.csv"))
         found.append(np.stack([curves(log.parent) for log in logs]))

@@ -1,17 +1,16 @@
-"""data/shots.py and data/glue.py: answered examples before the question, chosen by the base."""
+"""data/glue.py, --shots: answered examples before each question."""
 
 import json
-import random
+import shutil
+from dataclasses import replace
 
 import pytest
-import torch
+from conftest import as_of_an_older_commit
 from test_glue import folder, run, tokenizer  # noqa: F401
 
 import train
-from data import glue, shots
-from data.glue import ANSWER, FORMS, preamble_of
-from data.shots import choose_shots, take_shots
-from model import from_pretrained, quantize_folder
+from data import glue
+from data.glue import ANSWER, FORMS, preamble_of, take_shots
 from qst import read_side
 from quant import InputError
 from train import TrainConfig
@@ -43,83 +42,42 @@ def test_too_many_shots(tokenizer, folder):  # noqa: F811
         glue.prompt(["A"], form, tokenizer, 60, "lm", preamble_of(rows[:9], form))
 
 
-def test_the_best_of_many_sets_is_chosen():
-    """Half of them are left after each round, with twice as many judges; none judges its own."""
-    rows = [([f"sentence {i}"], i % 2) for i in range(400)]
-    asked, good = [], {}
-
-    def loss(one, judges):
-        assert [label for _, label in one] in ([0, 1, 0], [1, 0, 1])
-        assert not any(row in judges for row in one)
-        asked.append(len(judges))
-        return good.setdefault(str(one), random.Random(str(one)).random())
-
-    chosen, found = choose_shots(rows, 3, loss, seed=1)
-    assert found == min(good.values()) == good[str(chosen)] and len(good) == shots.SETS
-    assert str(take_shots(rows, 3)) in good  # the file's first are tried, too
-    rounds = [(16, 16), (8, 32), (4, 64), (2, 128)]
-    assert len(asked) == sum(n for n, _ in rounds)
-    for n, judges in rounds:
-        part, asked = asked[:n], asked[n:]
-        assert all(judges - 3 <= count <= judges for count in part)
-    assert choose_shots(rows, 3, lambda *_: 1.0, 1) == choose_shots(rows, 3, lambda *_: 1.0, 1)
-
-
-def test_a_bases_loss_after_shots(tiny_model, tokenizer, folder):  # noqa: F811
-    """Of its answers among the label words, without what it prefers; infinite without room."""
-    rows, form = rows_of("sst2", folder)
-    base = from_pretrained(tiny_model, "none", torch.float32)
-    choices = glue.word_ids(tokenizer, form.words, ANSWER)
-    cfg = TrainConfig(batch_size=2, sequence_len=128)
-    some, judges = rows[:2], rows[2:9]
-    found = glue.loss_after(base, form, tokenizer, choices, cfg, some, judges)
-    logits = []
-    for sentences, _ in judges:
-        text = preamble_of(some, form) + form.question.format(*sentences) + ANSWER
-        idx = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
-        logits.append(base(idx)[0, -1, choices])
-    logits = torch.stack(logits)
-    log_p = (logits - logits.mean(dim=0)).log_softmax(dim=1)
-    expected = -sum(log_p[i, label] for i, (_, label) in enumerate(judges)) / len(judges)
-    assert found == pytest.approx(expected.item(), abs=1e-5)
-    cfg.sequence_len = 40
-    assert glue.loss_after(base, form, tokenizer, choices, cfg, some, judges) == float("inf")
-
-
-@pytest.mark.parametrize("settings", [{}, dict(repair=2), dict(method="qlora", reduction=None),
-                                      dict(stream=True)], ids=str)  # fmt: skip
-def test_shots_belong_to_what_is_trained(settings, tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
-    """They are chosen, not learned (here a class has one line), stand in the side checkpoint, and
-    score again what the run leaves, also where the examples to choose from are gone."""
-    base, out, read = tiny_model, tmp_path / "out", []
-    if settings.get("stream"):
-        base = tmp_path / "nf4"
-        quantize_folder(tiny_model, base)
-    whole = train.run_one
-    monkeypatch.setattr(train, "run_one", lambda *a, **k: read.append(k["task"]) or whole(*a, **k))
-    monkeypatch.setattr(glue, "choose_shots", lambda rows, *_: (rows[-1:], 0.5))  # not the first
-    result = run(base, folder, out, task="sst2", shots=1, max_iters=5, **settings)
+def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
+    """They are not learned (here a class has one line). The side checkpoint has them, and is scored
+    with them where train.tsv is gone or another; a new run takes those of its data."""
+    data, out, read, load = tmp_path / "data", tmp_path / "out", [], glue.load
+    shutil.copytree(folder, data)
+    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(load(*args)) or read[-1])
+    result = run(tiny_model, data, out, task="sst2", shots=1, max_iters=5)
     rows, form = rows_of("sst2", folder)
     assert len({target for _, (*_, target) in read[0].train + read[0].held_out}) == 1
     assert result["config"]["head"] == "lm" and "accuracy_before" in result
     preamble = read_side(out)[0].preamble
-    assert preamble == result["config"]["preamble"] == read[0].preamble
-    assert preamble in [preamble_of([row], form) for row in rows]
-    monkeypatch.setattr(glue, "take_shots", None)
-    monkeypatch.setattr(glue, "choose_shots", None)
-    given = dict(task="sst2", side=str(out), reduction=settings.get("reduction", 4))
-    again = run(base, folder, tmp_path / "eval", **given, eval_only=True)
+    assert preamble == result["config"]["preamble"] == preamble_of(rows[:1], form)
+    (data / "SST-2" / "train.tsv").unlink()
+    scored = dict(task="sst2", side=str(out), eval_only=True)
+    again = run(tiny_model, data, tmp_path / "eval", **scored)
     assert again["config"]["shots"] == 1 and again["accuracy"] == result["accuracy_after"]
-    longer = run(base, folder, out, task="sst2", shots=1, max_iters=7, resume=True, **settings,
-                 preamble=json.loads((out / "settings.json").read_text())["preamble"])  # fmt: skip
-    assert longer["iterations"] == 7
+    other = "sentence\tlabel\n" + "Mia went to the lake\t1\nIt was cold\t0\n" * 9
+    (data / "SST-2" / "train.tsv").write_text(other)
+    run(tiny_model, data, tmp_path / "eval", **scored)
+    assert read[-1].preamble == preamble
+    anew = replace(TrainConfig(**result["config"]), out_dir=str(tmp_path / "anew"), max_iters=1)
+    train.main(anew)
+    assert "Mia went to the lake" in read[-1].preamble != preamble
 
 
-def test_shots_are_chosen_by_the_base_before_it_is_scored(tiny_model, folder, tmp_path, capsys):  # noqa: F811
-    """Also where nothing is trained; the same seed chooses the same."""
-    run(tiny_model, folder, tmp_path, task="sst2", shots=2, eval_only=True, score_examples=4)
-    printed = capsys.readouterr().out
-    assert "shots       2, the best for the base of 16 sets: loss " in printed
+def test_a_side_checkpoint_without_its_preamble(tiny_model, folder, tmp_path):  # noqa: F811
+    """Of an older commit: it is asked as today, after the first of train.tsv."""
+    out = tmp_path / "out"
+    result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=2)
+    config = json.loads((out / "side.json").read_text())["config"]
+    config.pop("preamble")
+    as_of_an_older_commit(out, config=config)
+    given = dict(task="sst2", side=str(out), eval_only=True)
+    again = run(tiny_model, folder, tmp_path / "eval", **given)
+    assert again["accuracy"] == result["accuracy_after"]
+    assert again["config"]["preamble"] == result["config"]["preamble"]
 
 
 def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
@@ -132,5 +90,3 @@ def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
             run(tiny_model, folder, out, shots=2, **wrong)
     with pytest.raises(InputError, match="with which --side .* was trained, stand"):
         run(tiny_model, folder, out, task="text", side=str(out), eval_only=True)
-    with pytest.raises(InputError, match="--cache_hidden is .* without .* --shots"):
-        run(tiny_model, folder, out, task="sst2", shots=1, cache_hidden=str(tmp_path / "cache"))
