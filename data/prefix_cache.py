@@ -11,9 +11,9 @@ from functools import partial
 from os.path import commonprefix
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 
 from data.sampling import KVCache
-from model import positions_and_mask
 
 WORTH = 8  # tokens, and a tenth of the whole: for fewer, copies and mask cost what they save
 
@@ -33,9 +33,10 @@ class PrefixCache:
 
     def embed(self, forward, idx, positions):
         x, n = forward(idx, positions), len(self.ids)
-        x.after_prefix = None
-        if idx.shape[1] > n and bool((idx[:, :n] == self.ids).all()):
-            x.after_prefix = positions_and_mask(idx[:, n:], past=n)[1]  # see `DecoderLayer`
+        T, x.after_prefix = idx.shape[1], None
+        if T > n and bool((idx[:, :n] == self.ids).all()):
+            # A mask that a GPU's flash attention knows without its T - n times T values.
+            x.after_prefix = causal_lower_right(T - n, T)
         return x
 
     def layer(self, i, forward, x, mask=None, rope=None, cache=None):

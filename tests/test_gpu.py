@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import quant
 from conftest import small_base
 from data.hub import save_pretrained
+from data import collate, prefix_cache
 from data.integers import quantize
 from model import from_pretrained
 from qst import QST
@@ -220,3 +221,20 @@ def test_layers_that_are_streamed(pinned, tmp_path, monkeypatch):
         assert torch.allclose(one, two, rtol=1e-2, atol=1e-4 * float(one.abs().max()))
     source = base.layers[3].mlp.up_proj.source
     assert not GPU or source().codes.is_pinned() == pinned
+
+
+@pytest.mark.parametrize("grouped", [{}, dict(n_kv_head=2)], ids=["", "grouped"])
+@each_dtype
+def test_a_prefix_that_is_read_once(dtype, grouped):
+    """The mask of what comes after it, which picks another kernel of attention, is causal."""
+    examples = [([*range(3, 23), i, 7, i, 9], [-100] * 20 + [i, 5, 6, 7]) for i in range(30, 38)]
+    losses = []
+    for attach in (lambda base, _: base, prefix_cache.attach):
+        base = small_base("none", n_embd=64, **grouped).to(DEVICE, dtype)
+        torch.manual_seed(0)
+        model = QST(attach(base, examples), SideConfig(reduction=4))
+        model.side.alpha.data.fill_(0.5)
+        idx, targets = collate(examples)
+        losses.append(model.loss(idx.to(DEVICE), targets).item())
+        assert (prefix_cache.attach is attach) == hasattr(base.layers[0].forward, "func")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 2e-2)
