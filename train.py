@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from data import (
-    chat, check_length, collate, contradictions, count_tokens, distributed, glue, instruct,
+    chat, check_length, collate, contradictions, distributed, examples_fingerprint, glue, instruct,
     iteration_batches, mean_loss, mmlu, placement, prefetch, prefix_cache, quiet, repair, sweep,
     text, tiny, to_device,
 )  # fmt: skip
@@ -259,11 +259,11 @@ def make_model(cfg, base, task):
     model = QST.from_side(base, cfg.side)
     labels, learned = model.side.config.n_labels, model.side.config.task
     refuse_if(
-        (labels != task.n_labels,
-         f"--side {cfg.side} has {labels} labels, and --task {cfg.task} {task.n_labels}"),
         # Both halves of MNLI have the same labels; older side checkpoints do not name their task.
         (learned and learned.removesuffix("-mm") != cfg.task.removesuffix("-mm"),
          f"--side {cfg.side} is a classifier for --task {learned}, and not {cfg.task}"),
+        (labels != task.n_labels,
+         f"--side {cfg.side} has {labels} labels, and --task {cfg.task} {task.n_labels}"),
     )  # fmt: skip
     return prepare(model, cfg)
 
@@ -293,8 +293,8 @@ def fit(model, optimizer, task, cfg, result):
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     held_out = task.held_out[: cfg.eval_examples]
     log = TrainingLog(out_dir if first else None, cfg, device)
-    about = asdict(cfg) | dict(base=model.fingerprint, data=count_tokens(task.train))
-    state = RunState(out_dir, about, model.side, optimizer, scaler, log)
+    about = dict(base=model.fingerprint, data=examples_fingerprint(task.train + task.held_out))
+    state = RunState(out_dir, asdict(cfg) | about, model.side, optimizer, scaler, log)
 
     def evaluate():
         """Evaluate on the held-out examples; keep the best side network that has learned."""

@@ -159,6 +159,8 @@ def without_nan(content):
 
 def make_writable_folder(folder, flag):
     """Make a folder where there is none, and see that files can be written to it."""
+    if Path(folder).is_file():
+        raise InputError(f"{flag} {folder} is a file: give a folder.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -178,8 +178,10 @@ def prompt(sentences, form, tokenizer, sequence_len, head, preamble=""):
     while (over := len(found := ids()) - sequence_len) > 0:
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
-            what = "the shots and the question" if ANSWER in preamble else "the question itself"
-            raise InputError(f"--sequence_len {sequence_len} is too short for {what}: give more.")
+            shots = ANSWER in preamble
+            what = "the shots and the question" if shots else "the question itself"
+            advice = "give more, or fewer --shots" if shots else "give more"
+            raise InputError(f"--sequence_len {sequence_len} is too short for {what}: {advice}.")
         # A character may be four tokens, its bytes: cut so few that nothing is lost that fits.
         sentences[longest] = sentences[longest][: -max(1, over // 4)]
     return found

@@ -159,6 +159,7 @@ class RunState:
 def remove_earlier_run(out_dir):
     """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
     files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *NAMES
+    files += "sweep.json", "sweep.svg"
     paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
     if any(path.exists() for path in paths) and not quiet():
         print(f"What an earlier run left in {out_dir} is replaced.", flush=True)
@@ -183,6 +184,10 @@ def only_run_in(out_dir):
         os.close(folder)
 
 
+STOPPING = """
+Stopping after this iteration, to save all. Ctrl-C again stops at once, and what came after the last
+evaluation is lost.
+"""
 ASKED = []  # the signals that have asked the runs of this process to stop
 
 
@@ -195,8 +200,7 @@ def stop_signals():
         if ASKED and number == signal.SIGINT:
             raise KeyboardInterrupt
         ASKED.append(number)
-        text = "\nStopping after this iteration, to save all; Ctrl-C again stops at once.\n"
-        os.write(2, text.encode())  # a signal may come while something is printed
+        os.write(2, STOPPING.encode())  # a signal may come while something is printed
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -32,7 +32,7 @@ def check(args):
     batch = getattr(args, "batch", None)
     refuse_if(
         (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
-         "give --prompt, or --batch FILE with one a line"),
+         "give one of --prompt, and --batch FILE with a prompt a line"),
         (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
         (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
     )  # fmt: skip

@@ -237,11 +237,11 @@ def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
     for eval_only in (True, False):
         with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):
             again(task="mrpc", eval_only=eval_only)
-    with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
-        again(task="mnli", eval_only=True)
     config = json.loads((out / "side.json").read_text())["config"]
     del config["task"]
     as_of_an_older_commit(out, config=config)
+    with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
+        again(task="mnli", eval_only=True)
     assert again(task="mrpc", eval_only=True)["examples"] == 6
     train_one(task="mnli")
     assert again(task="mnli-mm", eval_only=True)["examples"] == 6

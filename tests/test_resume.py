@@ -254,14 +254,13 @@ def test_a_state_holds_all_that_a_run_needs(tmp_path):
 
 
 def test_signals_are_noted(capfd):
-    """The first asks the run to stop, and says so; a second Ctrl-C stops it at once; after the run
-    both do what they did before."""
+    """The first asks to stop, and says so; a second Ctrl-C stops at once; afterwards as before."""
     numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     with state.stop_signals() as asked:
         assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
         signal.raise_signal(signal.SIGTERM)
-        assert asked == [signal.SIGTERM] and "Ctrl-C again stops at once" in capfd.readouterr().err
+        assert asked == [signal.SIGTERM] and "Ctrl-C again stops" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before
@@ -272,10 +271,11 @@ def test_other_settings_are_refused(cfg):
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
     with pytest.raises(InputError, match="another --learning_rate, 0.01 and not 0.02"):
         train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
-    with open(cfg["data"], "a") as file:
-        file.write('\n{"instruction": "One", "output": "more"}')
-    with pytest.raises(InputError, match="another --data"):
-        train.main(TrainConfig(**cfg | dict(resume=True)))
+    text = Path(cfg["data"]).read_text()
+    for other in (text + '\n{"instruction": "One", "output": "more"}', text.replace("Tom", "Leo")):
+        Path(cfg["data"]).write_text(other)
+        with pytest.raises(InputError, match="another --data"):
+            train.main(TrainConfig(**cfg | dict(resume=True)))
 
 
 def test_two_runs_in_one_folder(cfg):

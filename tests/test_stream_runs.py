@@ -126,7 +126,7 @@ def test_one_answer_is_refused(packed, base, tmp_path):
         name = command[:1] if command[0] in qst.COMMANDS else []
         with pytest.raises(InputError, match="reads all weights anew for every token"):
             qst.main([*name, "--base", str(packed), "--stream", *command[len(name) :]])
-    with pytest.raises(InputError, match="give --prompt, or --batch"):
+    with pytest.raises(InputError, match="give one of --prompt, and --batch"):
         qst.main(["--base", str(packed)])
     with pytest.raises(InputError, match="--prompt is empty"):
         qst.main(["--base", str(packed), "--prompt", ""])
