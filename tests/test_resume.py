@@ -267,12 +267,12 @@ def test_signals_are_noted(capfd):
 
 
 def test_other_settings_are_refused(cfg):
-    """A run goes on with its own settings and data alone."""
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
     with pytest.raises(InputError, match="another --learning_rate, 0.01 and not 0.02"):
         train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
     text = Path(cfg["data"]).read_text()
-    for other in (text + '\n{"instruction": "One", "output": "more"}', text.replace("Tom", "Leo")):
+    moved = "\n".join(text.split("\n")[::-1])  # as many tokens, in another order
+    for other in (text + '\n{"instruction": "One", "output": "more"}', moved):
         Path(cfg["data"]).write_text(other)
         with pytest.raises(InputError, match="another --data"):
             train.main(TrainConfig(**cfg | dict(resume=True)))
