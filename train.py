@@ -165,8 +165,8 @@ def settings_of_side(cfg):
         raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
     own = vars(side) | dict(task=cfg.task, variant="paper")
     for f in fields(cfg):
-        given = getattr(cfg, f.name)
-        if f.name in own and f.name != "method" and given != f.default and given != own[f.name]:
+        fixed = f.name in own and f.name not in ("method", "preamble")  # the task may be another
+        if fixed and getattr(cfg, f.name) not in (f.default, own[f.name]):
             raise InputError(f"--{f.name}: --side {cfg.side} has its own; leave it out.")
     return replace(cfg, **own, quant=cfg.quant or trained_on.get("quant"))
 
@@ -257,13 +257,13 @@ def make_model(cfg, base, task):
         model.calibrate([ids for ids, _ in task.train[:64]])
         return prepare(model, cfg)
     model = QST.from_side(base, cfg.side)
-    labels, learned = model.side.config.n_labels, model.side.config.task
+    model.side.config = side = replace(model.side.config, preamble=cfg.preamble)
     refuse_if(
         # Both halves of MNLI have the same labels; older side checkpoints do not name their task.
-        (learned and learned.removesuffix("-mm") != cfg.task.removesuffix("-mm"),
-         f"--side {cfg.side} is a classifier for --task {learned}, and not {cfg.task}"),
-        (labels != task.n_labels,
-         f"--side {cfg.side} has {labels} labels, and --task {cfg.task} {task.n_labels}"),
+        (side.task and side.task.removesuffix("-mm") != cfg.task.removesuffix("-mm"),
+         f"--side {cfg.side} is a classifier for --task {side.task}, and not {cfg.task}"),
+        (side.n_labels != task.n_labels,
+         f"--side {cfg.side} has {side.n_labels} labels, and --task {cfg.task} {task.n_labels}"),
     )  # fmt: skip
     return prepare(model, cfg)
 
@@ -294,7 +294,7 @@ def fit(model, optimizer, task, cfg, result):
     held_out = task.held_out[: cfg.eval_examples]
     log = TrainingLog(out_dir if first else None, cfg, device)
     about = dict(base=model.fingerprint, data=examples_fingerprint(task.train + task.held_out))
-    state = RunState(out_dir, asdict(cfg) | about, model.side, optimizer, scaler, log)
+    state = RunState(out_dir, about | asdict(cfg) | about, model.side, optimizer, scaler, log)
 
     def evaluate():
         """Evaluate on the held-out examples; keep the best side network that has learned."""

@@ -46,6 +46,7 @@ def refuse(cfg, task):
          "--cache_hidden is for training side networks, without --devices, --repair, --compile"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
-        (cfg.eval_only and cfg.out_dir and (Path(cfg.out_dir) / SETTINGS_FILE).exists(),
-         f"--out_dir {cfg.out_dir} has a run whose result.json this would replace: give another"),
+        (cfg.eval_only and (Path(cfg.out_dir or "out-eval") / SETTINGS_FILE).exists(),
+         f"--out_dir {cfg.out_dir or 'out-eval'} has a run whose result.json this would replace: "
+         "give another"),
     )  # fmt: skip

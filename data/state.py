@@ -103,7 +103,7 @@ def read_state(path):
 
 MAY_DIFFER = (
     "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
-    "samples_interval",
+    "samples_interval", "preamble",  # which is of the data
 )  # fmt: skip
 
 
@@ -200,7 +200,9 @@ def stop_signals():
         if ASKED and number == signal.SIGINT:
             raise KeyboardInterrupt
         ASKED.append(number)
-        os.write(2, STOPPING.encode())  # a signal may come while something is printed
+        if len(ASKED) == 1 and distributed.rank() == 0:
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                os.write(2, STOPPING.encode())  # not print, in which a signal may have come
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

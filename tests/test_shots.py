@@ -80,6 +80,21 @@ def test_a_side_checkpoint_without_its_preamble(tiny_model, folder, tmp_path):  
     assert again["config"]["preamble"] == result["config"]["preamble"]
 
 
+def test_a_side_checkpoint_goes_on_with_another_task(tiny_model, folder, tmp_path):  # noqa: F811
+    """What it leaves has that task's preamble; the run goes on, and can be run again."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    run(tiny_model, folder, first, task="sst2", shots=1, max_iters=2)
+    settings = dict(task="rte", side=str(first), max_iters=2)
+    result = run(tiny_model, folder, out, **settings)
+    preamble = read_side(out)[0].preamble
+    rows, form = rows_of("rte", folder)
+    assert preamble == result["config"]["preamble"] == preamble_of(rows[:1], form)
+    given = json.loads((out / "settings.json").read_text()) | dict(resume=True, max_iters=3)
+    assert train.main(TrainConfig(**given))["iterations"] == 3
+    again = replace(TrainConfig(**result["config"]), out_dir=str(tmp_path / "again"))
+    assert train.main(again)["loss_after"] == result["loss_after"]
+
+
 def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     run(tiny_model, folder, out, task="sst2", shots=1, max_iters=1)

@@ -15,6 +15,7 @@ import qst
 import train
 from data import Task, channel_statistics, tiny
 from data.chat import ChatTemplate
+from data.state import stop_signals
 from model import from_pretrained
 from qst import QST
 from quant import InputError
@@ -119,6 +120,23 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
         evaluated = dict(base=cfg["base"], data=cfg["data"], side=own, eval_only=True, out_dir=own)
         train.main(TrainConfig(**evaluated))
     assert (Path(cfg["out_dir"]) / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("rank, said", [(0, 1), (1, 0)])
+def test_a_stop_is_said_once_and_needs_no_reader(rank, said, monkeypatch):
+    """By the first process, to the first signal; and a stderr that is closed loses nothing."""
+    written = []
+
+    def write(number, text):
+        written.append(number)
+        raise BrokenPipeError
+
+    monkeypatch.setattr("data.state.os.write", write)
+    monkeypatch.setattr("data.state.distributed.rank", lambda: rank)
+    with stop_signals() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert len(asked) == 2 and len(written) == said
 
 
 @pytest.mark.usefixtures("no_answers")
