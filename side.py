@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
+from data.fields import TEXT
 from data.hidden import PackedInputFunction
 from data.methods import METHODS, of_4_bits, of_side, step_length
 from data.repair import hand_over
@@ -58,7 +59,7 @@ class SideConfig:
     n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
     task: str = setting("", "whose labels a classifier has learned", flag=False)
     shots: int = setting(0, "of GLUE in words: answered examples before each question", at_least=0)
-    preamble: str = setting("", "all that stands before each question", flag=False)
+    preamble: str = setting("", "all that stands before each question", flag=False, text=TEXT)
 
     def __post_init__(self):
         for name, value in (PAPER | (LST if self.method == "lst" else {})).items():

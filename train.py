@@ -31,8 +31,8 @@ from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.optim import learning_rate_at, make_optimizer
 from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
 from data.settings import (
-    SETTINGS_FILE, Parser, check, check_used, parse_settings, pick_device, pick_dtype, refuse_if,
-    run, setting,
+    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, pick_device,
+    pick_dtype, refuse_if, run, setting,
 )  # fmt: skip
 from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
 from data.tokenizer import load_tokenizer
@@ -147,7 +147,7 @@ def resolve(cfg):
     classifier = on_glue and (cfg.n_labels if cfg.side else not (cfg.eval_only or cfg.shots))
     defaults |= dict(
         task=task, optimizer="adamw", data_seed=cfg.seed,
-        out_dir="out-eval" if cfg.eval_only else "out",
+        out_dir=default_out_dir(cfg.eval_only),
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )  # fmt: skip
@@ -294,7 +294,7 @@ def fit(model, optimizer, task, cfg, result):
     held_out = task.held_out[: cfg.eval_examples]
     log = TrainingLog(out_dir if first else None, cfg, device)
     about = dict(base=model.fingerprint, data=examples_fingerprint(task.train + task.held_out))
-    state = RunState(out_dir, about | asdict(cfg) | about, model.side, optimizer, scaler, log)
+    state = RunState(out_dir, asdict(cfg) | about, model.side, optimizer, scaler, log)
 
     def evaluate():
         """Evaluate on the held-out examples; keep the best side network that has learned."""

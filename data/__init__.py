@@ -190,7 +190,7 @@ def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
         model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
     parts = []
     starts = distributed.split(range(0, len(order), batch_size))
-    for start in tqdm(starts, desc, unit="batch", leave=False, disable=not desc or quiet()):
+    for start in tqdm(starts, desc, unit="batch", leave=False, disable=quiet()):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None

@@ -6,13 +6,14 @@ from pathlib import Path
 
 from data.glue import FORMS
 from data.methods import SIDE_METHODS
-from data.settings import SETTINGS_FILE, refuse_if
+from data.settings import SETTINGS_FILE, default_out_dir, refuse_if
 
 
 def refuse(cfg, task):
     """Refuse settings before anything is loaded. cfg: as given, with None where nothing is"""
     on_glue, cores = task in FORMS, os.cpu_count() or 1
     no_classifier = cfg.eval_only and not cfg.side
+    out_dir = cfg.out_dir or default_out_dir(cfg.eval_only)
     beside = cfg.method in SIDE_METHODS  # whether a side network learns, and not the base
     refuse_if(
         (cfg.base and not cfg.data,
@@ -46,7 +47,6 @@ def refuse(cfg, task):
          "--cache_hidden is for training side networks, without --devices, --repair, --compile"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
-        (cfg.eval_only and (Path(cfg.out_dir or "out-eval") / SETTINGS_FILE).exists(),
-         f"--out_dir {cfg.out_dir or 'out-eval'} has a run whose result.json this would replace: "
-         "give another"),
+        (cfg.eval_only and (Path(out_dir) / SETTINGS_FILE).exists(),
+         f"--out_dir {out_dir} has a run whose result.json this would replace: give another"),
     )  # fmt: skip

@@ -71,7 +71,8 @@ FORMS = {
     "qqp": Form("QQP", ("question1", "question2", "is_duplicate"), ("0", "1"), YES_NO,
                 "Say whether both ask the same.", "First: {0}\nSecond: {1}", ("accuracy", "f1")),
     "mnli": Form("MNLI", (*SENTENCES, "gold_label"), ("entailment", "neutral", "contradiction"),
-                 ("yes", "maybe", "no"), "Say whether the claim follows, or may, from the text.",
+                 ("yes", "maybe", "no"),
+                 "Say whether the claim follows from the text, or may be true.",
                  "Text: {0}\nClaim: {1}", ("accuracy",), "dev_matched.tsv"),
 }  # fmt: skip
 FORMS["mnli-mm"] = Form(**{**vars(FORMS["mnli"]), "dev": "dev_mismatched.tsv"})

@@ -4,7 +4,8 @@ or the answered examples of `--shots`.
 No token looks to its right, and the base never changes; so what its layers make of such a prefix is
 the same in every batch. They are called as ever, with whole sequences, and return whole ones:
 `PrefixCache` stands before their `forward`, keeps the prefix's keys, values and output of the first
-call, and from then on a layer computes only what comes after. The side network reads all positions.
+call (by then a base is repaired), and from then on a layer computes only what comes after. The side
+network reads all positions.
 """
 
 from functools import partial

@@ -188,7 +188,7 @@ def yardstick(name, result, end):
 def show_sample(sample, who):
     """A question with the answers that are expected and given. who: names, as in result.json"""
     lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
-    said = {one: sample.get(one, sample.get("answer")) for one in who}  # not all were asked
+    said = {one: sample.get(one, sample["answer"]) for one in who}  # not all were asked
     lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
     return "\n".join(lines)
 

@@ -22,15 +22,16 @@ from quant import InputError
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
-def setting(default, help, choices=(), of=None, flag=True, **bounds):
+def setting(default, help, choices=(), of=None, flag=True, text=None, **bounds):
     """A field of a dataclass of settings: its default, its line in --help, and what it may be.
 
     of: the only methods that read it, if not all do; flag: whether it is one
+    text: what it may be in a file (data/fields.py), if that is more than others may be there
     bounds: names of BOUNDS
     """
     if choices:
         help += f" ({', '.join(map(str, choices))})"
-    metadata = dict(help=help, choices=choices, of=of, flag=flag, bounds=bounds)
+    metadata = dict(help=help, choices=choices, of=of, flag=flag, text=text, bounds=bounds)
     return field(default=default, metadata=metadata)
 
 
@@ -49,6 +50,11 @@ def check(settings):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
+def default_out_dir(eval_only=False):
+    """Where a run of train.py leaves its files, if --out_dir does not say."""
+    return "out-eval" if eval_only else "out"
+
+
 def from_table(kind, where, table, optional=(), text=NAME):
     """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
     bounds; only those that are optional may be left out. text: what a text may be"""
@@ -63,11 +69,11 @@ def from_table(kind, where, table, optional=(), text=NAME):
 
 def kind_of(f, text=NAME):
     """What a setting may be, in a file."""
-    text = TEXT if f.name == "preamble" else text
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
     if choices:
         return one_of(*choices)
     numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
+    text = f.metadata["text"] or text
     kinds = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}
     return kinds[f.type]
 
@@ -155,7 +161,7 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
     given = parser.parse_args(argv)
     path = given.config
     if path is None and vars(given).get("resume"):
-        path = Path(given.out_dir or "out") / SETTINGS_FILE
+        path = Path(given.out_dir or default_out_dir()) / SETTINGS_FILE
         path = path if path.exists() else None
     if path is not None:
         table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")

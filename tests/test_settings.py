@@ -219,5 +219,9 @@ def test_resume_in_the_default_folder(tmp_path, monkeypatch):
     assert train.parse_args(["--resume"]).max_iters == 7
     with pytest.raises(InputError, match="leave out --eval_only"):
         train.resolve(TrainConfig(resume=True, eval_only=True))
+    (tmp_path / "out-eval").mkdir()
+    write_json("out-eval/settings.json", {})
+    with pytest.raises(InputError, match="--out_dir out-eval has a run whose result.json"):
+        train.resolve(TrainConfig(base="x", data="y", eval_only=True))
     with pytest.raises(InputError, match="merge needs --side"):
         qst.main(["merge", "--base", "none", "--out", "merged"])

@@ -34,6 +34,13 @@ def test_shots_stand_before_the_question(tokenizer, folder, task):  # noqa: F811
     assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
 
 
+def test_a_preamble_tells_its_task():
+    """Of two tasks that are asked in other words none begins as the other does."""
+    headings = {form.heading for task, form in FORMS.items() if task != "mnli-mm"}
+    assert len(headings) == len(FORMS) - 1
+    assert not any(one != two and one.startswith(two) for one in headings for two in headings)
+
+
 def test_too_many_shots(tokenizer, folder):  # noqa: F811
     rows, form = rows_of("sst2", folder)
     with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
