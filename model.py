@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
@@ -187,7 +188,8 @@ class DecoderLayer(nn.Module):
     """Attention, then MLP, each with a norm and a residual.
 
     x: (B, T, C)
-    mask: bool (B or 1, 1, T, S), S = past + T, True where a query may look; None: plain causal
+    mask: bool (B or 1, 1, T, S), S = past + T, True where a query may look; None: plain causal;
+        or torch's own of causal attention after a past
     rope: what `rotary_table` returned
     cache: this layer's `KVCache`, or None
     """
@@ -223,14 +225,13 @@ def positions_and_mask(idx, keep=None, past=0):
     positions = torch.arange(past, past + T, device=device).unsqueeze(0)
     if keep is None and (past == 0 or T == 1):  # one new token may see everything
         return positions, None
+    if keep is None:  # a GPU's flash attention knows it without its T times past + T values
+        return positions, causal_lower_right(T, past + T)
     query = torch.arange(past, past + T, device=device).unsqueeze(1)
     key = torch.arange(past + T, device=device)
-    mask = (key <= query).expand(1, 1, T, past + T)
-    if keep is not None:
-        positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-        # Let padding attend to itself: nobody uses its output, and a fully masked row is NaN.
-        mask = mask & keep.bool()[:, None, None, :] | (key == query)
-    return positions, mask
+    positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
+    # Let padding attend to itself: nobody uses its output, and a fully masked row is NaN.
+    return positions, (key <= query) & keep.bool()[:, None, None, :] | (key == query)
 
 
 class LanguageModel(nn.Module):
@@ -246,16 +247,18 @@ class LanguageModel(nn.Module):
         layers = getattr(self, "base", self).layers  # an embedding may stay on the host
         return next(chain(layers.buffers(), layers.parameters())).device
 
-    def loss(self, idx, targets, hidden=None):
-        """Mean loss of idx and targets (B, T): only the tokens that have a target reach the head.
+    def loss(self, idx, targets):
+        """Mean loss of idx and targets (B, T): targets[b, t] is the id that follows idx[b, t], or
+        IGNORE_INDEX."""
+        return self.loss_of(self.hidden(idx), targets)
 
-        targets[b, t] is the id that follows idx[b, t], or IGNORE_INDEX. Pass them on the CPU,
-        wherever idx is: `nonzero` of a GPU's tensor would make the CPU wait for the GPU.
-        hidden: what to call in place of `self.hidden`, such as what it compiles to
-        """
+    def loss_of(self, h, targets):
+        """The same of what `hidden` returns, (B, T, C): only the tokens that have a target reach
+        the head. Pass targets on the CPU, wherever h is: `nonzero` of a GPU's tensor would make the
+        CPU wait for the GPU."""
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
-        targets, at = to_device(targets.flatten()[at], idx.device), to_device(at, idx.device)
-        h = (hidden or self.hidden)(idx).flatten(0, 1).index_select(0, at)
+        targets, at = to_device(targets.flatten()[at], h.device), to_device(at, h.device)
+        h = h.flatten(0, 1).index_select(0, at)
         if self.head_learns or not self.chunk_loss:
             return token_loss(self.head(h), targets)
         return _ChunkedLoss.apply(h, targets, self.head)
@@ -315,6 +318,7 @@ class Transformer(LanguageModel):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
     checkpoint = False  # whether backward computes a layer's activations again from its input
+    source = None  # gives the same states with less work: data/prefix_cache.py, hidden_cache.py
 
     def __init__(self, config):
         super().__init__()
@@ -359,24 +363,34 @@ class Transformer(LanguageModel):
     def new_cache(self, max_len):
         return [KVCache(max_len) for _ in self.layers]
 
-    def hidden(self, idx, keep=None, cache=None, watch=lambda i, x: None):
-        """The state that the LM head reads, (B, T, C); see `positions_and_mask` for `keep`.
+    def states(self, idx, keep=None, cache=None, every=1):
+        """Yield the hidden states (B, T, C) in turn: the embedding, the output of each layer, or of
+        each `every`-th, and at last what the LM head reads. None is computed before it is asked
+        for, and none is kept.
 
-        watch: called as watch(0, embedding), and watch(i, output of layer i), i = 1 ... N
+        keep: see `positions_and_mask`; cache: of `new_cache`, to generate
         """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
         positions, mask = positions_and_mask(idx, keep, past)
         x = self.embed(idx, positions)
         rope = rotary_table(self.config, positions, x.dtype)
-        watch(0, x)
+        yield x
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):
             if self.checkpoint and torch.is_grad_enabled():
                 x = recomputed(layer, x, mask, rope, **RECOMPUTE)
             else:
                 x = layer(x, mask, rope, layer_cache)
-            watch(i, x)
-        return self.final(x)
+            if i % every == 0:
+                yield x
+        x = self.final(x)
+        yield x
+
+    def hidden(self, idx, keep=None, cache=None):
+        """The state that the LM head reads, (B, T, C): the last one."""
+        for x in (self.source or self).states(idx, keep, cache):
+            pass
+        return x
 
     def forward(self, idx, keep=None, cache=None):
         return self.head(self.hidden(idx, keep, cache))

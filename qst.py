@@ -9,7 +9,9 @@
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
 
+import math
 import sys
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
@@ -144,25 +146,25 @@ class QST(Tuned):
 
         keep (B, past + T): 0 where a prompt is padded; cache: of `new_cache`, to generate
         """
-        base, side = self.base, self.side
-        N, every = len(base.layers), side.config.every  # every is 1 in the paper
-        cache = cache or [None] * 2 * N  # the base's, then the side's
-        with torch.no_grad():  # no graph: backward never enters the base's layers
-            positions, mask = positions_and_mask(idx, keep, past=cache[0].length if cache[0] else 0)
-            h_f = base.embed(idx, positions)
-            rope_f = rotary_table(base.config, positions, h_f.dtype)
-            rope_g = rotary_table(side.model_config, positions, h_f.dtype)
+        side, n = self.side, len(self.side.layers)  # n is N in the paper, N / every here
+        of_base, of_side = (cache[:-n], cache[-n:]) if cache else (None, [None] * n)
+        states = self.states(idx, keep, of_base, side.config.every)  # h_f_0, h_f_1, ... in turn
+        h_f = next(states)
+        positions, mask = positions_and_mask(idx, keep, of_side[0].length if cache else 0)
+        rope = rotary_table(side.model_config, positions, h_f.dtype)
         h_g = side.start(h_f)
-        for i in range(N // every):
-            with torch.no_grad():
-                for j in range(i * every, (i + 1) * every):
-                    h_f = base.layers[j](h_f, mask, rope_f, cache[j])
-            h_g = side.step(i, h_f, h_g, mask, rope_g, cache[N + i])
-        with torch.no_grad():
-            # differs from the paper: mixed after the final norm, as in the released code. That is
-            # what the frozen head was trained to read; the paper says no more than "h_f_N".
-            h_f = base.final(h_f)
+        for i in range(n):
+            h_f = next(states)
+            h_g = side.step(i, h_f, h_g, mask, rope, of_side[i])
+        # differs from the paper: mixed after the final norm, as in the released code. That is
+        # what the frozen head was trained to read; the paper says no more than "h_f_N".
+        h_f = next(states)
         return side.mix(h_f, h_g)
+
+    @torch.no_grad()  # which torch enters before each state is computed, and leaves after it
+    def states(self, *args):
+        """The hidden states of the frozen base, without a graph: backward never enters it."""
+        yield from (self.base.source or self.base).states(*args)
 
     def new_cache(self, max_len):
         """The base's caches, and then the side's: a cache takes its width from its first key."""
@@ -179,10 +181,47 @@ class QST(Tuned):
         of 358 others, and 99 of 100 within 6.4 %; of 16 texts, within 2.4 % and 10.4 %.
         """
         if self.side.config.standardize:
-            mean, variance = channel_statistics(self.base, prompts)
-            every = self.side.config.every
-            self.side.mean.copy_(mean[::every])
-            self.side.scale.copy_((variance[::every] + 1e-6).rsqrt())
+            mean, variance = channel_statistics(self, prompts, every=self.side.config.every)
+            self.side.mean.copy_(mean)
+            self.side.scale.copy_((variance + 1e-6).rsqrt())
+
+
+class Beside:
+    """Models that share a base, which computes once for all of them. What is a tensor of one model
+    is a list here. Of one model alone it may be any `LanguageModel`."""
+
+    def __init__(self, models):
+        self.models, self.config, self.device = models, models[0].config, models[0].device
+
+    def new_cache(self, max_len):
+        """The base's caches, and then those of each side network."""
+        first, *others = self.models
+        of_sides = [other.new_cache(max_len)[-len(other.side.layers) :] for other in others]
+        return first.new_cache(max_len) + list(chain.from_iterable(of_sides))
+
+    def hidden(self, idx, keep=None, cache=None):
+        """What `hidden` of each model returns. The loop is that of `QST.hidden`, over a list."""
+        if len(self.models) == 1:
+            return [self.models[0].hidden(idx, keep, cache)]
+        sides = [model.side for model in self.models]
+        every = math.gcd(*(side.config.every for side in sides))
+        N, past = self.config.n_layer, cache[0].length if cache else 0
+        states = self.models[0].states(idx, keep, cache and cache[:N], every)
+        h_f = next(states)
+        positions, mask = positions_and_mask(idx, keep, past)
+        ropes = [rotary_table(side.model_config, positions, h_f.dtype) for side in sides]
+        of_sides = iter(cache[N:] if cache else repeat(None))
+        caches = [list(islice(of_sides, len(side.layers))) for side in sides]
+        h_g = [side.start(h_f) for side in sides]
+        for i in range(every, N + 1, every):
+            h_f = next(states)
+            for k, side in enumerate(sides):
+                step, rest = divmod(i, side.config.every)
+                if not rest:
+                    args = mask, ropes[k], caches[k][step - 1]
+                    h_g[k] = side.step(step - 1, h_f, h_g[k], *args)
+        h_f = next(states)
+        return [side.mix(h_f, h_g[k]) for k, side in enumerate(sides)]
 
 
 @torch.no_grad()

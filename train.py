@@ -13,35 +13,36 @@ state.safetensors, for --resume.
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from data import (
-    chat, check_length, collate, contradictions, distributed, examples_fingerprint, glue, instruct,
-    iteration_batches, mean_loss, mmlu, placement, prefetch, prefix_cache, quiet, repair, sweep,
-    text, tiny, to_device,
+    chat, check_length, collate, contradictions, distributed, glue, instruct, iteration_batches,
+    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
 )  # fmt: skip
 from data.files import make_writable_folder, write_json
-from data.hidden_cache import HiddenCache
 from data.hub import save_pretrained
 from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
-from data.optim import learning_rate_at, make_optimizer
-from data.report import conclude, introduce, out_of_memory, peak_memory, progress, provenance, sizes
-from data.settings import (
-    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, pick_device,
-    pick_dtype, refuse_if, run, setting,
+from data.optim import learning_rate_at
+from data.report import (
+    conclude, conclude_sweep, introduce, keep_result, memory_advice, progress, sizes,
 )  # fmt: skip
-from data.state import RunState, only_run_in, remove_earlier_run, stop_signals
+from data.runs import Learner, Run
+from data.settings import (
+    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, refuse_if, run,
+    setting,
+)  # fmt: skip
+from data.sources import first_device, load_base
+from data.state import only_run_in, stop_signals
 from data.tokenizer import load_tokenizer
-from data.training_log import TrainingLog
 from data.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
 from model import (
     ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
 )  # fmt: skip
-from qst import QST, read_side, tune
+from qst import QST, Beside, read_side, tune
 from quant import InputError
 from side import IN_BASE_METHODS, SideConfig
 
@@ -179,33 +180,20 @@ def side_config(cfg):
 # A step
 
 
-def train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg):
-    """One iteration: accumulate gradients, clip, step. A step with a NaN or infinity is left out.
+def train_step(learners, batches, iteration):
+    """One iteration of all that learn beside one base: accumulate gradients, clip, step.
 
-    loss_of: function of (idx, targets), such as `QST.loss`
+    learners: `data.runs.Learner`s, or one alone
     batches: [(idx, targets, share), ...], as `data.iteration_batches` yields them
-    returns the mean loss of a token, and whether the step was taken: tensors, not waited for
+    returns of each the mean loss of a token, and whether the step was taken, as `Learner.step` does
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    device = parameters[0].device
-    total = torch.zeros((), device=device)
+    first, *others = learners
+    hidden = beside(learners).hidden if others else lambda idx: [first.hidden(idx)]
     for idx, targets, share in batches:
-        loss = loss_of(to_device(idx, device), targets) * share
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    distributed.sum_([total, *(p.grad for p in parameters if p.grad is not None)])
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["factor"]
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.grad_clip or math.inf)
-    taken = (total + norm).isfinite()
-    if not scaler.is_enabled():
-        # An optimizer skips its step where found_inf is 1 (in fp16 the scaler tells it).
-        optimizer.grad_scale, optimizer.found_inf = None, 1 - taken.float()
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total, taken
+        states = hidden(to_device(idx, first.device))
+        for one in learners:  # whose graph is gone after its turn
+            one.learn(states.pop(0), targets, share)
+    return [one.step(learning_rate_at(iteration - 1, one.cfg)) for one in learners]
 
 
 # --------------------------------------------------------------------------------------
@@ -224,11 +212,10 @@ def train_tiny_base(tokenizer):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.04)
     rows = iteration_batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, 1, cfg.seed)
-    optimizer, scaler = make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
-    bar = progress(range(cfg.max_iters), "base model, once")
-    for i in bar:
-        rate = learning_rate_at(i, cfg)
-        loss, _ = train_step(model.loss, optimizer, scaler, next(rows), rate, cfg)
+    learner = Learner(model, cfg)
+    bar = progress(range(1, cfg.max_iters + 1), "base model, once")
+    for iteration in bar:
+        ((loss, _),) = train_step([learner], next(rows), iteration)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     return model
 
@@ -280,115 +267,102 @@ def prepare(model, cfg):
     return model
 
 
-def fit(model, optimizer, task, cfg, result):
-    """Train; keep the best side network in out_dir, and load it at the end; fill in `result`.
+def fit(runs, task, cfg):
+    """Train side by side; each run keeps its best side network, and loads it at the end.
 
-    What --resume goes on from is saved with every evaluation, and when the run is stopped.
+    What --resume goes on from is saved with every evaluation, and when the runs are stopped. A run
+    that was saved later than another waits until that one is as far.
     """
-    device, out_dir, first = model.device, Path(cfg.out_dir), distributed.rank() == 0
-    loss_of = model.loss
-    if cfg.compile:  # up to the loss, which takes as many tokens as have a target
-        loss_of = partial(model.loss, hidden=torch.compile(model.hidden, dynamic=True))
-    half = model.base.embed_tokens.weight.dtype == torch.float16
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
     held_out = task.held_out[: cfg.eval_examples]
-    log = TrainingLog(out_dir if first else None, cfg, device)
-    about = dict(base=model.fingerprint, data=examples_fingerprint(task.train + task.held_out))
-    state = RunState(out_dir, asdict(cfg) | about, model.side, optimizer, scaler, log)
 
-    def evaluate():
-        """Evaluate on the held-out examples; keep the best side network that has learned."""
-        if log.evaluated(mean_loss(model, held_out, cfg.batch_size, "held out")) and first:
-            model.save_side(out_dir)
-        log.end_if(not math.isfinite(log.held_out_loss))
+    def evaluate(runs):
+        losses = mean_loss(beside(runs), held_out, cfg.batch_size, "held out") if runs else []
+        for run, loss in zip(runs, losses):
+            run.evaluated(loss)
 
-    sweep.meet()  # of a sweep: wait for the other runs
-    if not (cfg.resume and state.load()):
-        evaluate()  # the start, which is never kept
-        if first:
-            remove_earlier_run(out_dir)
-    if first:
-        write_json(out_dir / SETTINGS_FILE, asdict(cfg))  # which --resume reads
-    rows = iteration_batches(
-        task.train, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.data_seed, log.iteration
-    )
-    with log, stop_signals() as stopped:
-        for iteration, batches in zip(log.iterations(), prefetch(rows)):
-            learning_rate = learning_rate_at(iteration - 1, cfg)
-            loss, taken = train_step(loss_of, optimizer, scaler, batches, learning_rate, cfg)
-            tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
+    evaluate([run for run in runs if not (cfg.resume and run.state.load())])  # never kept
+    start, steps = min(run.log.iteration for run in runs), cfg.gradient_accumulation_steps
+    rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
+    with ExitStack() as files, stop_signals() as stopped:
+        for run in runs:
+            run.begin(files)
+        for iteration in range(start + 1, cfg.max_iters + 1):
+            now = [run for run in runs if run.log.iteration < iteration and not run.error]
+            for run in now:
+                run.log.begin()
+            batches = next(rows)
+            taken = train_step(now, batches, iteration) if now else []
             due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
-            cached = getattr(model.base, "is_read", False)  # from --cache_hidden
-            known = log.stepped(loss, taken, tokens, due or shows, cached)  # False: loss not read
+            # Whether the losses have been waited for, and are known.
+            known = [run.stepped(*step, batches, due or shows) for run, step in zip(now, taken)]
             if due:
-                evaluate()
+                evaluate(now)
             if shows:
-                log.show(task.samples(model))
-            if known:
-                log.write(learning_rate, model.side)
-                log.end_if(log.failures >= 10)
-            stop = known and any(distributed.join([bool(stopped)]))
-            if due or stop:
-                state.save()
-            if stop:
+                for run in now:
+                    run.log.show(task.samples(run.model))
+            stop = any(known) and any(distributed.join([bool(stopped)]))
+            for run in now if any(known) else []:
+                run.write(due or stop)
+            if stop or all(run.error for run in runs):
                 break
-    interrupted = log.iteration < cfg.max_iters
-    if first:
-        model.save_side(out_dir / "last")
-    if interrupted and not quiet():
-        print(f"Stopped after iteration {log.iteration}: go on with --resume.", flush=True)
-    distributed.join([None])  # the others wait for the files
-    if log.best_iteration:
-        model.load_side(out_dir)
-    result |= log.speed() | dict(
-        loss_before=log.loss_before, loss_last=log.held_out_loss, best_iteration=log.best_iteration,
-        loss_after=log.best_loss if log.best_iteration else None,  # none was evaluated
-        iterations=log.iteration, skipped_iterations=log.skipped, interrupted=interrupted,
-        peak_memory_bytes=peak_memory(device), curves=log.curves,
-    )  # fmt: skip
+    for run in runs:
+        run.end()
+    if any(run.interrupted and not run.error for run in runs):
+        print(f"Stopped after iteration {iteration}: go on with --resume.", flush=True)
 
 
-def train(model, task, folder, cfg, result):
-    """Score, train and score again; fill in `result`."""
-    optimizer = make_optimizer(model, cfg)
-    longest = sorted(task.train, key=lambda example: len(example[0]))[-cfg.batch_size :]
-    introduce(folder, model, optimizer, cfg, collate(longest), result)
-    sweep.meet()
+def train(settings, base, task, folder, cfg):
+    """Score, train and score again; return the result of each run. settings: a list of theirs"""
+    runs = [make_run(own, base, task, shown=own is settings[0]) for own in settings]
+    introduce(folder, runs, task.train)
     # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
-    before = task.score(model) if not task.n_labels and not cfg.cache_hidden else {}
-    fit(model, optimizer, task, cfg, result)
-    if result["interrupted"]:
-        return
-    after = task.score(model)
-    samples = [score.pop("samples", []) for score in (before, after)]
-    result["examples"] = after.pop("examples", len(task.held_out[: cfg.eval_examples]))
-    told = samples[0] or [{**sample, "answer": None} for sample in samples[1]]  # no base to ask
-    result["samples"] = [{**b, cfg.method.upper(): a["answer"]} for b, a in zip(told, samples[1])]
-    result |= {f"{name}_before": value for name, value in before.items() if name != "examples"}
-    result |= {f"{name}_after": value for name, value in after.items()}
+    asked = not task.n_labels and not cfg.cache_hidden
+    before = task.score(beside(runs)) if asked else [{} for _ in runs]
+    fit(runs, task, cfg)
+    pairs = [pair for pair in zip(runs, before) if not pair[0].error and not pair[0].interrupted]
+    after = task.score(beside([run for run, _ in pairs])) if pairs else []
+    for (run, old), new in zip(pairs, after):
+        new.setdefault("examples", len(task.held_out[: cfg.eval_examples]))
+        run.result |= compared(old, new, run.cfg.method.upper())
+    return [run.result for run in runs]
 
 
-def run_one(cfg, started, base, task, folder):
-    """Train or evaluate one model on a loaded base and task; write and return its result."""
-    torch.manual_seed(cfg.seed)
-    cfg = replace(cfg, preamble=task.preamble)
+def compared(before, after, name):
+    """The scores before and after training, as result.json has them."""
+    old, new = (score.pop("samples", []) for score in (before, after))
+    old = old or [sample | {"answer": None} for sample in new]  # no base to ask
+    samples = [one | {name: other["answer"]} for one, other in zip(old, new)]
+    found = dict(examples=after.pop("examples"), samples=samples)
+    before.pop("examples", None)
+    for end, score in ("_before", before), ("_after", after):
+        found |= {metric + end: value for metric, value in score.items()}
+    return found
+
+
+def beside(runs):
+    return Beside([run.model for run in runs])
+
+
+def evaluate(cfg, base, task):
+    """The scores of --side, or of the base, and the loss where it is not one of them."""
     model = make_model(cfg, base, task)
-    result = sizes(model, count_weights(base.config)) | dict(weights_bytes=model_bytes(model))
-    if cfg.eval_only:
-        result |= task.score(model)
-        if task.held_out and "loss" not in result:
-            result["loss"] = mean_loss(model, task.held_out, cfg.batch_size, "loss")
-    else:
-        try:
-            train(model, task, folder, cfg, result)
-        except torch.OutOfMemoryError:
-            raise InputError(out_of_memory(cfg)) from None
-    result |= provenance() | dict(config=asdict(cfg), seconds=time.time() - started)
-    result["peak_memory_bytes"] = peak_memory(model.device)
-    if distributed.rank() == 0:
-        write_json(Path(cfg.out_dir) / "result.json", result)
-    return result
+    (result,) = task.score(Beside([model]))
+    if task.held_out and "loss" not in result:
+        (result["loss"],) = mean_loss(Beside([model]), task.held_out, cfg.batch_size, "loss")
+    return result | weights(model)
+
+
+def make_run(cfg, base, task, shown):
+    """A run that is about to begin."""
+    torch.manual_seed(cfg.seed)
+    make_writable_folder(cfg.out_dir, "--out_dir")
+    model = make_model(cfg, base, task)
+    return Run(model, cfg, task, weights(model), shown)
+
+
+def weights(model):
+    return sizes(model, count_weights(model.config)) | dict(weights_bytes=model_bytes(model))
 
 
 def main(cfg):
@@ -398,11 +372,9 @@ def main(cfg):
     cfg: a `TrainConfig`
     """
     started, given, cfg = time.time(), cfg, resolve(cfg)
-    runs = settings_of_runs(given, cfg, resolve)
+    names, settings = zip(*settings_of_runs(given, cfg, resolve).items())
     make_writable_folder(cfg.out_dir, "--out_dir")
-    device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
-    dtype = pick_dtype(cfg.dtype, device)
-    distributed.start(device)
+    distributed.start(first_device(cfg)[0])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
@@ -412,32 +384,21 @@ def main(cfg):
         )  # fmt: skip
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
-        if cfg.devices:  # from here on `device` is a function of a tensor's name
-            device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-
-        def load(place):
-            streamed = cfg.stream and place is device  # the cache may ask for "meta"
-            base = from_pretrained(folder, cfg.quant, dtype, place, streamed)
-            if cfg.method in SIDE_METHODS and not (cfg.devices or cfg.compile):
-                prefix_cache.attach(base, task.train + task.held_out)
-            return base
-
-        if cfg.cache_hidden:
-            cache = HiddenCache(cfg, [*runs.values()] or [cfg], folder, config, dtype, task)
-            base = cache.attach(load, device)
-        else:
-            base = load(device)
-        if cfg.devices:
-            placement.join(base)
-        if cfg.repair and not cfg.side:
-            torch.manual_seed(cfg.data_seed)
-            repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
-        run_on_base = partial(run_one, started=started, base=base, task=task, folder=folder)
+        settings = [replace(own, preamble=task.preamble) for own in settings]
+        base = load_base(from_pretrained, cfg, folder, config, task, settings)
         if cfg.sweep:
-            return sweep.run(given, runs, base, run_on_base)
-        result = run_on_base(cfg)
-    conclude(folder, cfg, result)
-    return result
+            write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))
+        if cfg.eval_only:
+            results = [evaluate(settings[0], base, task)]
+        else:
+            with memory_advice(cfg):
+                results = train(settings, base, task, folder, cfg)
+        for own, result in zip(settings, results):
+            keep_result(own, result, base.device, time.time() - started)
+    if cfg.sweep:
+        return conclude_sweep(given, dict(zip(names, settings)), dict(zip(names, results)))
+    conclude(folder, cfg, results[0])
+    return results[0]
 
 
 def parse_args(argv=None):

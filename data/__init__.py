@@ -5,7 +5,6 @@ IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands a
 """
 
 import random
-import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -28,14 +27,15 @@ class Task:
 
     train: examples to learn from
     held_out: examples whose loss is watched, and chooses the side network that is kept
-    score: function of a model that gives the task's metrics, {"accuracy": ..., "examples": ...},
-        and perhaps "samples", a list of {"prompt", "expected", "answer"}
+    score: function of models beside one base (`Beside` in qst.py) that gives each one's metrics,
+        [{"accuracy": ..., "examples": ...}, ...], and perhaps "samples", a list of {"prompt",
+        "expected", "answer"}
     n_labels: outputs of the classifier that the task trains in the LM head's place; 0: none
     """
 
     train: list
     held_out: list
-    score: Callable = lambda model: {}
+    score: Callable = lambda models: [{} for _ in models.models]
     n_labels: int = 0
     notes: list = field(default_factory=list)  # what a user should know of the data
     preamble: str = ""  # what stands before every question, if they are asked in words
@@ -140,17 +140,6 @@ def label(ids, target):
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
 
-def run_of_sweep():
-    """The number of this run among those that run at once, each in a thread; None: it is alone."""
-    kind, _, number = threading.current_thread().name.partition("sweep ")
-    return int(number) if number and not kind else None
-
-
-def quiet():
-    """Whether this is one of many runs at once, of which the first alone prints."""
-    return bool(run_of_sweep())
-
-
 def check_length(config, length, advice):
     if length > config.max_positions:
         raise InputError(
@@ -160,45 +149,50 @@ def check_length(config, length, advice):
 
 
 @torch.no_grad()
-def mean_loss(model, examples, batch_size, desc=None):
-    """Mean loss per target over all examples; with a progress bar, if it has a name."""
+def mean_loss(models, examples, batch_size, desc=None):
+    """Mean loss per target over all examples, of each model; with a progress bar, if it has a name.
+
+    models: a `Beside`
+    """
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
-    sums = []  # of each batch: its targets and their losses
-    hidden = not desc or quiet()
-    for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=hidden):
+    sums = []  # of each batch: its targets, and each model's sum of their losses
+    for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=not desc):
         idx, targets = collate(examples[start : start + batch_size])
-        n = count_targets(targets)
-        sums.append((n, model.loss(idx.to(model.device), targets).item() * n))
+        n, states = count_targets(targets), models.hidden(idx.to(models.device))
+        losses = [model.loss_of(h, targets) for model, h in zip(models.models, states)]
+        sums.append((n, [n * loss.item() for loss in losses]))
     counts, losses = zip(*distributed.join(sums))
-    return sum(losses) / sum(counts)
+    return [sum(of_one) / sum(counts) for of_one in zip(*losses)]
 
 
 @torch.no_grad()
-def choice_logits(model, prompts, choices=None, batch_size=8, desc=""):
-    """Logits of what may follow each prompt, fp32 (n, choices) on the CPU, in the prompts' order.
+def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
+    """Logits of what may follow each prompt, fp32 (n, choices) on the CPU, in the prompts' order;
+    of each model.
 
-    prompts: lists of ids; choices: ids, or None for every output of the head
-    What all prompts begin with goes through the model once; the rest of each, sorted by length
+    models: a `Beside`; prompts: lists of ids; choices: ids, or None for every output of the head
+    What all prompts begin with goes through the models once; the rest of each, sorted by length
     and padded on the right, goes after it. Only the last real position goes through the head.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    check_length(model.config, len(prompts[order[-1]]), "shorten the prompts")
+    check_length(models.config, len(prompts[order[-1]]), "shorten the prompts")
     prefix = commonprefix(prompts)[: len(prompts[order[0]]) - 1]  # at least one id is left of each
-    cache = model.new_cache(len(prefix))
+    cache = models.new_cache(len(prefix))
     if prefix:
-        model.hidden(torch.tensor([prefix], device=model.device), cache=cache)
+        models.hidden(torch.tensor([prefix], device=models.device), cache=cache)
     parts = []
     starts = distributed.split(range(0, len(order), batch_size))
-    for start in tqdm(starts, desc, unit="batch", leave=False, disable=quiet()):
+    for start in tqdm(starts, desc, unit="batch", leave=False):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
-        h = model.hidden(idx.to(model.device), cache=past)
-        last = h[range(len(rows)), [len(prompts[i]) - len(prefix) - 1 for i in rows]]  # (B, C)
-        logits = model.head(last).float().cpu()
-        parts.append(logits if choices is None else logits[:, choices])
-    return torch.cat(distributed.join(parts))[torch.tensor(order).argsort()]
+        states = models.hidden(idx.to(models.device), cache=past)
+        at = range(len(rows)), [len(prompts[i]) - len(prefix) - 1 for i in rows]
+        logits = [model.head(h[at]).float().cpu() for model, h in zip(models.models, states)]
+        parts.append([each if choices is None else each[:, choices] for each in logits])
+    back = torch.tensor(order).argsort()
+    return [torch.cat(of_one)[back] for of_one in zip(*distributed.join(parts))]
 
 
 def word_ids(tokenizer, words, before):
@@ -217,25 +211,22 @@ def word_ids(tokenizer, words, before):
 
 
 @torch.no_grad()
-def channel_statistics(model, prompts, skip=1):
+def channel_statistics(model, prompts, skip=1, every=1):
     """Mean and variance of each channel of the hidden states of a base over some texts' tokens.
 
     prompts: lists of ids; skip: how many positions at the start of each do not count
-    returns two of (N + 1, C), in fp64: of the embedding and of each layer's output
+    returns two of (N / every + 1, C), in fp64: of the embedding and of each every-th layer's output
     """
-    config = model.config
-    sums = torch.zeros(2, config.n_layer + 1, config.n_embd, dtype=torch.float64)
-
-    def add(i, h):
-        counts = (keep & (keep.cumsum(dim=1) > skip)).to(h.device)
-        h = h[counts].to(torch.float32 if h.device.type == "mps" else torch.float64)
-        sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
-
+    n, C = model.config.n_layer // every + 1, model.config.n_embd
+    sums = torch.zeros(2, n, C, dtype=torch.float64)
     for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
         rows = prompts[start : start + 4]
         idx, _ = collate([(ids, []) for ids in rows])
-        keep = torch.tensor([[i < len(ids) for i in range(idx.shape[1])] for ids in rows])
-        keep = keep.to(model.device)
-        model.hidden(idx.to(model.device), watch=add)
+        counts = torch.tensor([[skip <= i < len(ids) for i in range(idx.shape[1])] for ids in rows])
+        states = model.states(idx.to(model.device), None, None, every)
+        for i, h in zip(range(n), states):  # not the last, which is normed
+            exact = torch.float32 if h.device.type == "mps" else torch.float64
+            h = h[counts.to(h.device)].to(exact)
+            sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
     mean, square = sums / max(1, sum(max(0, len(prompt) - skip) for prompt in prompts))
     return mean, square - mean.square()

@@ -188,9 +188,13 @@ def prompt(sentences, form, tokenizer, sequence_len, head, preamble=""):
     return found
 
 
-def score(model, rows, prompts, form, choices, batch_size):
-    """The task's metrics, and how many examples they are of."""
-    logits = choice_logits(model, prompts, choices, batch_size, desc=form.folder).double()
+def score(models, rows, prompts, form, choices, batch_size):
+    """Each model's metrics of the task, and how many examples they are of."""
+    logits = choice_logits(models, prompts, choices, batch_size, desc=form.folder)
+    return [metrics(each.double(), rows, form, choices) for each in logits]
+
+
+def metrics(logits, rows, form, choices):
     labels = torch.tensor([label for _, label in rows]).double()
     if form.labels:
         predicted = logits.argmax(dim=1).double()
@@ -232,7 +236,7 @@ def load(cfg, tokenizer, template):
         return label(to_ids(sentences), target)
 
     prompts = [to_ids(sentences) for sentences, _ in dev]
-    scored = lambda model: score(model, dev, prompts, form, choices, 2 * cfg.batch_size)
+    scored = lambda models: score(models, dev, prompts, form, choices, 2 * cfg.batch_size)
     n_labels = 0 if choices else len(form.labels) or 1
     about = scored, n_labels, notes, preamble if choices else ""
     if cfg.eval_only:

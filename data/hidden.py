@@ -2,8 +2,12 @@
 
 import torch
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from quant import BLOCK_SIZE, NF4_CODEBOOK, Quantized4bit, quantize_blockwise
+
+
+PACKED = WeakTensorKeyDictionary()  # what has been packed of a state while it lives, by bits
 
 
 def pack_hidden(x, bits):
@@ -20,11 +24,11 @@ def pack_hidden(x, bits):
 
 
 def pack_once(h_f, bits):
-    """`pack_hidden`, kept on h_f, which must not change any more: once for all side networks of a
-    sweep, and not at all where h_f comes packed from --cache_hidden."""
+    """`pack_hidden`, noted in PACKED, so that h_f must not change any more: once for all side
+    networks of a sweep, and not at all where h_f comes packed from --cache_hidden."""
     if bits == 16 or torch.compiler.is_compiling():
         return pack_hidden(h_f, bits)
-    packed = h_f.__dict__.setdefault("packed", {})
+    packed = PACKED.setdefault(h_f, {})
     if bits not in packed:
         packed[bits] = pack_hidden(h_f, bits)
     return packed[bits]

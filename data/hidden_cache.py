@@ -4,8 +4,8 @@ The base never changes, and so neither does what it makes of an example. The fir
 hidden states of its layers down, and the last one where there is a target. Every later epoch, and
 every later run with another side network, reads them, and the base's layers are not in memory.
 
-The layers are called as ever: `attach` puts a `HiddenCache` before their `forward`. An example is
-known by its ids, whatever batch it is in. The files are memory-mapped:
+A `HiddenCache` is a source of hidden states like the base. An example is known by its ids, whatever
+batch it is in. The files are memory-mapped:
     states.bin  a record for each token of each example: what `pack_hidden` makes of its states
                 after layers 1 to N, or each --every-th; or what a pooling downsampler does, in 16
                 bits
@@ -18,7 +18,6 @@ import math
 import re
 import shutil
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +30,9 @@ from data import IGNORE_INDEX
 from data.fields import TABLE, field, one_of, whole
 from data.files import make_writable_folder, read_json, write_json
 from data.fingerprint import fingerprint, of_files
-from data.hidden import pack_hidden, unpack_hidden
+from data.hidden import PACKED, pack_hidden, unpack_hidden
 from data.methods import step_length
+from data.placement import device_of
 from quant import BLOCK_SIZE, InputError, Linear4bit
 
 POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
@@ -54,10 +54,9 @@ class Entry(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Examples of the cache; hidden states carry it from function to function, as `batch`."""
+    """Examples of the cache, as rows of a batch."""
 
     entries: list
-    is_read: bool  # or else written
     tokens: tuple  # rows of states.bin, and where they belong: see `places`
     targets: tuple  # the same of last.bin
 
@@ -67,6 +66,8 @@ class HiddenCache:
 
     runs: settings of all the side networks that are to read it; the rest is the same for all
     """
+
+    is_read = False  # whether the last states came from the disk
 
     def __init__(self, cfg, runs, folder, config, dtype, task):
         self.folder, self.config = Path(cfg.cache_hidden), config
@@ -98,8 +99,8 @@ class HiddenCache:
         self.fill = -self.width % BLOCK_SIZE if self.bits < 16 else 0  # to whole blocks
         token = pack_hidden(torch.zeros(1, self.width + self.fill, dtype=self.half), self.bits)
         self.forms = [(part.dtype, part.shape[1:]) for part in token]
-        n = config.n_layer // self.every
-        token = np.dtype([("", "u1", (n, part.nbytes)) for part in token])
+        self.n = config.n_layer // self.every
+        token = np.dtype([("", "u1", (self.n, part.nbytes)) for part in token])
         last = np.dtype(("u1", 2 * config.n_embd))
 
         self.entries, tokens, targets = {}, 0, 0
@@ -108,11 +109,12 @@ class HiddenCache:
             self.entries[ids] = Entry(len(self.entries), *rows, at)
             tokens, targets = rows[0].stop, rows[1].stop
         self.check_room(tokens * token.itemsize + targets * last.itemsize, cfg.cache_limit_gb)
-        self.states = self.map("states.bin", token, tokens)
+        self.tokens = self.map("states.bin", token, tokens)
         self.last = self.map("last.bin", last, targets)
         self.sums = self.map("sums.bin", np.dtype("u4"), len(examples))
         self.checked = set()  # numbers of examples whose checksum was right
         self.absent = bool(self.sums.all())  # the base's matrices, which nobody needs
+        self.stay = cfg.stream  # whether they stay once all is written
 
     def check_room(self, nbytes, limit):
         there = [path.stat().st_blocks * 512 for path in self.folder.glob("*.bin")]
@@ -131,81 +133,85 @@ class HiddenCache:
             file.truncate(n * dtype.itemsize)
         return np.memmap(self.folder / name, dtype, "r+", shape=(n,))
 
-    def attach(self, load, device):
-        """Load the base, without its layers if they are not needed, and stand before its functions.
+    def without_layers(self, device):
+        """A function of a tensor's name: its device, or none for the layers' matrices."""
+        large = re.compile(r"layers\..*proj\.weight")
+        place = device if callable(device) else lambda name: device
+        return lambda name: "meta" if large.fullmatch(name) else place(name)
 
-        load: function of a device, or of one that gives each tensor's, that loads the base
+    def attach(self, base, load):
+        """Become the source of a base, which is without its layers where `absent` says so.
+
+        load: function that loads it with them
         """
-        n, size = (self.sums > 0).sum(), (self.states.nbytes + self.last.nbytes) / 1e9
+        n, size = (self.sums > 0).sum(), (self.tokens.nbytes + self.last.nbytes) / 1e9
         n, bits = f"{n:,} of {len(self.sums):,}", self.bits
         print(f"cache       {self.folder}: {n} examples in {bits} bits, {size:.2f} GB")
-        self.load = lambda: load(device)
-        large = re.compile(r"layers\..*proj\.weight")
-        without = lambda name: "meta" if large.fullmatch(name) else device
-        self.base = base = load(without if self.absent else device)
         if not self.absent:
             self.about["fingerprint"] = fingerprint(base)
             write_json(self.folder / "cache.json", self.about)
         base.known_fingerprint = self.about["fingerprint"]
-        base.embed, base.final = partial(self.embed, base.embed), partial(self.final, base.final)
-        self.compute_with(base.layers)
-        for i, layer in enumerate(base.layers):
-            layer.forward = partial(self.layer, i)
-        return base
+        self.base, self.load, self.computed, base.source = base, load, base.source or base, self
 
-    def compute_with(self, layers):
-        self.layers, self.forwards = layers, [layer.forward for layer in layers]
-
-    def embed(self, forward, idx, positions):
-        """Look the batch up. The embedding itself is no work, and not kept."""
-        entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
-        known = all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries)
-        self.base.is_read = known and all(map(self.whole, entries))
-        x = forward(idx, positions)
-        x.batch = known and Batch(
-            entries, self.base.is_read,
-            places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
-            places([e.targets for e in entries], [e.at for e in entries], idx),
-        )  # fmt: skip
-        return x
-
-    def layer(self, i, x, mask=None, rope=None, cache=None):
-        """What a layer makes of a batch: read, or computed and, of known examples, written."""
-        batch = cache is None and mask is None and x.batch
-        number, rest = divmod(i + 1, self.every)
-        if batch and batch.is_read:
-            h = x if rest else self.read(number - 1, x)
+    def states(self, idx, keep=None, cache=None, every=1):
+        """The states of a batch: read; or computed and, of known examples, written."""
+        step, rest = divmod(every, self.every)
+        batch = None if keep is not None or cache or rest else self.look_up(idx)
+        self.is_read = bool(batch) and all(map(self.whole, batch.entries))
+        if self.is_read:
+            yield from self.read(batch, idx, step)
+            return
+        if self.absent:
+            self.base.layers = self.load().layers
+            self.absent, self.stay = False, True
+        if batch:
+            yield from self.written(batch, idx, step)
         else:
-            if self.absent:  # and what is asked is not in the cache
-                self.compute_with(self.load().layers)
-                self.absent = False
-            h = self.forwards[i](x, mask, rope, cache)
-            if batch and not rest:
-                self.write(number - 1, h, batch)
-        h.batch = batch
-        return h
+            yield from self.computed.states(idx, keep, cache, every)
 
-    def final(self, forward, x):
-        """The last state; of a batch that is read, it has zeros where there is no target."""
-        if not x.batch:
-            return forward(x)
-        rows, at = x.batch.targets
-        if x.batch.is_read:
-            h = torch.zeros_like(x)
-            last = torch.from_numpy(self.last[rows]).to(x.device).view(self.half)
-            h.view(-1, x.shape[-1])[at] = last.to(x.dtype)
-            return h
-        h = forward(x)
+    def look_up(self, idx):
+        """The examples that are the rows of a batch; None if one is unknown."""
+        entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
+        if all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
+            return Batch(
+                entries,
+                places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
+                places([e.targets for e in entries], [e.at for e in entries], idx),
+            )  # fmt: skip
+
+    def read(self, batch, idx, step):
+        """The states from the disk. The embedding itself is no work, and not kept."""
+        x = next(self.base.states(idx))
+        yield x
+        for i in range(step - 1, self.n, step):
+            device = device_of(self.base.layers[(i + 1) * self.every - 1])
+            yield self.read_state(i, batch, x.shape, x.dtype, device)
+        rows, at = batch.targets
+        h = x.new_zeros(x.shape, device=device)  # where there is no target
+        last = torch.from_numpy(self.last[rows]).to(device).view(self.half)
+        h.view(-1, x.shape[-1])[at.to(device)] = last.to(x.dtype)
+        yield h
+
+    def written(self, batch, idx, step):
+        """The states from the base, each written before it goes on."""
+        states = self.computed.states(idx, None, None, self.every)
+        yield next(states)
+        for i in range(self.n):
+            h = next(states)
+            self.write(i, h, batch)
+            if (i + 1) % step == 0:
+                yield h
+        h = next(states)
+        rows, at = batch.targets
         self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
-        for entry in x.batch.entries:
+        for entry in batch.entries:
             self.sums[entry.number] = self.sum(entry)
-        first = self.layers is self.base.layers  # what was loaded again, stays
-        if first and self.sums.all() and not hasattr(self.base, "stream"):
-            for module in self.layers.modules():
+        if self.sums.all() and not self.stay:  # what was loaded again, stays
+            for module in self.base.layers.modules():
                 if isinstance(module, (Linear4bit, nn.Linear)):
                     module.to("meta")
             self.absent = True
-        return h
+        yield h
 
     def write(self, i, h, batch):
         """Keep the i-th state of a batch, h (B, T, C)."""
@@ -213,29 +219,29 @@ class HiddenCache:
         state = h.flatten(0, 1)[at]
         state = self.pool(state, self.about["pool"][1]) if self.pool else state
         state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
-        for name, part in zip(self.states.dtype.names, pack_hidden(state, self.bits)):
-            self.states[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
+        for name, part in zip(self.tokens.dtype.names, pack_hidden(state, self.bits)):
+            self.tokens[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
 
-    def read(self, i, x):
-        """The i-th state that is kept, like x (B, T, C), with zeros where a row is padded."""
-        (rows, at), (B, T, C), packed = x.batch.tokens, x.shape, []
-        for name, (dtype, shape) in zip(self.states.dtype.names, self.forms):
-            part = torch.from_numpy(self.states[name][rows, i]).to(x.device)
-            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at, part)
-            packed.append(padded.view(dtype).reshape(-1, *shape))
+    def read_state(self, i, batch, shape, dtype, device):
+        """The i-th state that is kept, (B, T, C), with zeros where a row is padded."""
+        (rows, at), (B, T, C), packed = batch.tokens, shape, []
+        for name, (kind, form) in zip(self.tokens.dtype.names, self.forms):
+            part = torch.from_numpy(self.tokens[name][rows, i]).to(device)
+            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
+            packed.append(padded.view(kind).reshape(-1, *form))
         width = self.width + self.fill
-        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, x.dtype)
-        h = h[:, : self.width].to(x.dtype)
+        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, dtype)
+        h = h[:, : self.width].to(dtype)
         if self.pool:  # neighbours that are all alike have this as their mean and largest
             h = h.repeat_interleave(C // width, dim=-1)
-        h = h.reshape(x.shape)
+        h = h.reshape(shape)
         if self.bits < 16 and not self.fill:
-            h.packed = {self.bits: packed}  # see `pack_once`
+            PACKED[h] = {self.bits: packed}
         return h
 
     def sum(self, entry):
         """An example's checksum; 0 is for one that is not there."""
-        return zlib.crc32(self.last[entry.targets], zlib.crc32(self.states[entry.tokens])) or 1
+        return zlib.crc32(self.last[entry.targets], zlib.crc32(self.tokens[entry.tokens])) or 1
 
     def whole(self, entry):
         """Whether an example is in the cache, undamaged; if so, looked at once."""

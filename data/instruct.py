@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script, it stands in data/, and its impor
 
 from tqdm import tqdm
 
-from data import IGNORE_INDEX, Task, distributed, pad_left, quiet, run_of_sweep, split
+from data import IGNORE_INDEX, Task, distributed, pad_left, split
 from data.download import command_line
 from data.fields import HALF, LIST, TABLE, TEXT, Refused
 from data.files import read_records
@@ -190,7 +190,7 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids of a prompt
     starts = distributed.split(range(0, len(conversations), batch_size))
-    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2, disable=quiet()):
+    for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2):
         part = conversations[start : start + batch_size]
         prompts = [prompt_that_fits(one[:-1], tokenizer, template, most)[0][-most:] for one in part]
         idx, keep = pad_left(prompts, device=model.device)
@@ -224,7 +224,8 @@ def make_task(conversations, tokenizer, template, cfg, score):
     train, held_out = kept
     return Task(
         [pair for _, pair in train], [pair for _, pair in held_out],
-        lambda model: score(model, [one for one, _ in held_out]), notes=notes,
+        lambda models: [score(model, [one for one, _ in held_out]) for model in models.models],
+        notes=notes,
         samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
     )  # fmt: skip
 
@@ -234,7 +235,7 @@ def load(cfg, tokenizer, template):
 
     def score(model, held_out):
         """Three answers, to read; none of a sweep, nor of a base that a token reads whole."""
-        shown = held_out[:3] if run_of_sweep() is None and not cfg.stream else []
+        shown = held_out[:3] if not (cfg.sweep or cfg.stream) else []
         return {"samples": samples(model, tokenizer, template, shown)}
 
     return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)

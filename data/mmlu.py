@@ -170,38 +170,41 @@ def answer_ids(tokenizer, text):
 # Evaluation
 
 
-def answer_logits(model, tokenizer, subject, shots, questions, room, batch_size):
-    """Logits of A to D for one subject's questions, (n, 4), and how many shots each one kept."""
+def answer_logits(models, tokenizer, subject, shots, questions, room, batch_size):
+    """Each model's logits of A to D for one subject's questions, (n, 4), and how many shots each
+    question kept."""
     encoded = [encode(subject, shots, q, tokenizer, room) for q in questions]
     ids = answer_ids(tokenizer, prompt(subject, shots, questions[0]))
     prompts, kept = zip(*encoded)
-    logits = choice_logits(model, list(prompts), ids, batch_size, desc=subject)
+    logits = choice_logits(models, list(prompts), ids, batch_size, desc=subject)
     return logits, kept
 
 
 def evaluate(
-    model, tokenizer, folder, split="test", shots=5, sequence_len=2048, batch_size=8,
+    models, tokenizer, folder, split="test", shots=5, sequence_len=2048, batch_size=8,
     max_examples=0,
 ):  # fmt: skip
     """Answer a split's questions, or `max_examples` of them, drawn by a fixed seed.
 
-    returns "accuracy" (mean over all questions), "accuracy_by_category" and "accuracy_by_subject"
-    (each of those that the folder has), "examples", "subjects" (how many), "shortened" and "cut":
-    prompts that lost shots, and prompts that lost some of their question too
+    models: a `Beside`
+    returns of each model "accuracy" (mean over all questions), "accuracy_by_category" and
+    "accuracy_by_subject" (each of those that the folder has), "examples", "subjects" (how many),
+    "shortened" and "cut": prompts that lost shots, and prompts that lost some of their question too
     """
     tests = draw(read(folder, split), max_examples)
     dev = read_shots(folder, tests, shots)
-    room = min(sequence_len, model.config.max_positions)
-    right, shortened, cut = {}, 0, 0
+    room = min(sequence_len, models.config.max_positions)
+    right, shortened, cut = [{} for _ in models.models], 0, 0
     for subject, questions in tests.items():
         logits, kept = answer_logits(
-            model, tokenizer, subject, dev[subject], questions, room, batch_size
+            models, tokenizer, subject, dev[subject], questions, room, batch_size
         )
         answers = torch.tensor([q.answer for q in questions])
-        right[subject] = (logits.argmax(dim=1) == answers).tolist()
+        for marks, each in zip(right, logits):
+            marks[subject] = (each.argmax(dim=1) == answers).tolist()
         shortened += sum(0 <= k < shots for k in kept)
         cut += kept.count(-1)
-    return dict(summary(right), shortened=shortened, cut=cut)
+    return [dict(summary(marks), shortened=shortened, cut=cut) for marks in right]
 
 
 def draw(tests, most):
@@ -249,9 +252,9 @@ def load(cfg, tokenizer, template):
     """The paper's experiment: learn from --instructions, and answer MMLU: `Task`."""
     read(cfg.data, "test")  # a mistake is better found before hours of training
 
-    def score(model):
+    def score(models):
         return evaluate(
-            model, tokenizer, cfg.data, sequence_len=cfg.sequence_len, batch_size=cfg.batch_size,
+            models, tokenizer, cfg.data, sequence_len=cfg.sequence_len, batch_size=cfg.batch_size,
             max_examples=cfg.score_examples,
         )  # fmt: skip
 

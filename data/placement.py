@@ -9,6 +9,7 @@ network beside the layer that it reads. A batch goes from device to device, one 
 import re
 
 import torch
+from torch.nn.attention.bias import CausalBias
 
 from data.settings import pick_device
 from quant import InputError
@@ -72,7 +73,7 @@ def move_inputs(module, args):
     device = device_of(module)
 
     def move(thing):
-        if isinstance(thing, torch.Tensor):
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, CausalBias):  # which has none
             return thing.to(device)
         return tuple(map(move, thing)) if isinstance(thing, tuple) else thing
 

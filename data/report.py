@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from data import quiet, tiny
+from data import collate, distributed, tiny
 from data.charts import line_chart
 from data.files import write_json
 from data.methods import LEARNS, SIDE_METHODS
@@ -28,12 +29,10 @@ from quant import ABSMAX_BLOCK_SIZE, InputError, Linear4bit
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
 
-def progress(iterations, desc, initial=0, total=None):
+def progress(iterations, desc, **more):
     """A progress bar; where it is no terminal, a line now and then."""
     often = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(
-        iterations, desc, total, unit="it", mininterval=often, initial=initial, disable=quiet()
-    )
+    return tqdm(iterations, desc, unit="it", mininterval=often, **more)
 
 
 def show_bytes(n):
@@ -124,18 +123,33 @@ def sizes(model, n_weights):
     return dict(trainable_parameters=trainable, total_parameters=base + trainable)
 
 
-def introduce(folder, model, optimizer, cfg, batch, result):
-    """Print what a reader wants to know before the run, and put the memory of a step into `result`.
+class Copies:
+    """A source of hidden states that are as large as a base's, and take no work. Of a sweep's runs
+    only the first needs more: what is kept of them takes as much memory."""
 
-    batch: idx and targets of the longest one
-    """
-    idx, targets = batch
-    result |= dict(
-        optimizer_bytes=optimizer_bytes(optimizer),
-        activations_bytes=activation_bytes(model, idx.to(model.device), targets),
-    )
-    if quiet():
-        return
+    def __init__(self, base):
+        self.base = base
+
+    def states(self, idx, keep=None, cache=None, every=1):
+        x = next(self.base.states(idx))
+        for _ in range(len(self.base.layers) // every + 2):  # with the embedding, and the last one
+            yield x.clone()
+
+
+def introduce(folder, runs, examples):
+    """Put the memory of a step with the longest examples into each run's `result`, and print what a
+    reader wants to know of the first."""
+    model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
+    longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
+    idx, targets = collate(longest)
+    own = model.base.source
+    for run in runs:
+        run.result |= dict(
+            optimizer_bytes=optimizer_bytes(run.optimizer),
+            activations_bytes=activation_bytes(run.model, idx.to(model.device), targets),
+        )
+        model.base.source = Copies(model.base)
+    model.base.source = own
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
@@ -171,6 +185,15 @@ def out_of_memory(cfg):
     )
 
 
+@contextmanager
+def memory_advice(cfg):
+    """Where a GPU has no more memory, end with a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(out_of_memory(cfg)) from None
+
+
 def start_name(cfg):
     """What a run starts at: --side, the base, or a network that predicts without having learned."""
     return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
@@ -193,8 +216,18 @@ def show_sample(sample, who):
     return "\n".join(lines)
 
 
+def keep_result(cfg, result, device, seconds):
+    """Write result.json, unless an error has ended the run."""
+    result |= provenance() | dict(config=asdict(cfg), seconds=seconds)
+    result["peak_memory_bytes"] = peak_memory(device)
+    if distributed.rank() == 0 and "error" not in result:
+        write_json(Path(cfg.out_dir) / "result.json", result)
+
+
 def conclude(folder, cfg, result):
     """Print what the run has shown, and what to do next."""
+    if "error" in result:
+        raise InputError(result["error"])
     tuned = cfg.method.upper()
     who = {start_name(cfg): "_before", tuned: "_after"}
     if cfg.eval_only:

@@ -12,7 +12,7 @@ import signal
 
 import torch
 
-from data import distributed, quiet
+from data import distributed
 from data.checkpoint import digest
 from data.fields import TABLE, Kind, field, number, shown, table_of, whole
 from data.files import file_size
@@ -128,8 +128,7 @@ class RunState:
         """Go on from what lies in the folder; returns whether there is anything."""
         state, path = load_state(self.out_dir)
         if state is None:
-            if not quiet():
-                print(f"{self.out_dir} has no state to go on from: the run begins.")
+            print(f"{self.out_dir} has no state to go on from: the run begins.")
             return False
         parts = ("about", "side", "moments", "scaler", "log")
         about, side, moments, scaler, log = (field(path, state, part, TABLE) for part in parts)
@@ -148,11 +147,10 @@ class RunState:
         load_moments(self.optimizer, moments, path)
         self.scaler.load_state_dict(scaler)
         self.log.go_on(log)
-        if not quiet():
-            last = self.log.iteration >= self.log.cfg.max_iters
-            what = "had ended with" if last else "goes on after"
-            scored = ", and is scored again" * last
-            print(f"{self.out_dir} {what} iteration {self.log.iteration}{scored}.")
+        last = self.log.iteration >= self.log.cfg.max_iters
+        what = "had ended with" if last else "goes on after"
+        scored = ", and is scored again" * last
+        print(f"{self.out_dir} {what} iteration {self.log.iteration}{scored}.")
         return True
 
 
@@ -161,7 +159,7 @@ def remove_earlier_run(out_dir):
     files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *NAMES
     files += "sweep.json", "sweep.svg"
     paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
-    if any(path.exists() for path in paths) and not quiet():
+    if any(path.exists() for path in paths):
         print(f"What an earlier run left in {out_dir} is replaced.", flush=True)
     for path in paths:
         path.unlink(missing_ok=True)
@@ -188,29 +186,28 @@ STOPPING = """
 Stopping after this iteration, to save all. Ctrl-C again stops at once, and what came after the last
 evaluation is lost.
 """
-ASKED = []  # the signals that have asked the runs of this process to stop
 
 
 @contextlib.contextmanager
 def stop_signals():
     """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
     is never left half done. A second Ctrl-C stops at once."""
+    asked = []
 
     def ask(number, frame):
-        if ASKED and number == signal.SIGINT:
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        ASKED.append(number)
-        if len(ASKED) == 1 and distributed.rank() == 0:
+        asked.append(number)
+        if len(asked) == 1 and distributed.rank() == 0:
             with contextlib.suppress(OSError):  # nobody may read it any more
                 os.write(2, STOPPING.encode())  # not print, in which a signal may have come
 
     try:
         old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        ASKED.clear()
     except ValueError:  # signals come to the main thread, which may have runs in others
         old = {}
     try:
-        yield ASKED
+        yield asked
     finally:
         for one, handler in old.items():
             signal.signal(one, handler)

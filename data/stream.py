@@ -76,7 +76,7 @@ class Stream:
                 if shapes.setdefault(name, linear.weight).nbytes != linear.weight.nbytes:
                     raise InputError("--stream: not all layers are quantized alike.")
             self.layers.append(linears)
-            layer.forward = partial(self.layer, i, layer.forward)
+            layer.register_forward_pre_hook(partial(self.before, i))
         empty = lambda weight: copy.deepcopy(weight).to_empty(device=device)
         self.slots = [{name: empty(weight) for name, weight in shapes.items()} for _ in range(2)]
         for slot in self.slots:
@@ -89,7 +89,7 @@ class Stream:
         base.embed_tokens.register_forward_hook(lambda own, ids, rows: to_device(rows, device))
         base.stream = self
 
-    def layer(self, i, forward, *args):
+    def before(self, i, *args):
         """Before layer i computes, wait for its weights, and send for those of the next one."""
         if self.coming is None or self.coming[0] != i:  # at the start, or after a pass broke off
             self.send_for(i)
@@ -98,7 +98,6 @@ class Stream:
             torch.cuda.current_stream(self.device).wait_event(event)
         put(slot, self.layers[i])
         self.send_for((i + 1) % len(self.layers))  # after the last, the first one of the next pass
-        return forward(*args)
 
     def send_for(self, i):
         """Let the thread fill the slot that was not filled last: the layer that has read it is

@@ -37,9 +37,11 @@ def load(cfg, tokenizer, template):
     kept = 0 if cfg.eval_only else len(windows) - max(1, round(len(windows) * cfg.held_out))
     train, held_out = windows[:kept], windows[kept:]
 
-    def score(model):
-        loss = mean_loss(model, held_out, cfg.batch_size, "perplexity")
-        found = dict(perplexity=perplexity(loss), examples=len(held_out))
-        return found | {"loss": loss} if cfg.eval_only else found  # the same windows: read once
+    def score(models):
+        losses = mean_loss(models, held_out, cfg.batch_size, "perplexity")
+        found = [dict(perplexity=perplexity(loss), examples=len(held_out)) for loss in losses]
+        if cfg.eval_only:  # the same windows: read once
+            found = [one | {"loss": loss} for one, loss in zip(found, losses)]
+        return found
 
     return Task(train, held_out, score)

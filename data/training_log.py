@@ -11,7 +11,6 @@ import torch
 from data.charts import line_chart
 from data.fields import TEXT, Kind, either, list_of, whole
 from data.report import peak_memory, progress, show_bytes, show_sample, start_name
-from quant import InputError
 
 COUNT = whole(0, 1 << 50)
 REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
@@ -36,7 +35,7 @@ def mixing(side):
 class TrainingLog:
     """The files above, the progress bar, the best held-out loss, and the speed of a run's steps.
 
-    out_dir: None: nothing is written, as in all processes but the first
+    out_dir: None: nothing is written, as in all processes but the first; shown: with a bar
     """
 
     COLUMNS = (
@@ -51,8 +50,8 @@ class TrainingLog:
         "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
     }  # fmt: skip
 
-    def __init__(self, out_dir, cfg, device):
-        self.out_dir, self.cfg, self.device = out_dir, cfg, device
+    def __init__(self, out_dir, cfg, device, shown=True):
+        self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
         self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
         self.best_loss = self.held_out_loss = self.loss_before = math.inf
         self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
@@ -69,8 +68,8 @@ class TrainingLog:
         vars(self).update(state)
 
     def __enter__(self):
-        steps = range(self.iteration + 1, self.cfg.max_iters + 1)
-        self.bar = progress(steps, self.cfg.method, self.iteration, self.cfg.max_iters)
+        counts = dict(initial=self.iteration, total=self.cfg.max_iters)
+        self.bar = progress(None, self.cfg.method, disable=not self.shown, **counts)
         if self.out_dir:
             self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
             csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
@@ -93,12 +92,10 @@ class TrainingLog:
             title = "alpha: how much of h_f the LM head reads; gate: how much of h_g a step keeps"
             line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
 
-    def iterations(self):
-        """Count from 1, with a progress bar, and time the iterations."""
-        for iteration in self.bar:
-            if not self.unread:
-                self.start = time.perf_counter()
-            yield iteration
+    def begin(self):
+        """An iteration begins, and with it the time of those that are not yet waited for."""
+        if not self.unread:
+            self.start = time.perf_counter()
 
     def stepped(self, loss, taken, tokens, wait, cached=False):
         """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
@@ -107,6 +104,7 @@ class TrainingLog:
         cached: whether the base's hidden states were read from --cache_hidden
         """
         self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
+        self.bar.update()
         self.unread.append((loss, taken))
         if cached:
             self.cached_iterations += 1
@@ -135,15 +133,17 @@ class TrainingLog:
             self.best_loss, self.best_iteration = held_out_loss, self.iteration
         return self.best_iteration == self.iteration > 0
 
-    def end_if(self, lost):
-        """End the run if its loss is no number any more."""
+    @property
+    def error(self):
+        """Why the run ends, if its loss is no number any more."""
+        if self.failures < 10 and math.isfinite(self.held_out_loss):
+            return None
         kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
-        if lost:
-            raise InputError(
-                f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, "
-                "or try --dtype bf16 or fp32. "
-                f"{kept if self.best_iteration else 'No side network is kept'}."
-            )
+        return (
+            f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or try "
+            "--dtype bf16 or fp32. "
+            f"{kept if self.best_iteration else 'No side network is kept'}."
+        )
 
     def write(self, learning_rate, side=None):
         """Show the iteration, and write a line if one is due. side: what learns"""

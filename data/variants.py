@@ -43,10 +43,13 @@ def settings_of_run(variant, task):
 
 
 def settings_of_runs(given, cfg, resolve):
-    """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
+    """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}; of
+    a run without, {"": cfg}.
 
     given, cfg: settings before and after `resolve`
     """
+    if not cfg.sweep:
+        return {"": cfg}
     own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
     kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
     axes = []
@@ -63,7 +66,7 @@ def settings_of_runs(given, cfg, resolve):
             message = f"not all of these are values of {name}; after a comma comes no space"
             raise InputError(f"--sweep {word}: {message}.") from None
     runs = {}
-    for row in itertools.product(*axes) if cfg.sweep else ():
+    for row in itertools.product(*axes):
         name = ",".join(f"{name}={value}" for name, value in row)
         if name in runs:
             raise InputError(f"--sweep has {name} twice.")

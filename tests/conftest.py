@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 # Of models this small two threads compute no faster, and where there is other work they wait for
@@ -24,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data import tiny  # noqa: E402
+from data.runs import Learner  # noqa: E402
 from data.variants import FAST, RELEASED  # noqa: E402
 from halves import Halves  # noqa: E402
 from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
@@ -79,6 +81,16 @@ def shaken(model, seed=1):
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     return model
+
+
+def learner_of(loss_of, optimizer, scaler, cfg, rate):
+    """A `Learner` with a function of (idx, targets) in place of a model, and a constant rate."""
+    one = Learner.__new__(Learner)
+    one.hidden, one.loss_of, one.losses = (lambda idx: idx), loss_of, []
+    one.optimizer, one.scaler, one.device = optimizer, scaler, torch.device("cpu")
+    one.cfg = replace(cfg, learning_rate=rate, warmup_iters=0, max_iters=9,
+                      lr_schedule="constant")  # fmt: skip
+    return one
 
 
 def say(*lines):

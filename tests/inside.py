@@ -23,8 +23,8 @@ from data import collate, iteration_batches, tiny  # noqa: E402
 from data.charts import bar_chart, line_chart  # noqa: E402
 from data.files import make_writable_folder  # noqa: E402
 from data.hub import save_pretrained  # noqa: E402
-from data.optim import learning_rate_at, make_optimizer  # noqa: E402
 from data.report import activation_bytes  # noqa: E402
+from data.runs import Learner  # noqa: E402
 from data.settings import run  # noqa: E402
 from quant import InputError  # noqa: E402
 from side import DOWNSAMPLERS  # noqa: E402
@@ -48,11 +48,10 @@ def start(cfg):
 
 def steps(cfg, model, task):
     """Train; yield each iteration's number and loss before its optimizer steps on."""
-    optimizer, scaler = make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(model, cfg)
     rows = iteration_batches(task.train, cfg.batch_size, 1, cfg.seed)
     for i, batches in enumerate(islice(rows, cfg.max_iters)):
-        rate = learning_rate_at(i, cfg)
-        loss, _ = train.train_step(model.loss, optimizer, scaler, batches, rate, cfg)
+        ((loss, _),) = train.train_step([learner], batches, i + 1)
         yield i + 1, loss.item()
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import tiny
+from data.optim import make_optimizer
 from model import PRESETS, ModelConfig, Transformer, model_bytes
 from qst import QST
 from quant import InputError
@@ -22,7 +23,7 @@ from data.report import activation_bytes
 from data.settings import pick_dtype
 from timeline import Timeline, thinned
 from timeline import main as timeline
-from train import TrainConfig, make_optimizer, resolve
+from train import TrainConfig, resolve
 
 SMALL = dict(device="cpu", batch_size=3, sequence_len=12)
 QST_STEP = SMALL | dict(method="qst", reduction=2)

@@ -43,9 +43,10 @@ def curves(out_dir):
      (dict(downsample="avgpool"), 2e-3), (dict(downsample="maxpool", task="text"), 2e-3),
      (dict(standardize=True, gate="sum", downsample="linear", h_f_bits=16), 1e-2),
      (dict(every=3, read_embedding=False, h_f_bits=16), 1e-2),
-     (dict(n_embd=64, h_f_bits=8), 5e-3), (dict(n_embd=64, h_f_bits=4, dtype="bf16"), 0.1)],
+     (dict(n_embd=64, h_f_bits=8), 5e-3), (dict(n_embd=64, h_f_bits=4, dtype="bf16"), 0.1),
+     (dict(devices="cpu,cpu", h_f_bits=16), 2e-3)],
     ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every", "8, whole blocks",
-         "4, whole blocks, bf16"],
+         "4, whole blocks, bf16", "devices"],
 )  # fmt: skip
 def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # noqa: F811
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
@@ -119,8 +120,8 @@ def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
         task = load(*args)
         idx = torch.tensor([[1, 5, 9]])
         said = lambda model: [] if stream else model.generate(idx, 6).tolist()
-        scored = lambda model: choice_logits(model, idx.tolist()).tolist()
-        task.score = lambda model: dict(said=said(model), scored=scored(model))
+        scored = lambda beside: choice_logits(beside, idx.tolist())[0].tolist()
+        task.score = lambda beside: [dict(said=said(beside.models[0]), scored=scored(beside))]
         return task
 
     monkeypatch.setattr(train, "load_task", asking)
@@ -152,7 +153,8 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
 
     def scoring(*args):
         task = load(*args)
-        task.score = lambda model: dict(scored=choice_logits(model, prompts, [3, 7]).tolist())
+        logits = lambda beside: choice_logits(beside, prompts, [3, 7])
+        task.score = lambda beside: [dict(scored=each.tolist()) for each in logits(beside)]
         return task
 
     monkeypatch.setattr(train, "load_task", scoring)

@@ -260,7 +260,7 @@ def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
     cfg = dict(held_out=0.1, data_seed=1, max_examples=0, sequence_len=60, eval_only=eval_only)
     score = lambda model, held_out: len(held_out)
     task = instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
-    sizes = len(task.train), len(task.held_out), task.score(None)
+    sizes = len(task.train), len(task.held_out), task.score(SimpleNamespace(models=[None]))[0]
     assert sizes == ((0, 20, 20) if eval_only else (18, 2, 2))
 
 

@@ -11,6 +11,8 @@ import qst
 import train
 from data import pad_left, tiny
 from data.report import activation_bytes
+from data.optim import make_optimizer
+from data.runs import Learner
 from model import PRESETS, Transformer, count_weights, from_pretrained
 from qst import QST, tune
 from quant import InputError
@@ -91,10 +93,10 @@ def test_a_method_learns(method, idx):
     model = make(method)
     rate = 3e-3 if method in ("peqa", "full") else 1e-2
     cfg = train.resolve(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
-    optimizer, scaler = train.make_optimizer(model, cfg), torch.amp.GradScaler("cpu", enabled=False)
+    learner = Learner(model, cfg)
     before = model.loss(idx, idx).item()
     for _ in range(20):
-        train.train_step(model.loss, optimizer, scaler, [(idx, idx, 1.0)], rate, cfg)
+        train.train_step([learner], [(idx, idx, 1.0)], 1)
     assert model.loss(idx, idx).item() < 0.9 * before
 
 
@@ -149,7 +151,7 @@ def test_a_training_step_on_meta_tensors(method, preset):
         base = Transformer(replace(PRESETS[preset], n_layer=2))
     base.freeze(KINDS[method], torch.bfloat16, "meta").checkpoint = method in IN_BASE_METHODS
     model = tune(base, SideConfig(method=method))
-    optimizer = train.make_optimizer(model, train.resolve(TrainConfig()))
+    optimizer = make_optimizer(model, train.resolve(TrainConfig()))
     idx = torch.zeros(2, 64, dtype=torch.long, device="meta")
     logits, loss = model(idx, idx)
     loss.backward()

@@ -19,6 +19,7 @@ from data import mmlu
 from data.hub import save_pretrained
 from data.tokenizer import load_tokenizer
 from model import Transformer, from_pretrained
+from qst import Beside
 from quant import InputError
 from train import TrainConfig
 
@@ -181,24 +182,24 @@ def test_accuracy_counts_every_question_the_same(folder, tokenizer, monkeypatch)
     base = small_base("none", vocab_size=tokenizer.vocab_size, max_positions=900)
     seen = {}
 
-    def always_d(model, prompts, choices, batch_size, desc):
+    def always_d(models, prompts, choices, batch_size, desc):
         seen[desc] = prompts
-        return torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(len(prompts), 4)
+        return [torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(len(prompts), 4)]
 
     monkeypatch.setattr(mmlu, "choice_logits", always_d)
-    result = mmlu.evaluate(base, tokenizer, folder)
+    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder)
     assert result == {
         "accuracy": 3 / 9, "accuracy_by_category": {"humanities": 2 / 6, "other": 1 / 3},
         "accuracy_by_subject": {"anatomy": 1 / 3, "world_religions": 2 / 6}, "examples": 9,
         "subjects": 2, "shortened": 0, "cut": 0,
     }  # fmt: skip
     lengths = sorted(len(p) for prompts in seen.values() for p in prompts)
-    result = mmlu.evaluate(base, tokenizer, folder, sequence_len=lengths[3])
+    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=lengths[3])
     assert (result["shortened"], result["cut"]) == (sum(n > lengths[3] for n in lengths), 0)
-    result = mmlu.evaluate(base, tokenizer, folder, sequence_len=40)
+    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=40)
     assert (result["shortened"], result["cut"]) == (0, 9)
     base.config.max_positions = 41
-    mmlu.evaluate(base, tokenizer, folder)
+    mmlu.evaluate(Beside([base]), tokenizer, folder)
     assert {len(p) for prompts in seen.values() for p in prompts} == {41}
 
 
@@ -223,7 +224,7 @@ def test_a_sample_is_fixed_and_keeps_all_in_order(folder):
 def test_evaluation_end_to_end(folder, tokenizer):
     """A real model's accuracy is that of its own logits, without shots and of a sample too."""
     base = small_base("nf4", vocab_size=tokenizer.vocab_size, max_positions=900)
-    result = mmlu.evaluate(base, tokenizer, folder, batch_size=2)
+    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, batch_size=2)
     right = 0
     for subject, questions in mmlu.read(folder, "test").items():
         shots = mmlu.read(folder, "dev")[subject]
@@ -232,7 +233,8 @@ def test_evaluation_end_to_end(folder, tokenizer):
             logits = base(torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]]))[0, -1]
             right += logits[mmlu.answer_ids(tokenizer, prompt)].argmax().item() == q.answer
     assert result["accuracy"] == right / 9 and result["shortened"] == 0
-    assert mmlu.evaluate(base, tokenizer, folder, shots=0, max_examples=4)["examples"] == 4
+    (few,) = mmlu.evaluate(Beside([base]), tokenizer, folder, shots=0, max_examples=4)
+    assert few["examples"] == 4
 
 
 def test_the_command_line(folder):
@@ -282,7 +284,7 @@ def test_mmlu_is_scored_before_and_after_instructions(base_folder, folder, token
     again = train.main(TrainConfig(**scores, **common))
     assert again["accuracy"] == result["accuracy_after"] and "loss" not in again
     base = from_pretrained(base_folder, "none", torch.float32)
-    before = mmlu.evaluate(base, tokenizer, folder, sequence_len=300)
+    (before,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=300)
     assert before["accuracy"] == result["accuracy_before"]
     with pytest.raises(InputError, match="--task mmlu trains on --instructions"):
         train.main(TrainConfig(out_dir=str(tmp_path / "no"), **common))

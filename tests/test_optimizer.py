@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import small_base
+from conftest import learner_of, small_base
 
 import train
-from data.optim import AdamW8bit, Muon, load_moments, orthogonalize
+from data.optim import AdamW8bit, Muon, load_moments, make_optimizer, orthogonalize
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
@@ -28,7 +28,7 @@ def test_optimizer_groups():
     """Matrices decay, vectors and gates do not, and alpha has its own learning rate."""
     model = QST(small_base(), SideConfig(reduction=4, downsample_norm=True, gate="channel"))
     cfg = train.resolve(TrainConfig(weight_decay=0.1, alpha_lr_factor=25.0))
-    optimizer = train.make_optimizer(model, cfg)
+    optimizer = make_optimizer(model, cfg)
     groups = {(g["factor"], g["weight_decay"]): g["params"] for g in optimizer.param_groups}
     assert set(groups) == {(1, 0.1), (1, 0), (25, 0)}
     assert all(p.dim() == 2 for p in groups[1, 0.1])
@@ -44,7 +44,7 @@ def test_each_optimizer_gets_its_settings(optimizer, bits, kind):
     vectors nor the embedding nor the head."""
     model = tune(small_base("none"), SideConfig(method="full"))
     cfg = TrainConfig(optimizer=optimizer, optimizer_bits=bits, beta1=0.8, beta2=0.97)
-    made = train.make_optimizer(model, train.resolve(cfg))
+    made = make_optimizer(model, train.resolve(cfg))
     assert type(made) is kind
     assert {group["betas"] for group in made.param_groups} == {(0.8, 0.97)}
     chosen = {id(p) for group in made.param_groups for p in group["params"] if group["muon"]}
@@ -61,11 +61,12 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         torch.manual_seed(0)
         model = QST(small_base(), SideConfig(reduction=4))
         cfg = train.resolve(TrainConfig())
-        optimizer = train.make_optimizer(model, cfg)
+        optimizer = make_optimizer(model, cfg)
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = [(part, part, len(part) / 8) for part in idx.split(sizes)]
         for _ in range(3):
-            loss, taken = train.train_step(model.loss, optimizer, scaler, batches, 1e-3, cfg)
+            one = learner_of(model.loss, optimizer, scaler, cfg, 1e-3)
+            ((loss, taken),) = train.train_step([one], batches, 1)
             assert taken
         after.append([loss, *[p.detach().clone() for p in model.parameters()]])
     for one, two in zip(*after):
@@ -82,7 +83,8 @@ def test_the_gradient_is_clipped_to_its_own_norm(grad_clip, scaled):
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     cfg = TrainConfig(grad_clip=grad_clip)
     for steps in (1, 2):
-        train.train_step(lambda x, _: (p * x).sum(), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg)
+        one = learner_of(lambda x, _: (p * x).sum(), optimizer, scaler, cfg, 0.1)
+        train.train_step([one], [(x, x, 1.0)], 1)
         expected = -0.1 * 2 * x * min(1, (grad_clip or 5) / 5)
         assert torch.allclose(p, steps * expected, rtol=1e-4)
 
@@ -96,9 +98,8 @@ def test_a_step_needs_a_finite_loss_and_a_finite_gradient(loss_of):
     optimizer = torch.optim.AdamW([dict(params=[p], factor=1.0)], lr=1.0, fused=True)
     scaler, cfg = torch.amp.GradScaler("cpu", enabled=False), TrainConfig()
     for loss, good in ((loss_of, False), (torch.sum, True)):
-        _, taken = train.train_step(
-            lambda *_: loss(p), optimizer, scaler, [(x, x, 1.0)], 0.1, cfg
-        )  # fmt: skip
+        one = learner_of(lambda *_: loss(p), optimizer, scaler, cfg, 0.1)
+        ((_, taken),) = train.train_step([one], [(x, x, 1.0)], 1)
         assert bool(taken) == good and p.ne(0).all() == good and p.grad is None
 
 

@@ -70,7 +70,7 @@ def test_what_begins_otherwise_is_read_whole():
 
 def test_a_prefix_must_be_worth_it():
     def kept(examples):
-        return hasattr(prefix_cache.attach(small_base(), examples).layers[0].forward, "func")
+        return prefix_cache.attach(small_base(), examples).source is not None
 
     assert kept(answered([5, 9], [30]))
     assert not kept([(ids[13:], targets[13:]) for ids, targets in answered([5, 9], [30])])
@@ -86,8 +86,8 @@ def test_a_prefix_must_be_worth_it():
     dict(devices="cpu,cpu"), dict(method="adapter", quant="nf4", reduction=None),
 ], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")  # fmt: skip
 def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
-    """A run's losses are those of one without. The base computes less, but where its layers learn,
-    or stand on several devices."""
+    """A run's losses are those of one without. The base computes less, but where its layers
+    learn."""
     if settings.get("stream"):
         quantize_folder(tiny_model, tmp_path / "nf4")
         cfg |= dict(base=str(tmp_path / "nf4"))
@@ -110,5 +110,5 @@ def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
         found.append(np.stack([curves(log.parent) for log in logs]))
         computed.append(sum(tokens))
     np.testing.assert_allclose(*found, atol=1e-4)
-    without = "devices" in settings or settings.get("method") == "adapter"
+    without = settings.get("method") == "adapter"
     assert computed[0] == computed[1] if without else computed[0] > 1.05 * computed[1]

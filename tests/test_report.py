@@ -20,7 +20,8 @@ def log_of(taken, device=CPU, out_dir=None, **changes):
     log, read = TrainingLog(out_dir, TrainConfig(max_iters=len(taken), **changes), device), []
     log.evaluated(9.0)
     with log:
-        for i, was in zip(log.iterations(), taken):
+        for i, was in enumerate(taken, 1):
+            log.begin()
             read.append(log.stepped(torch.tensor(float(i)), torch.tensor(was), 10, wait=i == 5))
             if i % 2 == 0:
                 log.evaluated(5.0 - i)
@@ -88,7 +89,8 @@ def test_alpha_and_the_mean_gate_are_logged(settings, columns, tmp_path):
     log = TrainingLog(tmp_path, TrainConfig(max_iters=2, log_interval=1, side="mine"), CPU)
     log.evaluated(9.0)
     with log:
-        for _ in log.iterations():
+        for _ in range(2):
+            log.begin()
             log.stepped(torch.tensor(1.0), torch.tensor(True), 10, wait=True)
             log.write(1e-3, side)
     rows = list(csv.DictReader(open(tmp_path / "log.csv")))
@@ -107,7 +109,7 @@ def test_a_log_goes_on_with_all_that_it_has_counted():
     again = TrainingLog(None, log.cfg, CPU)
     fresh = dict(vars(again))
     again.go_on(log.state())
-    for name in set(fresh) - {"out_dir", "cfg", "device", "unread"}:
+    for name in set(fresh) - {"out_dir", "cfg", "device", "shown", "unread"}:
         assert getattr(again, name) == getattr(log, name) != fresh[name], name
 
 

@@ -13,7 +13,7 @@ from data import choice_logits
 from data.safetensors import read_safetensors, write_safetensors
 from data.settings import run
 from model import from_pretrained
-from qst import QST
+from qst import QST, Beside
 from quant import InputError, quantize_4bit
 from side import SideConfig
 from train import TrainConfig
@@ -54,9 +54,10 @@ def test_choices(base):
     """Prompts with a common beginning, which a cache holds for all of them, are scored the same."""
     prompts = [[3, 4, 5, 6], [3, 4, 7], [3, 4, 5, 9, 9]]
     with torch.no_grad():
-        expected = choice_logits(base, prompts, batch_size=2)
+        (expected,) = choice_logits(Beside([base]), prompts, batch_size=2)
         stream_from_memory(base, "cpu")
-        assert torch.equal(choice_logits(base, prompts, batch_size=2), expected)
+        (found,) = choice_logits(Beside([base]), prompts, batch_size=2)
+        assert torch.equal(found, expected)
 
 
 def test_prompts_of_a_file(packed, tmp_path, capsys):

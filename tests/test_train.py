@@ -16,8 +16,9 @@ import train
 from data import Task, channel_statistics, tiny
 from data.chat import ChatTemplate
 from data.state import stop_signals
+from data.training_log import TrainingLog
 from model import from_pretrained
-from qst import QST
+from qst import QST, Beside
 from quant import InputError
 from side import PackedInputLinear, SideConfig
 from train import TrainConfig
@@ -113,7 +114,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     task = train.load_task(settings, tokenizer, ChatTemplate(), base.config)
     untrained, trained = QST(base, SideConfig(reduction=4)), QST.from_side(base, cfg["out_dir"])
     for model, name in ((untrained, "loss_before"), (trained, "loss_after")):
-        loss = train.mean_loss(model, task.held_out, 3)
+        (loss,) = train.mean_loss(Beside([model]), task.held_out, 3)
         assert loss == pytest.approx(result[name], rel=1e-4)
     before, own = (Path(cfg["out_dir"]) / "result.json").read_bytes(), cfg["out_dir"]
     with pytest.raises(InputError, match="out has a run whose result.json this would replace"):
@@ -146,12 +147,14 @@ def test_the_best_is_kept_and_scored(cfg, tmp_path, monkeypatch):
     losses, seen, scored, task = iter([4.0, 3.0, 1.0, 2.0]), [], [], []
     values = lambda model: [p.detach().clone() for p in model.parameters()]
 
-    def mean_loss(model, examples, *args):
+    def mean_loss(beside, examples, *args):
+        (model,) = beside.models
         assert examples == task[0].held_out[:3] != task[0].train[:3]
         seen.append(values(model))
-        return next(losses)
+        return [next(losses)]
 
-    load_task, score = train.load_task, lambda model: scored.append(values(model)) or {}
+    load_task = train.load_task
+    score = lambda beside: [scored.append(values(model)) or {} for model in beside.models]
     load = lambda *args: task.append(replace(load_task(*args), score=score)) or task[0]
     monkeypatch.setattr(train, "mean_loss", mean_loss)
     monkeypatch.setattr(train, "load_task", load)
@@ -200,19 +203,20 @@ def test_a_result_has_the_settings_of_its_side_network(cfg, tmp_path):
 def test_what_a_run_counts(dtype, cfg, monkeypatch):
     """The tokens of all batches of an iteration; and steps left out, which end a run only where ten
     of them are in a row. In fp16 alone the loss is scaled."""
-    sent, counted, stepped = [], [], train.TrainingLog.stepped
+    sent, counted, stepped = [], [], TrainingLog.stepped
 
-    def step(loss_of, optimizer, scaler, batches, *args):
-        assert scaler.is_enabled() == (dtype == "fp16")
+    def step(learners, batches, iteration):
+        assert learners[0].scaler.is_enabled() == (dtype == "fp16")
         sent.append(sum(idx.numel() for idx, *_ in batches))
-        return torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0)
+        learners[0].learning_rate = 1.0
+        return [(torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0))]
 
     def count(log, loss, taken, tokens, *more):
         counted.append(tokens)
         return stepped(log, loss, taken, tokens, *more)
 
     monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train.TrainingLog, "stepped", count)
+    monkeypatch.setattr(TrainingLog, "stepped", count)
     more = dict(dtype=dtype, max_iters=24, eval_interval=12, gradient_accumulation_steps=3)
     assert train.main(TrainConfig(**cfg | more))["skipped_iterations"] == 22
     assert counted == sent and len(sent) == 24

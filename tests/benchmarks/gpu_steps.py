@@ -20,7 +20,9 @@ from benchmarks.gpu_common import (
 )  # fmt: skip
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from qst import tune
-from train import make_optimizer, prepare, side_config, train_step
+from data.optim import make_optimizer
+from data.runs import Learner
+from train import prepare, side_config, train_step
 
 COLUMNS = "model tokens what whose ms tokens_per_s peak_GB account_GB"
 MEMORY_COLUMNS = "model tokens what ms peak_GB workspace_GB account_GB"
@@ -135,16 +137,23 @@ def their_step(sizes, config, cfg):
     return costs(sizes, model, loss_of, config, cfg)
 
 
+class LossAlone(Learner):
+    """Of any model, with a loss that is a function of idx and targets."""
+
+    def __init__(self, model, loss_of, cfg):
+        self.optimizer, self.cfg = make_optimizer(model, cfg), cfg
+        self.hidden, self.loss_of, self.losses = (lambda idx: idx), loss_of, []
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+
+
 def costs(sizes, model, loss_of, config, cfg, seconds=3.0):
     """Milliseconds of a step, and the peak memory of one of two batches.
 
     loss_of: function of idx on the device and targets on the CPU
     """
-    optimizer, idx = make_optimizer(model, cfg), random_ids(config, cfg)
-    scaler = torch.amp.GradScaler(sizes.device.type, enabled=False)
-    step = lambda shares: train_step(
-        loss_of, optimizer, scaler, [(idx, idx, share) for share in shares], 1e-4, cfg
-    )
+    learner, idx = LossAlone(model, loss_of, cfg), random_ids(config, cfg)
+    step = lambda shares: train_step([learner], [(idx, idx, share) for share in shares], 1)
     seconds = timed(lambda: step([1.0]), sizes.device, seconds)
     peak = peak_of(lambda: step([0.5, 0.5]), sizes.device)
     return dict(ms=1000 * seconds, tokens_per_s=idx.numel() / seconds, peak_GB=peak / 1e9)

@@ -26,7 +26,8 @@ from benchmarks.gpu_steps import our_model, parse, random_ids
 from data import tiny
 from data.hub import save_pretrained
 from model import ModelConfig, Transformer
-from train import make_optimizer, train_step, train_tiny_base
+from data.runs import Learner
+from train import train_step, train_tiny_base
 
 PARTS = ("base", "side", "loss", "backward", "step")  # in the trace, the inner one counts
 PRODUCTS = ("gemm", "cutlass", "nvjet", "xmma", "gemv", "splitk", "::mm", "::addmm", "::bmm")
@@ -59,12 +60,11 @@ def trace(sizes):
     """A step of QST: milliseconds of kernels in each part, their share, and the gaps."""
     cfg = settings_of_step(parse(sizes, sizes.steps[0], "--method qst"))
     model = our_model(sizes, sizes.large, cfg)
-    optimizer, idx = make_optimizer(model, cfg), random_ids(sizes.large, cfg)
-    scaler = torch.amp.GradScaler(sizes.device.type, enabled=False)
+    learner, idx = Learner(model, cfg), random_ids(sizes.large, cfg)
 
     def step():
         with record_function("step"):
-            train_step(model.loss, optimizer, scaler, [(idx, idx, 1.0)], 1e-4, cfg)
+            train_step([learner], [(idx, idx, 1.0)], 1)
 
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] * (sizes.device.type == "cuda")

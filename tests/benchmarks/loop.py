@@ -30,7 +30,7 @@ def run(max_iters):
             start = time.perf_counter()
             result = function(*args, **kwargs)
             if name == "train_step":
-                result[0].item()  # the step itself is over
+                result[0][0].item()  # the step itself is over
             end = time.perf_counter()
             if ends or name == "train_step":  # the first evaluation is before the loop
                 ends.append((start, end))

@@ -11,6 +11,7 @@ from data import repair as repair_py
 from data.chat import load_template
 from data.tokenizer import load_tokenizer
 from model import from_pretrained
+from qst import Beside
 from train import load_task, parse_args, resolve
 
 WEIGHTED = repair_py.low_rank_part
@@ -29,7 +30,8 @@ def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
                               "--sequence_len", str(repair_py.LENGTH)]))  # fmt: skip
     tokenizer = load_tokenizer(folder)
     examples = text.read(file, tokenizer, 512, int(windows))
-    perplexity = lambda base: f"{text.perplexity(mean_loss(base, examples, 2)):.2f}"
+    loss = lambda base: mean_loss(Beside([base]), examples, 2)[0]
+    perplexity = lambda base: f"{text.perplexity(loss(base)):.2f}"
     print_table("Repair", "base", "perplexity", "MB added", "seconds")
     base = from_pretrained(folder, "none", torch.float32)
     print_row("fp32", perplexity(base), "", "")

@@ -18,7 +18,8 @@ from data.files import write_json
 from data.safetensors import write_safetensors
 from model import ModelConfig, Transformer, from_pretrained
 from quant import Quantized4bit
-from train import make_model, make_optimizer
+from data.optim import make_optimizer
+from train import make_model
 
 # 192 layers of the size of TinyLlama's, and few words: 5.09 GB of 4-bit weights.
 LARGE = ModelConfig(4000, n_layer=192, n_head=16, n_embd=2048, n_ffn=5632)
