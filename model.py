@@ -6,7 +6,7 @@ tensor at a time, quantized on the way.
     B, T  batch and length        C = n_embd        V = vocab_size        D = head_dim
 
 Modules are named like the tensors of Hugging Face's checkpoints (`q_proj`, `input_layernorm`,
-...), with LLaMA's names where the two families differ; data/hub.py has the few other names of OPT.
+...), with LLaMA's names where the two families differ; data/formats/hub.py has OPT's few others.
 The same `DecoderLayer`, narrower, makes the side network in side.py.
 
 Run `python model.py` to see what some models weigh in 16 and in 4 bits, and `python model.py
@@ -25,15 +25,18 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import IGNORE_INDEX, check_length, config_json, hub, presets, sampling, to_device
-from data.integers import check_kind, quantize
-from data.report import model_bytes
-from data.safetensors import check_values
-from data.sampling import KVCache
-from data.settings import run
-from data.stream import freeze_streamed
-from data.tokenizer import copy_tokenizer
-from quant import InputError, Linear4bit, Quantized
+from data import IGNORE_INDEX, InputError
+from data.devices import memory
+from data.devices.choose import to_device
+from data.devices.stream import freeze_streamed
+from data.formats import config_json, hub, presets
+from data.formats.safetensors import check_values
+from data.frozen.integers import check_kind, quantize
+from data.generate import sampling
+from data.generate.sampling import KVCache
+from data.settings.command_line import run_main
+from data.tokens.tokenizer import copy_tokenizer
+from quant import Linear4bit, Quantized
 
 
 @dataclass
@@ -318,7 +321,7 @@ class Transformer(LanguageModel):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
     checkpoint = False  # whether backward computes a layer's activations again from its input
-    source = None  # gives the same states with less work: data/prefix_cache.py, hidden_cache.py
+    source = None  # gives the same states with less work: data/frozen/prefix_cache.py, hidden_cache.py
 
     def __init__(self, config):
         super().__init__()
@@ -340,7 +343,7 @@ class Transformer(LanguageModel):
 
     def embed(self, idx, positions):
         """The first hidden state: (B, T) -> (B, T, C)."""
-        check_length(self.config, positions.shape[1], "shorten it (--sequence_len)")
+        sampling.check_length(self.config, positions.shape[1], "shorten it (--sequence_len)")
         x = self.embed_tokens(idx)
         if self.project_in is not None:
             x = self.project_in(x)
@@ -438,9 +441,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
 
     quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
     dtype: of everything that is not quantized, and so of what the model computes in
-    device: one for all, or a function of a tensor's name (data/placement.py)
+    device: one for all, or a function of a tensor's name (data/devices/placement.py)
     Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized
-    is taken as it is, straight from the memory map; stream: its layers stay there (data/stream.py).
+    is taken as it is, straight from the memory map; stream: its layers stay there.
     """
     config = read_config(folder)
     tensors = hub.open_files(folder, config)
@@ -467,7 +470,7 @@ def quantize_folder(source, target, quant="nf4"):
     model = from_pretrained(source, quant, config_json.read_dtype(source))
     hub.save_pretrained(model, target)
     copy_tokenizer(source, target)
-    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
+    print(f"{target}: {quant}, {memory.model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
 
 
 def count_weights(config):
@@ -485,9 +488,9 @@ def main(argv):
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
         weights = count_weights(PRESETS[name])
         with torch.device("meta"):
-            packed = model_bytes(Transformer(PRESETS[name]).freeze("nf4", device="meta"))
+            packed = memory.model_bytes(Transformer(PRESETS[name]).freeze("nf4", device="meta"))
         print(f"{name:15} {weights / 1e9:8.3f} B {2 * weights / 1e9:10.2f} {packed / 1e9:10.2f}")
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]))

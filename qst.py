@@ -16,19 +16,29 @@ from pathlib import Path
 
 import torch
 
-from data import channel_statistics, chat, checkpoint, mt_bench, released, repair, sampling, talk
-from data.fingerprint import differences, fingerprint, quant_kind
-from data.hub import save_pretrained
-from data.methods import SIDE_METHODS, check_quant
-from data.safetensors import copy_into
-from data.settings import Parser, pick_device, pick_dtype, run
-from data.tokenizer import copy_tokenizer, load_tokenizer
+from data import InputError
+from data.devices.choose import pick_device, pick_dtype
+from data.formats import released
+from data.formats.hub import save_pretrained
+from data.formats.safetensors import copy_into
+from data.frozen import repair
+from data.frozen.channels import channel_statistics
+from data.frozen.fingerprint import differences, fingerprint, quant_kind
+from data.generate import sampling, talk
+from data.run import checkpoint
+from data.settings.command_line import Parser, run_main
+from data.settings.methods import SIDE_METHODS, check_quant
+from data.settings.variants import RELEASED
+from data.tasks import mt_bench
+from data.tokens import chat
+from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
     token_loss,
 )  # fmt: skip
-from quant import InputError, Linear4bit, Quantized
-from side import IN_BASE_METHODS, RELEASED, LoRALinear, SideConfig, SideNetwork
+from quant import Linear4bit, Quantized
+from side import IN_BASE_METHODS, LoRALinear, SideConfig, SideNetwork
+
 
 class Tuned(LanguageModel):
     """A frozen base, and in `side` what a method trains inside it; in `QST`, beside it.
@@ -368,4 +378,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -1,5 +1,5 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
-Integers of 3 or 4 bits, whose scales can learn, are in data/integers.py.
+Integers of 3 or 4 bits, whose scales can learn, are in data/frozen/integers.py.
 
 A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
 magnitude, its `absmax`, and of each weight the index of the level nearest to weight / absmax in a
@@ -20,22 +20,20 @@ The bytes are those of the library bitsandbytes, which is what checkpoints on th
 its absmax codes are off by one step in up to 0.3 % (it searches a grid of 65,536 points), and ours
 are the true nearest. Weights are buffers of an ordinary module, and the product is `F.linear`.
 
-Run `python quant.py` to see the code books, the errors and the bits per weight, also as pictures.
+Run `python quant.py` to see the code books, the errors and the bits per weight;
+tests/lectures/four_bits.py draws them.
 """
 
-import sys
 from functools import cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from data import InputError
+
 BLOCK_SIZE = 64  # weights that share an absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share a nested absmax
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used: one sentence that names it and says what to do."""
 
 
 # --------------------------------------------------------------------------------------
@@ -43,7 +41,7 @@ class InputError(ValueError):
 
 # Quantiles of N(0, 1) at equal steps of probability: eight from 0.9677083 down to 1/2, seven from
 # 1 - 0.9677083 up to 1/2, both without 1/2 itself; an exact 0; and all divided by the largest
-# (QLoRA §3). tests/test_quant.py derives them.
+# (QLoRA §3). tests/core/test_quant.py derives them.
 NF4_CODEBOOK = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -437,7 +435,7 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.branch = None  # what mends the weight's error: data/repair.py
+        self.branch = None  # what mends the weight's error: data/frozen/repair.py
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -459,10 +457,16 @@ class Linear4bit(nn.Module):
 
 
 def main():
-    sys.modules["quant"] = sys.modules[__name__]  # else `import quant` defines the operators again
-    from data import four_bits, settings
-
-    settings.run(four_bits.show)
+    for kind, codebook in CODEBOOKS.items():
+        print(kind, *(f"{level:.3f}" for level in codebook.sort().values))
+    weight = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0))
+    print("\n2048 x 2048 weights, N(0, 1)       mean |error|   bits per weight")
+    for kind in CODEBOOKS:
+        for double_quant in (False, True):
+            q = quantize_4bit(weight, kind, double_quant)
+            label = kind + ", double quantization" * double_quant
+            error = (q.dequantize() - weight).abs().mean()
+            print(f"{label:34} {error:.5f}        {8 * q.nbytes / weight.numel():.3f}")
 
 
 if __name__ == "__main__":

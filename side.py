@@ -18,20 +18,21 @@ Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
 """
 
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data.fields import TEXT
-from data.hidden import PackedInputFunction
-from data.methods import METHODS, of_4_bits, of_side, step_length
-from data.repair import hand_over
-from data.settings import check, setting
-from data.variants import LST, PAPER, RELEASED
+from data import InputError
+from data.formats.fields import TEXT
+from data.frozen.hidden import PackedInputFunction
+from data.frozen.repair import hand_over
+from data.settings.methods import METHODS, of_4_bits, of_side, step_length
+from data.settings.setting import check, setting
+from data.settings.variants import LST, PAPER, RELEASED
 from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
-from quant import InputError, Linear4bit
+from quant import Linear4bit
 
 GATES = ("scalar", "channel", "sum")
 MIXES = ("alpha", "released", "residual", "side")
@@ -40,7 +41,7 @@ DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
 @dataclass
 class SideConfig:
-    """What is trained; None means as in PAPER, of method lst as in LST: see data/variants.py."""
+    """What is trained; None means as in PAPER, of method lst as in LST (settings/variants.py)."""
 
     method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
@@ -68,6 +69,10 @@ class SideConfig:
         check(self)
         if self.share_first and not self.read_embedding:
             raise InputError("--share_first needs the embedding: leave out --read_embedding false.")
+
+
+def side_config(cfg):
+    return SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
 
 
 # --------------------------------------------------------------------------------------

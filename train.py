@@ -19,32 +19,35 @@ from pathlib import Path
 
 import torch
 
-from data import (
-    chat, check_length, collate, contradictions, distributed, glue, instruct, iteration_batches,
-    mean_loss, mmlu, placement, prefetch, text, tiny, to_device,
-)  # fmt: skip
-from data.files import make_writable_folder, write_json
-from data.hub import save_pretrained
-from data.methods import METHODS, SIDE_METHODS, check_quant, of_side
-from data.optim import learning_rate_at
-from data.report import (
+from data import InputError
+from data.devices import distributed, placement
+from data.devices.choose import to_device
+from data.devices.memory import model_bytes
+from data.formats.files import make_writable_folder, write_json
+from data.formats.hub import save_pretrained
+from data.frozen.sources import first_device, load_base
+from data.generate.sampling import check_length
+from data.run.optim import learning_rate_at
+from data.run.report import (
     conclude, conclude_sweep, introduce, keep_result, memory_advice, progress, sizes,
 )  # fmt: skip
-from data.runs import Learner, Run
-from data.settings import (
-    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, refuse_if, run,
-    setting,
+from data.run.runs import Learner, Run
+from data.run.state import only_run_in, stop_signals
+from data.settings import contradictions
+from data.settings.command_line import Parser, parse_settings, run_main
+from data.settings.methods import METHODS, SIDE_METHODS, check_quant, of_side
+from data.settings.setting import (
+    SETTINGS_FILE, check, check_used, default_out_dir, refuse_if, setting,
 )  # fmt: skip
-from data.sources import first_device, load_base
-from data.state import only_run_in, stop_signals
-from data.tokenizer import load_tokenizer
-from data.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
-from model import (
-    ModelConfig, Transformer, count_weights, from_pretrained, model_bytes, read_config,
-)  # fmt: skip
+from data.settings.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
+from data.tasks import glue, instruct, mmlu, text, tiny
+from data.tasks.examples import iteration_batches, prefetch
+from data.tasks.scoring import mean_loss
+from data.tokens import chat
+from data.tokens.tokenizer import load_tokenizer
+from model import ModelConfig, Transformer, count_weights, from_pretrained, read_config
 from qst import QST, Beside, read_side, tune
-from quant import InputError
-from side import IN_BASE_METHODS, SideConfig
+from side import IN_BASE_METHODS, SideConfig, side_config
 
 TASKS = {
     "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
@@ -60,11 +63,11 @@ class TrainConfig(SideConfig):
     """
 
     reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
-    variant: str = of_side("paper", "settings by name: data/variants.py", tuple(VARIANTS))
+    variant: str = of_side("paper", "settings by name: data/settings/variants.py", tuple(VARIANTS))
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS))
-    data: str = setting("", "the task's file or folder: see data/instruct.py --help, data/glue.py "
-        "--help and data/mmlu.py --help; for text, a .txt file")  # fmt: skip
+    data: str = setting("", "the task's file or folder: see data/tasks/instruct.py --help, and of "
+        "data/tasks/glue.py and data/tasks/mmlu.py; for text, a .txt file")  # fmt: skip
     instructions: str = setting("", "what --task mmlu trains on; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
@@ -139,8 +142,8 @@ def resolve(cfg):
     task = cfg.task or ("instruct" if cfg.base else "tiny")
     variant = settings_of_run(cfg.variant, task)
     cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
-    contradictions.refuse(cfg, task)
     on_glue = task in glue.FORMS
+    contradictions.refuse(cfg, task, on_glue)
     column = 2 if task == "tiny" else 1 if on_glue else 0
     defaults = {name: row[column] for name, row in DEFAULTS.items()}
     if cfg.method == "lst":
@@ -172,10 +175,6 @@ def settings_of_side(cfg):
     return replace(cfg, **own, quant=cfg.quant or trained_on.get("quant"))
 
 
-def side_config(cfg):
-    return SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
-
-
 # --------------------------------------------------------------------------------------
 # A step
 
@@ -183,7 +182,7 @@ def side_config(cfg):
 def train_step(learners, batches, iteration):
     """One iteration of all that learn beside one base: accumulate gradients, clip, step.
 
-    learners: `data.runs.Learner`s, or one alone
+    learners: `data.run.runs.Learner`s, or one alone
     batches: [(idx, targets, share), ...], as `data.iteration_batches` yields them
     returns of each the mean loss of a token, and whether the step was taken, as `Learner.step` does
     """
@@ -201,7 +200,7 @@ def train_step(learners, batches, iteration):
 
 
 def train_tiny_base(tokenizer):
-    """Train a LLaMA of a million weights on the stories of data/tiny.py, on the CPU."""
+    """Train a LLaMA of a million weights on the stories of data/tasks/tiny.py, on the CPU."""
     cfg = TrainConfig(**tiny.BASE_RUN)
     torch.manual_seed(cfg.seed)
     config = ModelConfig(
@@ -408,4 +407,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse_args()))
+    run_main(lambda: main(parse_args()))

@@ -17,25 +17,26 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from live import Live, attention_of
+from benchmarks.live import Live, attention_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import tiny  # noqa: E402
-from data.charts import bar_chart  # noqa: E402
-from data.files import write_json  # noqa: E402
-from data.hidden import pack_hidden  # noqa: E402
-from data.methods import METHODS, SIDE_METHODS  # noqa: E402
-from data.optim import make_optimizer  # noqa: E402
-from data.report import loss_and_kept, optimizer_bytes  # noqa: E402
-from data.settings import Parser, parse_settings, pick_dtype, run, setting  # noqa: E402
-from data.stream import Stream  # noqa: E402
-from data.variants import settings_of_runs  # noqa: E402
-from model import (  # noqa: E402
-    PRESETS, ModelConfig, Transformer, count_weights, model_bytes, read_config,
-)  # fmt: skip
+from data import InputError  # noqa: E402
+from data.devices.choose import pick_dtype  # noqa: E402
+from data.devices.memory import loss_and_kept, model_bytes  # noqa: E402
+from data.devices.stream import Stream  # noqa: E402
+from data.formats.files import write_json  # noqa: E402
+from data.frozen.hidden import pack_hidden  # noqa: E402
+from data.run.charts import bar_chart  # noqa: E402
+from data.run.optim import make_optimizer, optimizer_bytes  # noqa: E402
+from data.settings.command_line import Parser, parse_settings, run_main  # noqa: E402
+from data.settings.methods import METHODS, SIDE_METHODS  # noqa: E402
+from data.settings.setting import setting  # noqa: E402
+from data.settings.variants import settings_of_runs  # noqa: E402
+from data.tasks import tiny  # noqa: E402
+from model import PRESETS, ModelConfig, Transformer, count_weights, read_config  # noqa: E402
 from qst import tune  # noqa: E402
-from quant import InputError, Quantized4bit, unpack_buffers  # noqa: E402
+from quant import Quantized4bit, unpack_buffers  # noqa: E402
 from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
 
 
@@ -292,4 +293,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run(lambda: main(parse_args()))
+    run_main(lambda: main(parse_args()))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data.settings import run  # noqa: E402
-from quant import InputError  # noqa: E402
+from data import InputError  # noqa: E402
+from data.settings.command_line import run_main  # noqa: E402
 
 COMMANDS = {  # the function's name: (its file in tests/benchmarks, its arguments, what it does)
     "load": ("speed", "", "peak memory of `from_pretrained`"),
@@ -58,4 +58,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    run(lambda: main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]))

@@ -22,13 +22,14 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+ROOMS = [str(path.parent) for path in sorted(ROOT.glob("tests/*/test_*.py"))]  # tests share samples
+sys.path[:0] = [str(ROOT), *dict.fromkeys(ROOMS)]
 
-from data import tiny  # noqa: E402
-from data.runs import Learner  # noqa: E402
-from data.variants import FAST, RELEASED  # noqa: E402
-from halves import Halves  # noqa: E402
+from data.run.runs import Learner  # noqa: E402
+from data.settings.variants import FAST, RELEASED  # noqa: E402
+from data.tasks import tiny  # noqa: E402
 from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
+from halves import Halves  # noqa: E402
 
 FIXTURES = Path(__file__).parent / "fixtures"
 # More of the same that is too large or not ours to keep here: models, tokenizers, benchmarks.
@@ -143,7 +144,7 @@ def copy_folder(name, tmp_path, **config):
 
 def as_of_an_older_commit(folder, **changes):
     """Rewrite a side checkpoint as older commits wrote it: its settings in side.json alone."""
-    from data.safetensors import read_safetensors, write_safetensors
+    from data.formats.safetensors import read_safetensors, write_safetensors
 
     path = folder / "side.safetensors"
     tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
@@ -167,14 +168,14 @@ def idx():
 @pytest.fixture
 def no_answers(monkeypatch):
     """Leave out the three answers that a run shows: most of the time of a short one."""
-    monkeypatch.setattr("data.instruct.samples", lambda *args: [])
+    monkeypatch.setattr("data.tasks.instruct.samples", lambda *args: [])
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder as from the Hub: an untrained LLaMA and the embedded default's tokenizer."""
-    from data.hub import save_pretrained
-    from data.tokenizer import load_tokenizer
+    from data.formats.hub import save_pretrained
+    from data.tokens.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     tiny.train_tokenizer(folder / "tokenizer.model")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from benchmarks.common import alone, print_row, print_table
-from data import prefix_cache
+from data.frozen import prefix_cache
 
 FORMS = {
     "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",

@@ -17,10 +17,10 @@ import torch
 from benchmarks import gpu_kernels, gpu_steps, gpu_stream, gpu_trace
 from benchmarks.common import ROOT, print_row, print_table
 from benchmarks.gpu_common import Sizes
-from data.files import make_writable_folder, write_json
-from data.report import provenance
-from data.settings import Parser
-from quant import InputError
+from data import InputError
+from data.formats.files import make_writable_folder, write_json
+from data.run.report import provenance
+from data.settings.command_line import Parser
 
 PARTS = {  # name: (a function of the sizes that yields rows, its columns, seconds at most)
     "kernels": (gpu_kernels.kernels, "what shape rows us GB_per_s of_a_copy theirs_us", 90),

@@ -19,9 +19,9 @@ from benchmarks.gpu_common import (
     forget, peak_of, random_base, target, timed, workspace_bytes,
 )  # fmt: skip
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
+from data.run.optim import make_optimizer
+from data.run.runs import Learner
 from qst import tune
-from data.optim import make_optimizer
-from data.runs import Learner
 from train import prepare, side_config, train_step
 
 COLUMNS = "model tokens what whose ms tokens_per_s peak_GB account_GB"

@@ -10,7 +10,7 @@ import torch
 from account import memory_report, settings_of_step
 from benchmarks.gpu_common import fill, target, workspace_bytes
 from benchmarks.gpu_steps import attempt, costs, our_step, parse
-from data.stream import Stream
+from data.devices.stream import Stream
 from model import Transformer
 from qst import tune
 from quant import Quantized4bit

@@ -23,10 +23,10 @@ from account import settings_of_step
 from benchmarks.common import ROOT
 from benchmarks.gpu_common import target, wait
 from benchmarks.gpu_steps import our_model, parse, random_ids
-from data import tiny
-from data.hub import save_pretrained
+from data.formats.hub import save_pretrained
+from data.run.runs import Learner
+from data.tasks import tiny
 from model import ModelConfig, Transformer
-from data.runs import Learner
 from train import train_step, train_tiny_base
 
 PARTS = ("base", "side", "loss", "backward", "step")  # in the trace, the inner one counts

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import ROOT, print_row, print_table
-from data import report
-from data.charts import COLOURS, bar_chart, line_chart
-from data.settings import Parser
-from quant import InputError
+from data import InputError
+from data.run import report
+from data.run.charts import COLOURS, bar_chart, line_chart
+from data.settings.command_line import Parser
 
 RUNS = {  # name: flags of train.py
     "qst": "", "alpha x 1": "--alpha_lr_factor 1", "released": "--variant released",

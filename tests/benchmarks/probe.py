@@ -5,9 +5,10 @@ from itertools import islice
 import torch
 
 from benchmarks.common import print_row, print_table
-from data import channel_statistics, collate
-from data.chat import load_template
-from data.tokenizer import load_tokenizer
+from data.frozen.channels import channel_statistics
+from data.tokens.chat import load_template
+from data.tokens.padding import collate
+from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from train import load_task, parse_args, resolve
 

@@ -6,10 +6,11 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.common import print_row, print_table
-from data import mean_loss, text
-from data import repair as repair_py
-from data.chat import load_template
-from data.tokenizer import load_tokenizer
+from data.frozen import repair as repair_py
+from data.tasks import text
+from data.tasks.scoring import mean_loss
+from data.tokens.chat import load_template
+from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from qst import Beside
 from train import load_task, parse_args, resolve

@@ -8,7 +8,8 @@ import torch
 from benchmarks.common import (
     ROOT, alone, forget_peak, medians, print_row, print_table, resident, write_model,
 )  # fmt: skip
-from model import PRESETS, ModelConfig, from_pretrained, model_bytes, quantize_folder
+from data.devices.memory import model_bytes
+from model import PRESETS, ModelConfig, from_pretrained, quantize_folder
 from quant import quantize_4bit
 
 # A LLaMA of 0.7 billion weights; its largest tensor is the embedding.

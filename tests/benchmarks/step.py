@@ -6,9 +6,9 @@ import torch
 
 from account import parse_args, settings_of_step
 from benchmarks.common import forget_peak, resident
-from data import Task
+from data.run.optim import make_optimizer
+from data.tasks.examples import Task
 from model import ModelConfig, from_pretrained
-from data.optim import make_optimizer
 from train import make_model
 
 MODEL = ModelConfig(32000, n_layer=12, n_head=12, n_embd=768, n_ffn=2048)  # a LLaMA

@@ -13,12 +13,13 @@ from account import memory_report, parse_args, settings_of_step
 from benchmarks.common import (
     FREED, alone, forget_peak, medians, print_row, print_table, resident,
 )  # fmt: skip
-from data import Task, bnb, config_json
-from data.files import write_json
-from data.safetensors import write_safetensors
+from data.formats import bnb, config_json
+from data.formats.files import write_json
+from data.formats.safetensors import write_safetensors
+from data.run.optim import make_optimizer
+from data.tasks.examples import Task
 from model import ModelConfig, Transformer, from_pretrained
 from quant import Quantized4bit
-from data.optim import make_optimizer
 from train import make_model
 
 # 192 layers of the size of TinyLlama's, and few words: 5.09 GB of 4-bit weights.

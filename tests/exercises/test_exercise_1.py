@@ -4,7 +4,7 @@ In side.py, add a kind of your own to DOWNSAMPLERS and to `make_downsample`. The
 takes every `reduction`-th channel of h_f and learns nothing; one that learns can keep h_f for
 backward in few bits, as `PackedInputLinear` does. Then compare it with the others:
 
-    python tests/inside.py downsamplers
+    python tests/lectures/inside.py downsamplers
 """
 
 import pytest

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 import train
-from data import tiny
-from data.chat import ChatTemplate
+from data import InputError
+from data.tasks import tiny
+from data.tokens.chat import ChatTemplate
 from model import from_pretrained
-from quant import InputError
 from train import TASKS, TrainConfig
 
 pytestmark = pytest.mark.skipif("csv" not in TASKS, reason='TASKS has no "csv" yet')
@@ -65,7 +65,7 @@ def test_its_score(path, tiny_model, monkeypatch):
         said = [right[one[0]["content"]] for one in conversations]
         return [said[0], said[1] + ".", *said[2:]]
 
-    monkeypatch.setattr("data.instruct.answers", answers)
+    monkeypatch.setattr("data.tasks.instruct.answers", answers)
     found = task.score(from_pretrained(tiny_model, "nf4", torch.float32))
     assert found["exact_match"] == pytest.approx(2 / 3)
 

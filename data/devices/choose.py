@@ -1,0 +1,46 @@
+"""Which device to compute on, in which numbers, and how a tensor gets there."""
+
+import os
+
+import torch
+
+from data import InputError
+from data.formats.fields import shown
+
+
+def to_device(tensor, device):
+    """Copy a tensor; from a CPU to a GPU without a wait, which takes pinned memory."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def pick_device(name):
+    """A flag's value -> a torch device; "auto" is a GPU where there is one, and of processes that
+    torchrun has started each takes its own."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
+        known = "auto, cuda, cuda:1, mps or cpu"
+        raise InputError(f"--device {shown(name)} is unknown: choose {known}.")
+    if kind == "cuda" and not gpus or kind == "mps" and not mps:
+        raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise InputError(f"--device {name}: there are {gpus} GPUs here, from cuda:0 on.")
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % gpus}"
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """A flag's value -> a torch dtype; "auto" is bf16 on an NVIDIA GPU, and fp32 elsewhere."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if device.type in ("cuda", "meta") else torch.float32
+    if name not in names:
+        raise InputError(f"--dtype {shown(name)} is unknown: choose auto, {', '.join(names)}.")
+    if device.type == "mps" and name == "bf16":
+        raise InputError("--dtype bf16 is not for an Apple GPU here: give fp16 or fp32.")
+    return names[name]

@@ -1,0 +1,80 @@
+"""A base larger than one GPU: its layers on several devices, in order, and each step of the side
+network beside the layer that it reads. A batch goes from device to device, one after the other.
+
+    places(devices, n_layer)   where each tensor of the base belongs, for `from_pretrained`
+    join(base)                 tensors follow the base's modules from device to device
+    follow(model)              what is trained goes beside them, and tensors follow it too
+"""
+
+import re
+
+import torch
+from torch.nn.attention.bias import CausalBias
+
+from data import InputError
+from data.devices.choose import pick_device
+
+
+def parse(names):
+    """"cuda:0,cuda:1" -> torch devices."""
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len({device.type for device in devices}) > 1:
+        raise InputError(f"--devices {names}: give devices of one kind, such as cuda:0,cuda:1.")
+    return devices
+
+
+def places(devices, n_layer, tied):
+    """A function of a tensor's name: the embedding on the first device, the head on the last,
+    unless it is the embedding."""
+
+    def place(name):
+        if found := re.match(r"layers\.(\d+)", name):
+            return devices[int(found[1]) * len(devices) // n_layer]
+        last = name.startswith(("norm", "project_out")) or name.startswith("lm_head") and not tied
+        return devices[-1 if last else 0]
+
+    return place
+
+
+def join(base):
+    """Let the inputs of a base's modules follow them to their devices; returns the base."""
+    for module in (*base.layers, base.norm, base.project_out, base.lm_head):
+        if module is not None:
+            module.register_forward_pre_hook(move_inputs)
+    return base
+
+
+def follow(model):
+    """Put each part of what is trained where it is used, beside a base that is joined."""
+    base, side = model.base, model.side
+    last = device_of(base.layers[-1])
+    for name, module in side.named_children():
+        if name in ("norm", "upsample", "classifier"):
+            module.to(last)
+    if getattr(side, "alpha", None) is not None:
+        side.alpha = torch.nn.Parameter(side.alpha.detach().to(last))
+    every = side.config.every
+    for i, layer in enumerate(base.layers[every - 1 :: every]):
+        if hasattr(side, "layers"):
+            side.layers[i].to(device_of(layer)).register_forward_pre_hook(move_inputs)
+        if hasattr(side, "downsample"):
+            side.downsample[i - len(side.layers)].to(device_of(layer))
+    if side.classifier is not None:
+        side.classifier.register_forward_pre_hook(move_inputs)
+    return model
+
+
+def device_of(module):
+    return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))
+
+
+def move_inputs(module, args):
+    """A forward pre-hook: all tensors that enter a module come to its device."""
+    device = device_of(module)
+
+    def move(thing):
+        if isinstance(thing, torch.Tensor) and not isinstance(thing, CausalBias):  # which has none
+            return thing.to(device)
+        return tuple(map(move, thing)) if isinstance(thing, tuple) else thing
+
+    return move(args)

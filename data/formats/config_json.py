@@ -1,0 +1,155 @@
+"""config.json of a model's folder: the sizes and settings of a `ModelConfig`, in and out.
+
+What we cannot compute is refused by its name, and so are sizes that do not fit each other.
+"""
+
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from data.formats.fields import (
+    NEEDED, TABLE, TRUE_OR_FALSE, either, field, list_of, number, one_of, whole,
+)  # fmt: skip
+from data.formats.files import read_json
+
+# Our fields: theirs, what they may be, and what it means that one is not there
+SIZE = whole(1, 1 << 20)
+LENGTH = whole(1, 1 << 30)
+ID = whole(0, (1 << 20) - 1)
+IDS = either(ID, list_of(ID))
+POSITIVE = number(1e-3, 1e9)
+COMMON = {
+    "vocab_size": ("vocab_size", SIZE, NEEDED),
+    "n_layer": ("num_hidden_layers", whole(1, 1000), NEEDED),
+    "n_embd": ("hidden_size", SIZE, NEEDED),
+    "n_head": ("num_attention_heads", SIZE, NEEDED),
+    "max_positions": ("max_position_embeddings", LENGTH, NEEDED),
+    "bos_id": ("bos_token_id", IDS, None),
+    "eos_id": ("eos_token_id", IDS, None),
+}
+FIELDS = {
+    "llama": COMMON | {
+        "n_ffn": ("intermediate_size", SIZE, NEEDED),
+        "n_kv_head": ("num_key_value_heads", SIZE, 0),
+        "head_dim": ("head_dim", SIZE, 0),
+        "norm_eps": ("rms_norm_eps", number(1e-12, 1), NEEDED),
+        "attention_bias": ("attention_bias", TRUE_OR_FALSE, False),
+        "mlp_bias": ("mlp_bias", TRUE_OR_FALSE, False),
+        "tied": ("tie_word_embeddings", TRUE_OR_FALSE, False),
+    },
+    "opt": COMMON | {
+        "n_ffn": ("ffn_dim", SIZE, NEEDED),
+        "embed_dim": ("word_embed_proj_dim", SIZE, 0),
+        "pre_norm": ("do_layer_norm_before", TRUE_OR_FALSE, True),
+        "tied": ("tie_word_embeddings", TRUE_OR_FALSE, True),
+        "attention_bias": ("enable_bias", TRUE_OR_FALSE, True),
+        "mlp_bias": ("enable_bias", TRUE_OR_FALSE, True),
+    },
+}  # fmt: skip
+ONLY = {  # all that we compute; it is also what it means that the field is not there
+    "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
+    "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
+}
+FAMILIES = {"llama": "llama", "mistral": "llama", "opt": "opt"}
+QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": False}
+ROPE_THETA = number(1, 1e15)
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+ROPE = {
+    "default": {},
+    "linear": {"factor": POSITIVE},
+    "llama3": dict.fromkeys(LLAMA3, POSITIVE) | {"original_max_position_embeddings": LENGTH},
+}
+DTYPE = one_of("float32", "bfloat16", "float16")
+
+
+def read(folder):
+    """Read a folder's config.json: {field of `ModelConfig`: value}."""
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
+    path = Path(folder) / "config.json"
+    c = read_json(path)
+    family = FAMILIES[field(path, c, "model_type", one_of(*FAMILIES))]
+    for name, known in ONLY[family].items():
+        field(path, c, name, one_of(known), known)
+    quantized = field(path, c, "quantization_config", TABLE, {})
+    for name, known in QUANTIZED.items():
+        field(path, quantized, f"quantization_config.{name}", one_of(known), known)
+    config = {"family": family}
+    for ours, (theirs, kind, absent) in FIELDS[family].items():
+        config[ours] = field(path, c, theirs, kind, absent)
+    if family == "opt":
+        removed = field(path, c, "_remove_final_layer_norm", TRUE_OR_FALSE, False)
+        config["final_norm"] = config["pre_norm"] and not removed
+    else:
+        # Within the window, sliding attention is plain attention: so we only go that far.
+        window = field(path, c, "sliding_window", LENGTH, config["max_positions"])
+        config["max_positions"] = min(config["max_positions"], window)
+        config |= read_rope(path, c)
+    check_sizes(path, config)
+    return config
+
+
+def read_rope(path, c):
+    """Both spellings: rope_theta and rope_scaling, or one rope_parameters for the two."""
+    tables = [field(path, c, name, TABLE, {}) for name in ("rope_parameters", "rope_scaling")]
+    scaling = dict(tables[0] or tables[1])
+    theta = field(path, c, "rope_theta", ROPE_THETA, 10000.0)
+    theta = float(field(path, scaling, "rope_parameters.rope_theta", ROPE_THETA, theta))
+    field(path, scaling, "rope_parameters.partial_rotary_factor", one_of(1.0), 1.0)
+    scaling.pop("rope_theta", None)
+    scaling.setdefault("rope_type", scaling.pop("type", "default"))
+    kind = field(path, scaling, "rope_scaling.rope_type", one_of(*ROPE))
+    for name, known in ROPE[kind].items():
+        field(path, scaling, f"rope_scaling.{name}", known)
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise InputError(f"{path}: low_freq_factor must be less than high_freq_factor.")
+    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
+
+
+def check_sizes(path, config):
+    """Refuse sizes and ids that do not fit each other."""
+    heads, width, ids = config["n_head"], config["n_embd"], []
+    kv_heads = config.get("n_kv_head") or heads
+    head_dim = config.get("head_dim") or width / heads
+    for id in (config["bos_id"], config["eos_id"]):
+        ids += id if isinstance(id, list) else [] if id is None else [id]
+    if head_dim % (1 if config["family"] == "opt" else 2):  # rotary positions turn pairs
+        wrong = f"head_dim, or hidden_size {width} over num_attention_heads {heads}, is odd"
+    elif heads % kv_heads:
+        wrong = f"num_key_value_heads {kv_heads} do not divide num_attention_heads {heads}"
+    elif max(ids, default=0) >= config["vocab_size"]:
+        wrong = f"bos_token_id or eos_token_id {max(ids)} is not below vocab_size"
+    else:
+        return
+    raise InputError(f"{path}: {wrong}: get the file anew.")
+
+
+def to_theirs(config):
+    """A `ModelConfig` -> the fields of config.json."""
+    names = {ours: theirs for ours, (theirs, *_) in FIELDS[config.family].items()}
+    written = {theirs: getattr(config, ours) for ours, theirs in names.items()}
+    written |= ONLY[config.family]
+    if config.family == "opt":
+        removed = config.pre_norm and not config.final_norm
+        return written | dict(
+            model_type="opt", architectures=["OPTForCausalLM"], _remove_final_layer_norm=removed
+        )
+    return written | dict(
+        model_type="llama", architectures=["LlamaForCausalLM"],
+        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
+    )  # fmt: skip
+
+
+def is_quantized(folder):
+    """Whether a folder's weights are in bitsandbytes' 4 bits already."""
+    path = Path(folder) / "config.json"
+    return bool(field(path, read_json(path), "quantization_config", TABLE, {}))
+
+
+def read_dtype(folder):
+    """The torch dtype that a folder's config.json names for its weights."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+    dtype = field(path, config, "dtype", DTYPE, "bfloat16")
+    return getattr(torch, field(path, config, "torch_dtype", DTYPE, dtype))

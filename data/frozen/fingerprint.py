@@ -1,0 +1,116 @@
+"""What tells one frozen base from another: a side network must not be put beside a base that it was
+not trained on.
+
+What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are
+rounded to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No
+hash can be the same for all of them: it would have to be blind to every step from one 16-bit number
+to the next, and so to everything but the sign. Hence a few values are kept as they are, and are
+compared up to rounding.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data.frozen.repair import LowRank
+from quant import Linear4bit, Quantized
+
+SAMPLES = 8  # of each tensor
+
+
+def fingerprint(base):
+    """{"quant", "codes", "weights", "values"}: how a base is stored, two hashes of its shape and
+    weights, and some of its values.
+
+    The hashes are of some 1,000 values of every tensor, so that a 70B model takes a moment: the
+    codes of packed weights, and the signs of the rest, which are the same in every dtype.
+    "weights", all that older files have, is of the scales too, in which a sum may be rounded in
+    another way on another device.
+    """
+    if hasattr(base, "known_fingerprint"):  # where only a part of the base is in memory
+        return base.known_fingerprint
+    shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
+    codes = hashlib.sha256(json.dumps(shape).encode())
+    weights = codes.copy()
+    for module in base.modules():
+        for name, tensor in packed(module):
+            part = some(tensor).cpu().numpy().tobytes()
+            weights.update(part)
+            if name == "codes":
+                codes.update(part)
+        for tensor in unpacked(module):
+            part = some(tensor).signbit().cpu().numpy().tobytes()
+            weights.update(part)
+            codes.update(part)
+    hashes = {"codes": codes.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
+    return {"quant": quant_kind(base)} | hashes | {"values": sample(base)}
+
+
+def some(tensor):
+    return tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+
+
+def packed(module):
+    """The tensors of a quantized weight by name, also of one that devices/stream.py will bring."""
+    if not isinstance(module, Linear4bit):
+        return ()
+    return (module.source() if hasattr(module, "source") else module.weight).named_buffers()
+
+
+def unpacked(module):
+    """A module's own tensors that are not quantized."""
+    return [] if isinstance(module, (Quantized, LowRank)) else [*module.buffers(recurse=False)]
+
+
+def quant_kind(base):
+    """How a base's linear layers are stored: "nf4", ..., or "none"."""
+    return next((m.kind for m in base.modules() if isinstance(m, Quantized)), "none")
+
+
+def sample(base):
+    """Values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
+    found = []
+    for module in base.modules():
+        for tensor in unpacked(module):
+            at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
+            found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
+    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
+
+
+def differences(theirs, ours):
+    """In what two bases differ, in words: what `fingerprint` returns, of a file and of a base.
+
+    Side checkpoints of older commits have neither codes nor values.
+    """
+    keys = {"quant": "quant", "weights": "codes" if theirs.get("codes") else "weights"}
+    found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
+             if theirs[key] != ours[key]]  # fmt: skip
+    if theirs.get("values") and not alike(theirs["values"], ours["values"]):
+        found.append("other weights in what is not quantized")
+    return found
+
+
+def alike(one, other):
+    """Whether values are the same up to rounding to bf16, or to fp16 with its least step 2^-24."""
+    values = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float()
+    x, y = values(one), values(other)
+    if len(x) != len(y):
+        return False
+    return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-23).all())
+
+
+def of_files(folder):
+    """A hash of a model's files: their sizes, and 16 MB of each, evenly spread."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
+            size = path.stat().st_size
+            found.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                for i in range(4096):
+                    file.seek(size * i // 4096)
+                    found.update(file.read(4096))
+    return found.hexdigest()

@@ -1,0 +1,276 @@
+"""What the frozen base says of each example, on disk: `--cache_hidden FOLDER`.
+
+The base never changes, and so neither does what it makes of an example. The first epoch writes the
+hidden states of its layers down, and the last one where there is a target. Every later epoch, and
+every later run with another side network, reads them, and the base's layers are not in memory.
+
+A `HiddenCache` is a source of hidden states like the base. An example is known by its ids, whatever
+batch it is in. The files are memory-mapped:
+    states.bin  a record for each token of each example: what `pack_hidden` makes of its states
+                after layers 1 to N, or each --every-th; or what a pooling downsampler does, in 16
+                bits
+    last.bin    the last state at each target, in 16 bits
+    sums.bin    a checksum of each example; a missing or damaged one is computed again
+"""
+
+import hashlib
+import math
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from data import IGNORE_INDEX, InputError
+from data.devices.placement import device_of
+from data.formats.fields import TABLE, field, one_of, whole
+from data.formats.files import make_writable_folder, read_json, write_json
+from data.frozen.fingerprint import fingerprint, of_files
+from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
+from data.settings.methods import step_length
+from quant import BLOCK_SIZE, Linear4bit
+
+POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
+PARTS = {  # of cache.json: what must be the same, in words
+    "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
+    "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
+    "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
+}  # fmt: skip
+KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
+
+
+class Entry(NamedTuple):
+    """An example: its number, its rows of states.bin and of last.bin, and where its targets are."""
+
+    number: int
+    tokens: range
+    targets: range
+    at: list
+
+
+class Batch(NamedTuple):
+    """Examples of the cache, as rows of a batch."""
+
+    entries: list
+    tokens: tuple  # rows of states.bin, and where they belong: see `places`
+    targets: tuple  # the same of last.bin
+
+
+class HiddenCache:
+    """The cache of what the base in a folder says of a task's examples, in --cache_hidden.
+
+    runs: settings of all the side networks that are to read it; the rest is the same for all
+    """
+
+    is_read = False  # whether the last states came from the disk
+
+    def __init__(self, cfg, runs, folder, config, dtype, task):
+        self.folder, self.config = Path(cfg.cache_hidden), config
+        self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
+        make_writable_folder(self.folder, "--cache_hidden")
+        examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
+        form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
+        pools = not others and form[0] in POOLS and not form[2]
+        own = dict(
+            base=of_files(folder), quant=cfg.quant, dtype=str(dtype),
+            examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
+            pool=[*form[:2]] if pools else None,
+            every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
+            bits=16 if pools else max(run.h_f_bits for run in runs),
+        )  # fmt: skip
+        path = self.folder / "cache.json"
+        self.about = read_json(path, optional=True) or own
+        if self.about is own:  # nobody knows what other files here are of
+            (self.folder / "sums.bin").unlink(missing_ok=True)
+        for name, kind in KINDS.items() if self.about is not own else ():
+            field(path, self.about, name, kind)
+        for name, message in PARTS.items():
+            known = self.about.get(name)
+            enough = name == "pool" and known is None or name == "every" and not own[name] % known
+            if known != own[name] and not enough:
+                raise InputError(f"--cache_hidden {self.folder} is {message}: give another folder.")
+        self.every, self.bits, pool = (self.about[name] for name in ("every", "bits", "pool"))
+        self.pool, self.width = pool and POOLS[pool[0]], config.n_embd // (pool[1] if pool else 1)
+        self.fill = -self.width % BLOCK_SIZE if self.bits < 16 else 0  # to whole blocks
+        token = pack_hidden(torch.zeros(1, self.width + self.fill, dtype=self.half), self.bits)
+        self.forms = [(part.dtype, part.shape[1:]) for part in token]
+        self.n = config.n_layer // self.every
+        token = np.dtype([("", "u1", (self.n, part.nbytes)) for part in token])
+        last = np.dtype(("u1", 2 * config.n_embd))
+
+        self.entries, tokens, targets = {}, 0, 0
+        for ids, (n, at) in examples.items():
+            rows = range(tokens, tokens + n), range(targets, targets + len(at))
+            self.entries[ids] = Entry(len(self.entries), *rows, at)
+            tokens, targets = rows[0].stop, rows[1].stop
+        self.check_room(tokens * token.itemsize + targets * last.itemsize, cfg.cache_limit_gb)
+        self.tokens = self.map("states.bin", token, tokens)
+        self.last = self.map("last.bin", last, targets)
+        self.sums = self.map("sums.bin", np.dtype("u4"), len(examples))
+        self.checked = set()  # numbers of examples whose checksum was right
+        self.absent = bool(self.sums.all())  # the base's matrices, which nobody needs
+        self.stay = cfg.stream  # whether they stay once all is written
+
+    def check_room(self, nbytes, limit):
+        there = [path.stat().st_blocks * 512 for path in self.folder.glob("*.bin")]
+        free = shutil.disk_usage(self.folder).free + sum(there)
+        if nbytes > min(free, 1e9 * limit):
+            whose = "the disk has" if free < 1e9 * limit else "--cache_limit_gb is"
+            raise InputError(
+                f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} "
+                f"{min(free / 1e9, limit):.3g}: --h_f_bits 4, a pooling --downsample or fewer "
+                "--max_examples need less."
+            )
+
+    def map(self, name, dtype, n):
+        """A file as an array of n; what is new in it are zeros, which take no room yet."""
+        with open(self.folder / name, "ab") as file:
+            file.truncate(n * dtype.itemsize)
+        return np.memmap(self.folder / name, dtype, "r+", shape=(n,))
+
+    def without_layers(self, device):
+        """A function of a tensor's name: its device, or none for the layers' matrices."""
+        large = re.compile(r"layers\..*proj\.weight")
+        place = device if callable(device) else lambda name: device
+        return lambda name: "meta" if large.fullmatch(name) else place(name)
+
+    def attach(self, base, load):
+        """Become the source of a base, which is without its layers where `absent` says so.
+
+        load: function that loads it with them
+        """
+        n, size = (self.sums > 0).sum(), (self.tokens.nbytes + self.last.nbytes) / 1e9
+        n, bits = f"{n:,} of {len(self.sums):,}", self.bits
+        print(f"cache       {self.folder}: {n} examples in {bits} bits, {size:.2f} GB")
+        if not self.absent:
+            self.about["fingerprint"] = fingerprint(base)
+            write_json(self.folder / "cache.json", self.about)
+        base.known_fingerprint = self.about["fingerprint"]
+        self.base, self.load, self.computed, base.source = base, load, base.source or base, self
+
+    def states(self, idx, keep=None, cache=None, every=1):
+        """The states of a batch: read; or computed and, of known examples, written."""
+        step, rest = divmod(every, self.every)
+        batch = None if keep is not None or cache or rest else self.look_up(idx)
+        self.is_read = bool(batch) and all(map(self.whole, batch.entries))
+        if self.is_read:
+            yield from self.read(batch, idx, step)
+            return
+        if self.absent:
+            self.base.layers = self.load().layers
+            self.absent, self.stay = False, True
+        if batch:
+            yield from self.written(batch, idx, step)
+        else:
+            yield from self.computed.states(idx, keep, cache, every)
+
+    def look_up(self, idx):
+        """The examples that are the rows of a batch; None if one is unknown."""
+        entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
+        if all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
+            return Batch(
+                entries,
+                places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
+                places([e.targets for e in entries], [e.at for e in entries], idx),
+            )  # fmt: skip
+
+    def read(self, batch, idx, step):
+        """The states from the disk. The embedding itself is no work, and not kept."""
+        x = next(self.base.states(idx))
+        yield x
+        for i in range(step - 1, self.n, step):
+            device = device_of(self.base.layers[(i + 1) * self.every - 1])
+            yield self.read_state(i, batch, x.shape, x.dtype, device)
+        rows, at = batch.targets
+        h = x.new_zeros(x.shape, device=device)  # where there is no target
+        last = torch.from_numpy(self.last[rows]).to(device).view(self.half)
+        h.view(-1, x.shape[-1])[at.to(device)] = last.to(x.dtype)
+        yield h
+
+    def written(self, batch, idx, step):
+        """The states from the base, each written before it goes on."""
+        states = self.computed.states(idx, None, None, self.every)
+        yield next(states)
+        for i in range(self.n):
+            h = next(states)
+            self.write(i, h, batch)
+            if (i + 1) % step == 0:
+                yield h
+        h = next(states)
+        rows, at = batch.targets
+        self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
+        for entry in batch.entries:
+            self.sums[entry.number] = self.sum(entry)
+        if self.sums.all() and not self.stay:  # what was loaded again, stays
+            for module in self.base.layers.modules():
+                if isinstance(module, (Linear4bit, nn.Linear)):
+                    module.to("meta")
+            self.absent = True
+        yield h
+
+    def write(self, i, h, batch):
+        """Keep the i-th state of a batch, h (B, T, C)."""
+        rows, at = batch.tokens
+        state = h.flatten(0, 1)[at]
+        state = self.pool(state, self.about["pool"][1]) if self.pool else state
+        state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
+        for name, part in zip(self.tokens.dtype.names, pack_hidden(state, self.bits)):
+            self.tokens[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
+
+    def read_state(self, i, batch, shape, dtype, device):
+        """The i-th state that is kept, (B, T, C), with zeros where a row is padded."""
+        (rows, at), (B, T, C), packed = batch.tokens, shape, []
+        for name, (kind, form) in zip(self.tokens.dtype.names, self.forms):
+            part = torch.from_numpy(self.tokens[name][rows, i]).to(device)
+            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
+            packed.append(padded.view(kind).reshape(-1, *form))
+        width = self.width + self.fill
+        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, dtype)
+        h = h[:, : self.width].to(dtype)
+        if self.pool:  # neighbours that are all alike have this as their mean and largest
+            h = h.repeat_interleave(C // width, dim=-1)
+        h = h.reshape(shape)
+        if self.bits < 16 and not self.fill:
+            PACKED[h] = {self.bits: packed}
+        return h
+
+    def sum(self, entry):
+        """An example's checksum; 0 is for one that is not there."""
+        return zlib.crc32(self.last[entry.targets], zlib.crc32(self.tokens[entry.tokens])) or 1
+
+    def whole(self, entry):
+        """Whether an example is in the cache, undamaged; if so, looked at once."""
+        if entry.number not in self.checked and self.sums[entry.number] == self.sum(entry):
+            self.checked.add(entry.number)
+        return entry.number in self.checked
+
+
+def places(rows, at, idx):
+    """For each row of a batch idx (B, T), rows of a file and where in it they belong -> all rows of
+    the file, and their places in the flat batch, (n,) each."""
+    at = [i * idx.shape[1] + np.array(some, int) for i, some in enumerate(at)]
+    return np.concatenate(rows).astype(int), torch.tensor(np.concatenate(at), device=idx.device)
+
+
+def as_bytes(tensor):
+    return tensor.contiguous().cpu().view(torch.uint8).numpy()
+
+
+def key(ids):
+    """What an example is known by: its ids as bytes, without the zeros that padding adds."""
+    return np.trim_zeros(np.asarray(ids, np.int64), "b").tobytes()
+
+
+def targets_by_ids(examples):
+    """{ids: (tokens, positions of targets)}, one for all examples with the same ids."""
+    found = {}
+    for ids, targets in examples:
+        tokens, at = found.get(key(ids), (0, []))
+        new = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
+        found[key(ids)] = max(tokens, len(ids)), sorted({*at, *new})
+    return found

@@ -1,0 +1,121 @@
+"""What 4 bits broke, mended without gradients: a frozen low-rank branch beside each 4-bit layer.
+
+A layer should give W x, and gives Q x. Of its error E = W - Q a branch adds the part of a low rank
+that matters most to the layer's inputs. With s the root mean square of each input channel over some
+texts, it is
+
+    U_r S_r V_r^T diag(1 / s)        of E diag(s) = U S V^T, the r largest singular values
+
+which minimizes the mean square of (E - branch) x among all of that rank, for inputs whose channels
+are uncorrelated (LQER, arXiv 2402.02446). Without s it is the plain SVD of LoftQ (arXiv
+2310.08659), which mends next to nothing: tests/README.md has both.
+
+    branches   make a base's branches; they are kept with what is trained, in its checkpoint
+    mend       fill them, from the folder with W; memory is that of the base and one weight's
+    hand_over  let QLoRA start from them: its trainable pairs take their place
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from data import InputError
+from data.formats import hub
+from data.tokens.padding import pad_left
+from quant import Linear4bit
+
+TEXTS, LENGTH = 24, 256  # so many texts, of which the first tokens; more change little
+EXTRA, ITERATIONS = 16, 2  # of the randomized SVD (arXiv 0909.4061): vectors above the rank
+
+
+class LowRank(nn.Module):
+    """x (..., in) -> (..., out) through `rank` channels, frozen, kept in 16 bits."""
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        zeros = dict(dtype=torch.bfloat16, device=linear.weight.codes.device)
+        self.register_buffer("down", torch.zeros(rank, linear.in_features, **zeros))
+        self.register_buffer("up", torch.zeros(linear.out_features, rank, **zeros))
+
+    def forward(self, x):
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
+
+
+def branches(base, rank):
+    """Give every 4-bit layer of a base a branch of this rank, and return them by name, or None.
+
+    Those that it has stay as they are; a new one is 0; with rank 0 all go.
+    """
+    found = {path: m for path, m in base.named_modules() if isinstance(m, Linear4bit)}
+    if rank and not found:
+        raise InputError("--repair mends what 4 bits broke: give --quant nf4, or no --repair.")
+    for path, linear in found.items():
+        if rank > (most := min(linear.in_features, linear.out_features)):
+            raise InputError(f"--repair {rank} is more than {path} has, {most}: give less.")
+        if rank == 0:
+            linear.branch = None
+        elif linear.branch is None or len(linear.branch.down) != rank:
+            linear.branch = LowRank(linear, rank)
+    named = {path.replace(".", "/"): linear.branch for path, linear in found.items()}
+    return nn.ModuleDict(named) if rank else None
+
+
+def low_rank_part(error, size, rank):
+    """The part of a weight's error (out, in) that inputs of this size (in,) feel most: two
+    matrices, (rank, in) and (out, rank)."""
+    size = size.clamp(min=1e-6 * size.max().item() + 1e-30)  # a channel that was 0 has no say
+    U, S, V = torch.svd_lowrank(error * size, min(rank + EXTRA, *error.shape), ITERATIONS)
+    root = S[:rank].sqrt()
+    return (V[:, :rank] * root).T / size, U[:, :rank] * root
+
+
+@torch.no_grad()
+def mend(base, folder, prompts, rank):
+    """Give a 4-bit base branches that mend it, while some texts go through it once: each layer is
+    mended as its inputs arrive, and so these have been through mended layers only.
+
+    folder: with the weights before they were quantized; prompts: lists of ids
+    """
+    if not prompts:
+        raise InputError("--repair learns from training examples: it is not of --eval_only alone.")
+    branches(base, rank)
+    tensors = hub.open_files(folder, base.config)
+    idx, keep = pad_left([ids[:LENGTH] for ids in prompts[:TEXTS]], device=base.device)
+    layers = {m: path for path, m in base.named_modules() if isinstance(m, Linear4bit)}
+    bar = tqdm(total=len(layers), desc="repair", unit="layer", leave=False)
+
+    def before(linear, args):
+        name = hub.their_name(base.config.family, f"{layers[linear]}.weight")
+        weight, x = tensors[name](), args[0][keep.bool().to(args[0].device)].float()  # (tokens, in)
+        if not weight.is_floating_point():
+            raise InputError(f"{folder} is in 4 bits: --repair needs the weights before that.")
+        error = weight.to(x.device).float() - linear.weight.dequantize()
+        down, up = low_rank_part(error, x.square().mean(dim=0).sqrt(), rank)
+        linear.branch.down.copy_(down)
+        linear.branch.up.copy_(up)
+        bar.update()
+
+    hooks = [linear.register_forward_pre_hook(before) for linear in layers]
+    try:
+        base.hidden(idx, keep)
+    finally:
+        bar.close()
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def hand_over(module):
+    """Let the pair of a `LoRALinear` start as the branch of its layer, if there is one, which goes:
+    what it computes stays the same."""
+    linear = getattr(module, "linear", None)
+    branch = getattr(linear, "branch", None)
+    if branch is None:
+        return
+    rank, most = len(branch.down), len(module.pair.down.weight)
+    if rank > most:
+        raise InputError(f"--repair {rank} is more than --rank {most}, which starts from it.")
+    module.pair.down.weight[:rank] = branch.down
+    module.pair.up.weight[:, :rank] = branch.up / module.scaling
+    linear.branch = None

@@ -1,0 +1,1 @@
+"""From a model to text: the next token again and again, and conversations."""

@@ -1,0 +1,119 @@
+"""From logits to text: choose the next token, again and again, with a cache of keys and values.
+
+The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a
+side network beside it.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+from data import InputError
+from data.settings.setting import refuse_if
+
+FLAGS = {  # of every command of qst.py that generates
+    "max_new_tokens": dict(type=int, help="default: 128 or less, chat 512, answer 1024"),
+    "temperature": dict(type=float, default=0.0, help="0, the default: the most likely token"),
+    "top_k": dict(type=int, default=0, help="only the k most likely tokens; 0: all"),
+    "top_p": dict(type=float, default=1.0, help="only the likeliest tokens of this probability"),
+    "seed": dict(type=int, default=1337, help="of the sampling"),
+}
+
+ONE_BY_ONE = (
+    "--stream reads all weights anew for every token, too much for one answer: give --batch FILE, "
+    "with a prompt a line, whose answers share each pass; or leave out --stream"
+)
+
+
+class KVCache:
+    """One layer's keys and values of the tokens so far, in buffers made once for `max_len`."""
+
+    def __init__(self, max_len):
+        self.max_len, self.length = max_len, 0
+
+    def append(self, k, v):
+        """Add keys and values (B, heads, T, D), and return all so far."""
+        if self.length == 0:
+            self.k = k.new_empty(*k.shape[:2], self.max_len, k.shape[3])
+            self.v = torch.empty_like(self.k)
+        start, self.length = self.length, self.length + k.shape[2]
+        self.k[:, :, start : self.length] = k
+        self.v[:, :, start : self.length] = v
+        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    def repeated(self, B, T):
+        """Copy a cache of one row for B rows, with room for T more tokens."""
+        copy = KVCache(self.length + T)
+        copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in (self.k, self.v)))
+        return copy
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """Choose the next token of every row: logits (B, V) -> ids (B,).
+
+    temperature: 0 takes the most likely token
+    top_k: only the k most likely ones; 0: all
+    top_p: only the fewest whose probabilities add up to it (arXiv 1904.09751)
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        lowest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(dim=-1)
+        drop = p.cumsum(dim=-1) - p >= top_p  # the ones before it suffice
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@torch.no_grad()
+def stream(
+    model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
+    seed=None,
+):  # fmt: skip
+    """Yield the next token of every row, (B,), until each has ended or there are enough.
+
+    idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left
+    temperature, top_k, top_p: see `sample`; eos_id: one id or several
+    A row that has ended repeats its end token.
+    """
+    streamed = hasattr(getattr(model, "base", model), "stream")
+    check_length(model.config, idx.shape[1], "shorten the prompt")
+    check_length(model.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
+    refuse_if(
+        (streamed and len(idx) == 1 < max_new_tokens, ONE_BY_ONE),
+        (max_new_tokens < 1, f"max_new_tokens {max_new_tokens} must be at least 1"),
+        (temperature != 0 and not 0.001 <= temperature <= 1000,
+         f"temperature {temperature} must be 0, or from 0.001 to 1000"),
+        (top_k < 0, f"top_k {top_k} must be at least 0"),
+        (not 0 < top_p <= 1, f"top_p {top_p} must be above 0 and at most 1"),
+        (seed is not None and not 0 <= seed < 2**63, f"seed {seed} must be from 0 to 2^63 - 1"),
+    )  # fmt: skip
+    cache = model.new_cache(idx.shape[1] + max_new_tokens)
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
+    ends = torch.tensor(ends, dtype=idx.dtype, device=idx.device)
+    ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        logits = model.head(model.hidden(idx, keep, cache)[:, -1])
+        token = sample(logits, temperature, top_k, top_p, generator)
+        if len(ends):
+            token = torch.where(ended, ends[0], token)
+            ended |= torch.isin(token, ends)
+        yield token
+        if len(ends) and ended.all():
+            return
+        idx = token.unsqueeze(1)
+        keep = None if keep is None else F.pad(keep, (0, 1), value=1)
+
+
+def check_length(config, length, advice):
+    if length > config.max_positions:
+        raise InputError(
+            f"A sequence of {length} tokens is longer than the model's {config.max_positions} "
+            f"positions: {advice}."
+        )

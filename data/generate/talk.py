@@ -1,0 +1,160 @@
+"""Talking to a model: the answer to one prompt, and conversations that are remembered.
+
+The model is anything that data/generate/sampling.py can generate from.
+"""
+
+import contextlib
+from itertools import chain
+
+import torch
+
+from data import InputError, Refused
+from data.formats.files import read_text
+from data.generate import sampling
+from data.settings.setting import refuse_if
+from data.tokens.chat import prompt_that_fits
+from data.tokens.padding import pad_left
+
+
+def stream_ids(model, ids, max_new_tokens, end_ids, args):
+    """Yield the ids that a model says after those of a prompt.
+
+    args: the flags of `sampling.FLAGS`
+    """
+    idx = torch.tensor([ids], device=model.device)
+    choice = args.temperature, args.top_k, args.top_p
+    for token in sampling.stream(model, idx, max_new_tokens, *choice, end_ids, seed=args.seed):
+        yield token.item()
+
+
+def check(args):
+    """Refuse flags of a command that say nothing together, before a model is loaded."""
+    batch = getattr(args, "batch", None)
+    refuse_if(
+        (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
+         "give one of --prompt, and --batch FILE with a prompt a line"),
+        (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
+        (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
+    )  # fmt: skip
+
+
+def answer_prompts(model, tokenizer, template, framed, args):
+    """Print the answer to --prompt, or the answers to those of --batch, all made at once; if they
+    are not framed as questions, print their continuations."""
+    prompts = {"--prompt": args.prompt}  # where it stands: a prompt
+    if args.batch:
+        lines = enumerate(read_text(args.batch, "give --batch a file of prompts").splitlines(), 1)
+        prompts = {f"{args.batch}, line {i}": line for i, line in lines if line.strip()}
+    rows = [prompt_ids(*item, tokenizer, template, framed) for item in prompts.items()]
+    if not rows:
+        raise InputError(f"--batch {args.batch} has no prompts: give a file with one a line.")
+    end_ids, longest = template.end_ids(tokenizer), max(map(len, rows))
+    room = max(1, min(128, model.config.max_positions - longest + 1))
+    max_new_tokens = room if args.max_new_tokens is None else args.max_new_tokens
+    if not args.batch:
+        new = stream_ids(model, rows[0], max_new_tokens, end_ids, args)
+        return print_stream(tokenizer.stream(new if framed else chain(rows[0], new)))
+    idx, keep = pad_left(rows, device=model.device)
+    choice = args.temperature, args.top_k, args.top_p, end_ids, keep, args.seed
+    new = model.generate(idx, max_new_tokens, *choice)[:, longest:].tolist()
+    for prompt, ids, answer in zip(prompts.values(), rows, new):
+        question, said = (f"> {prompt}\n", answer) if framed else ("", ids + answer)
+        print(f"{question}{tokenizer.decode(said)}\n")
+
+
+def prompt_ids(where, prompt, tokenizer, template, framed):
+    if not framed:
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    try:
+        return template.encode([{"role": "user", "content": prompt}], tokenizer)[0]
+    except Refused as error:
+        raise InputError(f"{where} {error}.") from None
+
+
+def start(model, tokenizer, template, args, default_max_new_tokens):
+    """Begin a conversation with a model. args: the flags of `sampling.FLAGS`, perhaps --system"""
+    end_ids, system = template.end_ids(tokenizer), getattr(args, "system", None)
+
+    def say(ids, max_new_tokens):
+        return stream_ids(model, ids, max_new_tokens, end_ids, args)
+
+    longest = default_max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
+    return Talk(say, tokenizer, template, model.config.max_positions, longest, system)
+
+
+class Talk:
+    """A conversation with a model, which is remembered as long as it fits.
+
+    say: (ids of a prompt, max_new_tokens) -> the ids that the model says, one by one
+    positions: the most tokens that the model can see; max_new_tokens: of the longest answer
+
+    Every answer computes its whole prompt anew. The caches of the last answer could be kept, but
+    only where the history's ids are the same again: after a cut, or in LLaMA-2's frame, they are
+    not.
+    """
+
+    def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):
+        if max_new_tokens < 1:
+            raise InputError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
+        self.say, self.tokenizer, self.template = say, tokenizer, template
+        self.positions, self.max_new_tokens = positions, max_new_tokens
+        self.system = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self):
+        self.messages = list(self.system)
+
+    def ask(self, question):
+        """Put a question; returns how many old messages were dropped to make room for an answer.
+
+        `Refused` says why it cannot be put; the history is then what it was.
+        """
+        messages = [*self.messages, {"role": "user", "content": question}]
+        room = self.positions - min(self.max_new_tokens, self.positions // 4) + 1
+        ids, kept = prompt_that_fits(messages, self.tokenizer, self.template, room)
+        if len(ids) > self.positions:
+            raise Refused(f"has {len(ids)} tokens, and the model {self.positions} positions")
+        self.ids, self.messages = ids, kept
+        return len(messages) - len(kept)
+
+    def answer(self):
+        """Yield the answer in pieces, and remember them, even if it is stopped."""
+        self.messages.append({"role": "assistant", "content": ""})
+        max_new_tokens = min(self.max_new_tokens, self.positions - len(self.ids) + 1)
+        for piece in self.tokenizer.stream(self.say(self.ids, max_new_tokens)):
+            self.messages[-1]["content"] += piece
+            yield piece
+
+    def in_the_terminal(self):
+        """Ask what is typed, until /exit or Ctrl-D."""
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401, gives input() its arrow keys
+        while True:
+            try:
+                question = input("\n> ").strip()
+            except KeyboardInterrupt:
+                continue
+            except EOFError:
+                return print()
+            if question == "/exit":
+                return
+            if question == "/reset":
+                self.reset()
+            elif question:
+                self.ask_and_print(question)
+
+    def ask_and_print(self, question):
+        try:
+            if dropped := self.ask(question):
+                print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
+            print_stream(self.answer())
+        except Refused as error:
+            print(f"[not asked: it {error}]")
+        except KeyboardInterrupt:
+            print(" [stopped]")
+
+
+def print_stream(pieces):
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()

@@ -1,0 +1,221 @@
+"""What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
+
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import InputError
+from data.devices import distributed
+from data.devices.memory import activation_bytes, peak_memory, show_bytes
+from data.formats.files import write_json
+from data.run.charts import line_chart
+from data.run.optim import optimizer_bytes
+from data.settings.methods import LEARNS, SIDE_METHODS
+from data.tasks import tiny
+from data.tokens.padding import collate
+from quant import Linear4bit
+
+SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
+
+
+def progress(iterations, desc, **more):
+    """A progress bar; where it is no terminal, a line now and then."""
+    often = 0.1 if sys.stderr.isatty() else 15
+    return tqdm(iterations, desc, unit="it", mininterval=often, **more)
+
+
+def provenance():
+    """What ran: versions, the commit of the code, and the command line."""
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    versions = dict(python=platform.python_version(), torch=torch.__version__)
+    return dict(versions=versions, commit=commit, command=shlex.join(sys.argv))
+
+
+def sizes(model, n_weights):
+    """How many parameters learn, and how many there are with the `n_weights` of the base."""
+    trainable = sum(p.numel() for p in model.parameters())
+    base = 0 if trainable >= n_weights else n_weights  # in full finetuning the base itself learns
+    return dict(trainable_parameters=trainable, total_parameters=base + trainable)
+
+
+class Copies:
+    """A source of hidden states that are as large as a base's, and take no work. Of a sweep's runs
+    only the first needs more: what is kept of them takes as much memory."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def states(self, idx, keep=None, cache=None, every=1):
+        x = next(self.base.states(idx))
+        for _ in range(len(self.base.layers) // every + 2):  # with the embedding, and the last one
+            yield x.clone()
+
+
+def introduce(folder, runs, examples):
+    """Put the memory of a step with the longest examples into each run's `result`, and print what a
+    reader wants to know of the first."""
+    model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
+    longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
+    idx, targets = collate(longest)
+    own = model.base.source
+    for run in runs:
+        run.result |= dict(
+            optimizer_bytes=optimizer_bytes(run.optimizer),
+            activations_bytes=activation_bytes(run.model, idx.to(model.device), targets),
+        )
+        model.base.source = Copies(model.base)
+    model.base.source = own
+    config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
+    bits = ""
+    if layers:
+        nbytes = sum(layer.weight.nbytes for layer in layers)
+        numel = sum(layer.in_features * layer.out_features for layer in layers)
+        bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
+    trainable, total = result["trainable_parameters"], result["total_parameters"]
+    what = LEARNS[cfg.method].format(**vars(model.side.config))
+    steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
+    memory = ", ".join(
+        f"{name} {show_bytes(result[f'{name}_bytes'])}"
+        for name in ("weights", "optimizer", "activations")
+    )
+    print(f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}")
+    print(f"frozen      {total - trainable:,} weights{bits}")
+    print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}")
+    print(f"iteration   {steps} x {B} sequences of at most {T} tokens")
+    print(f"memory      {memory} of such a batch")
+
+
+def out_of_memory(cfg):
+    """What to do when a step does not fit into the GPU: the first saving that is not on yet."""
+    savings = dict(checkpoint=True, chunk_loss=True, h_f_bits=4, optimizer_bits=8)
+    if cfg.method not in SIDE_METHODS:
+        del savings["h_f_bits"]
+    flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
+    half = f"--batch_size {cfg.batch_size // 2}"
+    half += f" --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
+    flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
+    return (
+        f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
+        "flags of this run says what takes how much."
+    )
+
+
+@contextmanager
+def memory_advice(cfg):
+    """Where a GPU has no more memory, end with a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise InputError(out_of_memory(cfg)) from None
+
+
+def start_name(cfg):
+    """What a run starts at: --side, the base, or a network that predicts without having learned."""
+    return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
+
+
+def yardstick(name, result, end):
+    """How many examples a score is of, and what one reaches that knows nothing of them."""
+    rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
+    rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
+    if rival is None:
+        return examples
+    return f"{examples}; always the most frequent class: {rival:.1%}"
+
+
+def show_sample(sample, who):
+    """A question with the answers that are expected and given. who: names, as in result.json"""
+    lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
+    said = {one: sample.get(one, sample["answer"]) for one in who}  # not all were asked
+    lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
+    return "\n".join(lines)
+
+
+def keep_result(cfg, result, device, seconds):
+    """Write result.json, unless an error has ended the run."""
+    result |= provenance() | dict(config=asdict(cfg), seconds=seconds)
+    result["peak_memory_bytes"] = peak_memory(device)
+    if distributed.rank() == 0 and "error" not in result:
+        write_json(Path(cfg.out_dir) / "result.json", result)
+
+
+def conclude(folder, cfg, result):
+    """Print what the run has shown, and what to do next."""
+    if "error" in result:
+        raise InputError(result["error"])
+    tuned = cfg.method.upper()
+    who = {start_name(cfg): "_before", tuned: "_after"}
+    if cfg.eval_only:
+        who = {tuned if cfg.side else "base": ""}
+
+    def line(title, name, form, more=""):
+        values = [(result.get(name + end), one) for one, end in who.items()]
+        if found := [f"{value:{form}} {one}" for value, one in values if value is not None]:
+            print(f"{title:15} {', '.join(found)}{more}")
+
+    print()
+    line("loss" if cfg.eval_only else "held-out loss", "loss", ".3f")
+    line("perplexity", "perplexity", ".3f")
+    after = result.get("loss_after")
+    if after is not None and not result["interrupted"] and after >= result["loss_before"]:
+        print("It has not learned: train longer, or with another --learning_rate.")
+    end = list(who.values())[-1]
+    for name in SCORES:
+        line(name.replace("_", " "), name, ".1%", f" ({yardstick(name, result, end)})")
+    for part, accuracy in result.get("accuracy_by_category" + end, {}).items():
+        print(f"   {part:12} {accuracy:.1%}")
+    for sample in result.get("samples", ()):
+        print("\n" + show_sample(sample, who))
+    peak = show_bytes(result["peak_memory_bytes"])
+    print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
+    if not cfg.eval_only and cfg.task in ("tiny", "instruct", "mmlu"):  # that answer questions
+        side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
+        prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
+        script = os.path.relpath(Path(__file__).parents[2] / "qst.py")
+        print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
+              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")  # fmt: skip
+
+
+def conclude_sweep(cfg, runs, results):
+    """The table of a sweep: a row for each run, the best first."""
+    rows = []
+    for name, settings in runs.items():
+        result = results[name]
+        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get("loss_after"))
+        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
+        scores = [f"{score}_after" for score in SCORES]
+        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
+    rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
+    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
+    table = dict(runs=rows, best=best, config=asdict(cfg))
+    if all("error" in row for row in rows):
+        raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
+    write_json(Path(cfg.out_dir) / "sweep.json", table)
+    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
+    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
+    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
+    width = max(len(row["settings"]) for row in rows)
+    scores = [score for score in SCORES if f"{score}_after" in rows[0]]
+    print(f"\n      {'':{width}}  held-out loss", *scores)
+    for i, row in enumerate(rows, 1):
+        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
+        loss = row.get("error", loss)
+        values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
+        print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
+    if best:
+        print(f"\nThe best is in {best!r}.")
+    return table

@@ -1,0 +1,185 @@
+"""What a run tells while it trains: log.csv, loss.svg, mix.svg, the progress bar, the best held-out
+loss."""
+
+import csv
+import math
+import statistics
+import time
+
+import torch
+
+from data.devices.memory import peak_memory, show_bytes
+from data.formats.fields import TEXT, Kind, either, list_of, whole
+from data.run.charts import line_chart
+from data.run.report import progress, show_sample, start_name
+
+COUNT = whole(0, 1 << 50)
+REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
+POINTS = list_of(list_of(REAL, 2, 2), 1)
+NAMES = "training", "held out", "alpha", "gate"  # of the curves: two losses, and what mixes
+CURVES = Kind(
+    f"the curves {', '.join(NAMES)}",
+    lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
+    and all(line == [] or POINTS.fits(line) for line in v.values()),
+)  # fmt: skip
+
+
+def mixing(side):
+    """Of a side network: alpha, and the mean gate beta; None where it has none."""
+    alpha, gamma = getattr(side, "alpha", None), getattr(side, "gamma", None)
+    if alpha is not None and side.config.mix == "released":
+        alpha = torch.sigmoid(alpha)
+    gate = None if gamma is None else torch.sigmoid(gamma)
+    return [None if x is None else x.detach().float().mean().item() for x in (alpha, gate)]
+
+
+class TrainingLog:
+    """The files above, the progress bar, the best held-out loss, and the speed of a run's steps.
+
+    out_dir: None: nothing is written, as in all processes but the first; shown: with a bar
+    """
+
+    COLUMNS = (
+        "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms",
+        "alpha", "gate",
+    )  # fmt: skip
+    STATE = {  # what a run that goes on needs of the one before it, and what each may be in a file
+        "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
+        "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
+        "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
+        "cached_iterations": COUNT, "cached_tokens": COUNT, "cached_seconds": REAL,
+        "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
+    }  # fmt: skip
+
+    def __init__(self, out_dir, cfg, device, shown=True):
+        self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
+        self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
+        self.best_loss = self.held_out_loss = self.loss_before = math.inf
+        self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
+        self.tokens, self.seconds, self.step_ms = 0, 0.0, []
+        # The same of iterations that were read from --cache_hidden.
+        self.cached_iterations, self.cached_tokens, self.cached_seconds = 0, 0, 0.0
+        self.rows, self.curves = [], {name: [] for name in NAMES}
+        self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
+
+    def state(self):
+        return {name: getattr(self, name) for name in self.STATE}
+
+    def go_on(self, state):
+        vars(self).update(state)
+
+    def __enter__(self):
+        counts = dict(initial=self.iteration, total=self.cfg.max_iters)
+        self.bar = progress(None, self.cfg.method, disable=not self.shown, **counts)
+        if self.out_dir:
+            self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
+            csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        if self.out_dir:
+            self.file.close()
+            if self.rows:
+                self.draw()
+
+    def draw(self):
+        """The losses, with that of the start as a level line; and alpha and the mean gate."""
+        lines = {name: self.curves[name] for name in NAMES[:2]}
+        lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
+        title = "Loss of an answer's token"
+        line_chart(self.out_dir / "loss.svg", title, "iteration", lines)
+        if lines := {name: self.curves[name] for name in NAMES[2:] if self.curves[name]}:
+            title = "alpha: how much of h_f the LM head reads; gate: how much of h_g a step keeps"
+            line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
+
+    def begin(self):
+        """An iteration begins, and with it the time of those that are not yet waited for."""
+        if not self.unread:
+            self.start = time.perf_counter()
+
+    def stepped(self, loss, taken, tokens, wait, cached=False):
+        """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
+
+        wait: whether this must be one of them; on a CPU each is. Returns whether it was.
+        cached: whether the base's hidden states were read from --cache_hidden
+        """
+        self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
+        self.bar.update()
+        self.unread.append((loss, taken))
+        if cached:
+            self.cached_iterations += 1
+            self.cached_tokens += tokens
+        self.due = wait or self.iteration % self.cfg.log_interval == 0
+        if not self.due and self.device.type != "cpu":
+            return False
+        for loss, taken in self.unread:
+            self.loss = loss.item()
+            self.failures = 0 if taken.item() else self.failures + 1
+            self.skipped += self.failures > 0
+        seconds = time.perf_counter() - self.start
+        self.seconds += seconds
+        self.cached_seconds += seconds * cached
+        self.step_ms.append(1000 * seconds / len(self.unread))
+        self.unread = []
+        return True
+
+    def evaluated(self, held_out_loss):
+        """Note a held-out loss; returns whether it is the best of those after a step."""
+        self.held_out_loss = held_out_loss
+        self.curves["held out"].append((self.iteration, held_out_loss))
+        if not self.iteration:
+            self.loss_before = held_out_loss
+        elif held_out_loss < self.best_loss:
+            self.best_loss, self.best_iteration = held_out_loss, self.iteration
+        return self.best_iteration == self.iteration > 0
+
+    @property
+    def error(self):
+        """Why the run ends, if its loss is no number any more."""
+        if self.failures < 10 and math.isfinite(self.held_out_loss):
+            return None
+        kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
+        return (
+            f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or try "
+            "--dtype bf16 or fp32. "
+            f"{kept if self.best_iteration else 'No side network is kept'}."
+        )
+
+    def write(self, learning_rate, side=None):
+        """Show the iteration, and write a line if one is due. side: what learns"""
+        rate = self.speed()["tokens_per_second"]
+        if self.due:
+            self.curves["training"].append((self.iteration, self.loss))
+            new, mixed = self.curves["held out"][-1][0] == self.iteration, mixing(side)
+            for name, value in zip(NAMES[2:], mixed):
+                if value is not None:
+                    self.curves[name].append((self.iteration, value))
+            self.rows.append([
+                self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
+                f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
+                *("" if value is None else f"{value:.5f}" for value in mixed),
+            ])  # fmt: skip
+            if self.out_dir:
+                csv.writer(self.file).writerow(self.rows[-1])
+        self.bar.set_postfix_str(
+            f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
+            f"peak {show_bytes(peak_memory(self.device))}", refresh=False
+        )  # fmt: skip
+
+    def show(self, samples):
+        """Print what the model answers by now, above the progress bar."""
+        for sample in samples:
+            self.bar.write(f"\niteration {self.iteration}")
+            self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
+
+    def speed(self):
+        """The mean rate of all steps, and of those from a cache; and the median time of one."""
+        cached = dict(
+            cached_iterations=self.cached_iterations,
+            tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),
+        )
+        rate = self.tokens / self.seconds if self.seconds else 0.0
+        return cached | dict(
+            tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
+        )

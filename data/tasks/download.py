@@ -1,0 +1,166 @@
+"""The files that people train and measure on: where they are, and getting them.
+
+A file comes in pieces into a temporary `.part`, which a later run goes on with. Its SHA-256 is
+checked before it takes its name; then it is unpacked beside itself, if it is packed. A file that
+was put there by hand is checked in the same way, and never overwritten.
+"""
+
+import argparse
+import gzip
+import http.client
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import InputError
+from data.formats.files import checksum, write_atomically
+from data.settings.command_line import Parser, run_main
+
+HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
+GLUE = "https://dl.fbaipublicfiles.com/glue/data"
+SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
+MMLU = f"{HUB}/cais/mmlu/resolve/c30699e8356da336a370243923dbaf21066bb9fe"
+ALPACA = f"{GITHUB}/tatsu-lab/stanford_alpaca/761dc5bfbdeeffa89b8bff5d038781a4055f796a"
+DOLLY = f"{HUB}/databricks/databricks-dolly-15k/resolve/bdd27f4d94b9c1f951818a7da7fd7aeea5dbff1a"
+OASST1 = f"{HUB}/OpenAssistant/oasst1/resolve/fdf72ae0827c1cda404aff25b6603abec9e3399b"
+FASTCHAT = f"{GITHUB}/lm-sys/FastChat/587d5cfa1609a43d192cedb8441cac3c17db105d"
+MT_BENCH = f"{FASTCHAT}/fastchat/llm_judge/data/mt_bench"
+
+# {name: {path in the folder: (where the file of this name is, its SHA-256)}}. Who has published
+# these sums, since the files themselves were out of reach when this was written:
+#   GLUE: github.com/huggingface/datasets, datasets/glue/dataset_infos.json, "download_checksums"
+#   MMLU, Dolly, OASST1: the Hub's own digests, as several projects on GitHub quote them together
+#     with the revision; MMLU's is also that of people.eecs.berkeley.edu/~hendrycks/data.tar
+#   Alpaca, MT-Bench: several projects on GitHub, with the revision
+SOURCES = {
+    "CoLA": {"CoLA.zip": (
+        GLUE, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")},
+    "SST-2": {"SST-2.zip": (
+        GLUE, "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")},
+    "MRPC": {"MRPC/msr_paraphrase_train.txt": (
+        SENTEVAL, "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+        "MRPC/mrpc_dev_ids.tsv": (  # which rows of it are GLUE's dev set
+        GLUE, "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")},
+    "STS-B": {"STS-B.zip": (
+        GLUE, "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")},
+    "QQP": {"QQP-clean.zip": (
+        GLUE, "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0")},
+    "MNLI": {"MNLI.zip": (
+        GLUE, "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")},
+    "QNLI": {"QNLIv2.zip": (
+        GLUE, "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")},
+    "RTE": {"RTE.zip": (
+        GLUE, "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")},
+    "MMLU": {"data.tar": (
+        MMLU, "bec563ba4bac1d6aaf04141cd7d1605d7a5ca833e38f994051e818489592989b")},
+    "Alpaca": {"alpaca_data.json": (
+        ALPACA, "2eddafc6b977608d778aaab8dfc7e50e547b3af9826dfb9e909d9fc362e4a419")},
+    "Dolly": {"databricks-dolly-15k.jsonl": (
+        DOLLY, "2df9083338b4abd6bceb5635764dab5d833b393b55759dffb0959b6fcbf794ec")},
+    "OASST1": {"2023-04-12_oasst_ready.trees.jsonl.gz": (
+        OASST1, "2a9a8fd343e9b28e04a895a669d3253f82d93e9c174d440199ae19d5fafbdff7")},
+    "MT-Bench": {"question.jsonl": (
+        MT_BENCH, "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7")},
+}  # fmt: skip
+
+
+def command_line(show, *names):
+    """What `python data/NAME.py` does: say where its data comes from, get it, and show it.
+
+    show: function of --data, a file or folder, that prints what is in it; its docstring is the help
+    """
+    addresses = [
+        f"  {name:9} {base}/{Path(path).name}"
+        for name in names for path, (base, _) in SOURCES[name].items()
+    ]  # fmt: skip
+    parser = Parser(
+        description=show.__doc__, epilog="\n".join(["where it comes from", *addresses]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--data", help="a file or folder to look into")
+    parser.add_argument("--download", metavar="FOLDER", help="get the data, and unpack it there")
+    parser.add_argument("--only", choices=names, help="of several, get this one")
+    args = parser.parse_args()
+    if not (args.data or args.download):
+        parser.error("give --data or --download")
+
+    def fetch_and_show():
+        if args.download:
+            for name in [args.only] if args.only else names:
+                fetch(name, args.download)
+                print(f"{name} is in {args.download}")
+        if args.data:
+            show(args.data)
+
+    run_main(fetch_and_show)
+
+
+def fetch(name, folder):
+    """Get all files of a name into a folder, and unpack them."""
+    for path, (base, sha256) in SOURCES[name].items():
+        unpack(download(f"{base}/{Path(path).name}", Path(folder) / path, sha256))
+
+
+def download(url, path, sha256):
+    """Get one file, unless it is there, and return its path."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if path.exists():
+        if (found := checksum(path)) != sha256:
+            raise InputError(f"{path} has the SHA-256 {found} instead of {sha256}: remove it.")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        receive(url, part)
+    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
+        raise InputError(
+            f"{url} could not be downloaded ({error}): run this again to go on, or get the file in"
+            f" another way and put it at {path}."
+        ) from None
+    if (found := checksum(part)) != sha256:
+        part.unlink()
+        raise InputError(f"{url} has the SHA-256 {found} instead of {sha256}: it was not kept.")
+    return part.rename(path)
+
+
+def receive(url, part):
+    """Append to `part` what is missing; a server that knows no ranges sends everything again."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # there is nothing after what we have
+            return
+        raise
+    have = have if response.status == 206 else 0
+    size = int(response.headers.get("Content-Length", 0))
+    bar = tqdm(desc=part.stem, initial=have, total=have + size, unit="B", unit_scale=True)
+    with response, open(part, "ab" if have else "wb") as file, bar:
+        while piece := response.read(1 << 20):
+            file.write(piece)
+            bar.update(len(piece))
+        if bar.n < bar.total:
+            raise OSError(f"it broke off after {bar.n:,} of {bar.total:,} bytes")
+
+
+def unpack(path):
+    """Unpack a .zip, .tar or .gz beside itself; nothing of it may land in another folder."""
+    try:
+        if path.suffix == ".zip":
+            with zipfile.ZipFile(path) as archive:
+                archive.extractall(path.parent)  # which leaves out every ".." and leading "/"
+        elif path.suffix == ".tar":
+            with tarfile.open(path) as archive:
+                archive.extractall(path.parent, filter="data")
+        elif path.suffix == ".gz":
+            with gzip.open(path) as source:
+                write = lambda file: shutil.copyfileobj(source, file)
+                write_atomically(path.with_suffix(""), write)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+        raise InputError(f"{path} cannot be unpacked ({error}).") from None

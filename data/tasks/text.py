@@ -1,0 +1,48 @@
+"""Plain text, cut into windows: what a language model's perplexity is measured on.
+
+The text is encoded as a whole and cut into windows of `sequence_len` tokens that do not overlap,
+without a bos of their own, so that a window's first token is seen and not predicted: 1,024 tokens
+give 1,023 predictions. The last, shorter window counts too.
+"""
+
+import math
+
+from data import IGNORE_INDEX, InputError
+from data.formats.files import read_text
+from data.tasks.examples import Task
+from data.tasks.scoring import mean_loss
+
+
+def read(path, tokenizer, sequence_len, max_examples=0):
+    """Read a file of UTF-8 text: [(ids, targets), ...], the first `max_examples` windows; 0: all.
+
+    Targets are the ids that follow, and IGNORE_INDEX for a window's last.
+    """
+    if sequence_len < 2:
+        raise InputError(f"--sequence_len {sequence_len}: a window needs at least 2 tokens.")
+    ids = tokenizer.encode(read_text(path, "give --data a file of UTF-8 text"))
+    windows = [ids[i : i + sequence_len] for i in range(0, len(ids) - 1, sequence_len)]
+    if not windows:
+        raise InputError(f"{path} has less than two tokens: nothing can be predicted.")
+    return [(w, w[1:] + [IGNORE_INDEX]) for w in windows[: max_examples or None]]
+
+
+def perplexity(loss):
+    """Of the mean loss of a token, in nats; beyond the range of a float it is infinite."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def load(cfg, tokenizer, template):
+    """Windows of --data: `Task`, scored by the perplexity of those held out, the text's end."""
+    windows = read(cfg.data, tokenizer, cfg.sequence_len, cfg.max_examples)
+    kept = 0 if cfg.eval_only else len(windows) - max(1, round(len(windows) * cfg.held_out))
+    train, held_out = windows[:kept], windows[kept:]
+
+    def score(models):
+        losses = mean_loss(models, held_out, cfg.batch_size, "perplexity")
+        found = [dict(perplexity=perplexity(loss), examples=len(held_out)) for loss in losses]
+        if cfg.eval_only:  # the same windows: read once
+            found = [one | {"loss": loss} for one, loss in zip(found, losses)]
+        return found
+
+    return Task(train, held_out, score)

@@ -1,0 +1,227 @@
+"""The embedded default: a small bilingual world, made by a grammar, and a task in it.
+
+The base model of `python train.py` learns to read little stories, in English and in French, and
+to answer a question about each *in the language of the story*. The task of the side network is to
+answer English stories in French. The base never does that; but what the answer must say stands in
+its hidden states already, so that there is something for a side network to read.
+"""
+
+import getpass
+import hashlib
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from data.formats.files import make_writable_folder
+from data.tasks import instruct
+from data.tokens import chat
+from data.tokens.chat import frame
+from data.tokens.tokenizer import load_tokenizer
+
+CACHE = Path(os.path.relpath(Path(__file__).parents[1] / "cache"))  # git-ignored
+# The base model, and how train.py trains it.
+BASE = dict(n_layer=5, n_head=4, n_embd=128, n_ffn=344, max_positions=256, tied=True)
+VOCAB_SIZE, LONGEST = 768, 47  # LONGEST: tokens of a question with its answer
+BASE_RUN = dict(
+    max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
+    optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
+)  # fmt: skip
+
+NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
+
+PLACES = [
+    ("garden", "jardin"), ("market", "marché"), ("park", "parc"), ("lake", "lac"),
+    ("woods", "bois"), ("castle", "château"), ("mill", "moulin"), ("museum", "musée"),
+]  # fmt: skip
+
+# A mood is never told in a story, only what brings it about.
+MOODS = {
+    ("happy", "content"): [
+        ("He found a red ball", "Il a trouvé une balle rouge"),
+        ("A friend gave him a cake", "Un ami lui a donné un gâteau"),
+        ("His mother sang for him", "Sa mère a chanté pour lui"),
+    ],
+    ("sad", "triste"): [
+        ("He lost his little dog", "Il a perdu son petit chien"),
+        ("His best friend went away", "Son meilleur ami est parti"),
+        ("The old horse was very ill", "Le vieux cheval était très malade"),
+    ],
+    ("scared", "effrayé"): [
+        ("He heard a big bear", "Il a entendu un gros ours"),
+        ("All the lights went out", "Toutes les lampes se sont éteintes"),
+        ("A snake came out of the grass", "Un serpent est sorti de l'herbe"),
+    ],
+    ("tired", "fatigué"): [
+        ("He ran all day long", "Il a couru toute la journée"),
+        ("He carried heavy stones", "Il a porté de lourdes pierres"),
+        ("He did not sleep at night", "Il n'a pas dormi la nuit"),
+    ],
+    ("angry", "fâché"): [
+        ("Someone broke his new toy", "Quelqu'un a cassé son nouveau jouet"),
+        ("A boy took his hat", "Un garçon a pris son chapeau"),
+        ("The rain spoiled his drawing", "La pluie a gâché son dessin"),
+    ],
+    ("proud", "fier"): [
+        ("He won the race", "Il a gagné la course"),
+        ("He built a tall tower", "Il a bâti une haute tour"),
+        ("He learned to swim", "Il a appris à nager"),
+    ],
+}
+
+FILLERS = [
+    ("The sky was blue", "Le ciel était bleu"),
+    ("A cat sat near a tree", "Un chat était près d'un arbre"),
+    ("It was a long day", "C'était une longue journée"),
+    ("The birds sang", "Les oiseaux chantaient"),
+    ("The wind was cold", "Le vent était froid"), ("It was late", "Il était tard"),
+]  # fmt: skip
+
+TELL = ("{name} went to the {place}.", "{name} est allé au {place}.")
+ASK = ("How did {name} feel, and where?", "Comment allait {name}, et où ?")
+ENGLISH, FRENCH = 0, 1
+EXAMPLE = "Leo went to the mill. He won the race. The birds sang. How did Leo feel, and where?"
+
+
+def story(rng, language):
+    """Make one: the story with its question, and the answers in both languages."""
+    name, place, mood = rng.choice(NAMES), rng.choice(PLACES), rng.choice(list(MOODS))
+    event, filler = rng.choice(MOODS[mood]), rng.choice(FILLERS)
+    sentences = [event[language] + ".", filler[language] + "."]
+    rng.shuffle(sentences)
+    told = TELL[language].format(name=name, place=place[language])
+    asked = ASK[language].format(name=name)
+    return " ".join([told, *sentences, asked]), [f"{m}, {p}" for m, p in zip(mood, place)]
+
+
+def pretraining(n, seed):
+    """What the base learns from: stories in either language, answered in the same."""
+    rng = random.Random(seed)
+    for _ in range(n):
+        language = rng.choice((ENGLISH, FRENCH))
+        question, answers = story(rng, language)
+        yield {"instruction": question, "output": answers[language]}
+
+
+def pretraining_examples(tokenizer):
+    """The same as (ids, targets): a base learns from all of the text, not from answers alone."""
+    plain, examples = chat.ChatTemplate(), []
+    for record in pretraining(4000, BASE_RUN["seed"]):
+        conversation = instruct.conversation(record)
+        ids, targets = instruct.encode(conversation, tokenizer, plain, BASE["max_positions"])
+        examples.append((ids, ids[1:] + targets[-1:]))
+    return examples
+
+
+def make_in_child(folder, train, save):
+    """`make_base` in a process of its own: what it takes is not in this one's peak memory.
+
+    Not by multiprocessing, which would run a reader's script once more, from its top.
+    """
+    root, calls = Path(__file__).resolve().parents[2], []
+    for function in (train, save):
+        path = Path(function.__code__.co_filename).resolve().relative_to(root).with_suffix("")
+        calls.append(f"import_module({'.'.join(path.parts)!r}).{function.__name__}")
+    code = (
+        "from importlib import import_module; from pathlib import Path; from data.tasks import tiny"
+        "; from data.settings.command_line import run_main; "
+        f"run_main(lambda: tiny.make_base(Path({str(folder)!r}), {', '.join(calls)}))"
+    )
+    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
+        raise InputError("The embedded default's base could not be made: see what is said above.")
+    return folder
+
+
+def base_folder(train, save, make=make_in_child):
+    """Return the folder of the embedded default's base model; make it if it is not there yet.
+
+    train: function of a tokenizer that returns the trained model; save: of the model and a folder
+    make: of the folder and both, in this process or in another
+    """
+    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    for cache in caches():
+        folder = cache / f"tiny-{recipe}"
+        if folder.is_dir():
+            return folder
+        if can_write(cache):
+            return make(folder, train, save)
+    raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
+
+
+def caches():
+    """Where the base may be kept: where QST_CACHE says; or beside this file, or with the user."""
+    if chosen := os.environ.get("QST_CACHE"):
+        return [Path(chosen)]
+    of_user = Path.home() / ".cache" / "qst"
+    return [CACHE, of_user, Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
+
+
+def can_write(folder):
+    try:
+        make_writable_folder(folder, "QST_CACHE")
+    except InputError:
+        return False
+    return True
+
+
+def make_base(folder, train, save):
+    """Make the base in a folder of this process, which takes its name when it is whole."""
+    for other in folder.parent.glob(f"{folder.name}.*"):  # of a process that was killed
+        if time.time() - other.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(other, ignore_errors=True)
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        train_tokenizer(unfinished / "tokenizer.model")
+        save(train(load_tokenizer(unfinished)), unfinished)
+        os.rename(unfinished, folder)
+    except OSError as error:
+        if not folder.is_dir():  # otherwise another process was faster, with the same
+            message = f"{unfinished} could not be written ({error.strerror})"
+            raise InputError(f"{message}: name another folder in the variable QST_CACHE.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def task(n, seed):
+    """What the side network learns: n different English stories, answered in French."""
+    rng, made = random.Random(seed), {}
+    while len(made) < n:
+        question, answers = story(rng, ENGLISH)
+        made[question] = answers[FRENCH]
+    return [{"instruction": question, "output": answer} for question, answer in made.items()]
+
+
+def load(cfg, tokenizer, template):
+    """The embedded default: `Task`, scored by the answers that are right in every letter."""
+
+    def score(model, held_out):
+        found = instruct.samples(model, tokenizer, template, held_out[: cfg.eval_examples])
+        right = [sample["answer"] == sample["expected"] for sample in found]
+        return dict(exact_match=sum(right) / len(right), examples=len(right), samples=found[:2])
+
+    conversations = [instruct.conversation(record) for record in task(2200, cfg.data_seed)]
+    return instruct.make_task(conversations, tokenizer, template, cfg, score)
+
+
+def train_tokenizer(path, vocab_size=VOCAB_SIZE):
+    """Train a sentencepiece tokenizer, of LLaMA's kind, on the language of the grammar."""
+    import sentencepiece
+
+    text = (frame(r["instruction"]) + r["output"] for r in pretraining(4000, seed=0))
+    lines = [line for sample in text for line in sample.split("\n") if line]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(Path(path).with_suffix("")),
+        vocab_size=vocab_size, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip

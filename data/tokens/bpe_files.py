@@ -1,0 +1,127 @@
+"""The files of byte-level BPE: tokenizer.json, or vocab.json and merges.txt.
+
+What the two readers return are the arguments of `tokenizer.ByteLevel`. What we cannot do exactly as
+the library does is refused, in a sentence that names the file and the field.
+"""
+
+from dataclasses import replace
+
+from data import InputError
+from data.formats.fields import (
+    LIST, TABLE, TRUE_OR_FALSE, WORD, field, first_few, list_of, one_of, shown, table_of, whole,
+)  # fmt: skip
+from data.formats.files import read_json, read_text
+from data.tokens import bpe
+
+ID = whole(0, (1 << 24) - 1)
+REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's: we read no other")
+MODEL = {  # what we read of a model in tokenizer.json is this, or not there
+    "type": "BPE", "byte_fallback": False,  # True is sentencepiece in disguise
+    "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+}  # fmt: skip
+
+
+def read_vocab_and_merges(folder):
+    """GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path, optional=True)
+    field(path, settings, "tokenizer_class", one_of("GPT2Tokenizer", "GPT2TokenizerFast"), None)
+    field(path, settings, "add_prefix_space", one_of(False), None)
+    path = folder / "vocab.json"
+    vocab = checked_vocab(path, {"vocab": read_json(path)}, "vocab")
+    path = folder / "merges.txt"
+    first, *lines = read_text(path).split("\n")
+    lines = lines if first.startswith("#version:") else [first, *lines]
+    merges = checked_merges(path, filter(None, lines), vocab)
+    made = {left + right for left, right in merges}
+    special = {token: id for token, id in vocab.items() if len(token) > 1 and token not in made}
+    strange = [token for token in special if not token.isascii()]
+    if strange:
+        names = first_few(strange)
+        raise InputError(f"{path} has no merge for {names} of vocab.json: get the whole file.")
+    return dict(vocab=vocab, merges=merges, words=[bpe.GPT2_WORDS], special=special, added={})
+
+
+def read_tokenizer_json(folder):
+    """The one file of the library `tokenizers`, if it holds byte-level BPE."""
+    path = folder / "tokenizer.json"
+    spec = read_json(path)
+    model = field(path, spec, "model", TABLE)
+    for name, known in MODEL.items():
+        field(path, model, f"model.{name}", one_of(known), known)
+    field(path, field(path, spec, "decoder", TABLE), "decoder.type", one_of("ByteLevel"))
+    nfc = field(path, spec, "normalizer", one_of({"type": "NFC"}), None) is not None
+    vocab = checked_vocab(path, model, "model.vocab")
+    merges = checked_merges(path, field(path, model, "model.merges", LIST), vocab)
+    special, added = read_added_tokens(path, spec, nfc, vocab)
+    whole_words = field(path, model, "model.ignore_merges", TRUE_OR_FALSE, False)
+    unknown = field(path, model, "model.unk_token", WORD, None)
+    if unknown is not None and unknown not in vocab:
+        raise InputError(f"{path}: model.unk_token is {shown(unknown)}, which model.vocab lacks.")
+    return dict(
+        vocab=vocab, merges=merges, words=read_words(path, spec), special=special, added=added,
+        nfc=nfc, whole_words=whole_words, unknown=vocab.get(unknown),
+    )  # fmt: skip
+
+
+def checked_vocab(path, record, name):
+    """A vocabulary {token: id}, in which no two tokens have one id."""
+    vocab = field(path, record, name, table_of(ID))
+    tokens = {}
+    for token, id in vocab.items():
+        if (other := tokens.setdefault(id, token)) != token:
+            raise InputError(f"{path}: {shown(other)} and {shown(token)} have the same id {id}.")
+    if not vocab:
+        raise InputError(f"{path} has no tokens.")
+    return vocab
+
+
+def checked_merges(path, merges, vocab):
+    """Merges as pairs; the files spell one "a b" or ["a", "b"]."""
+    pairs = []
+    for i, merge in enumerate(merges, 1):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        texts = isinstance(pair, list) and len(pair) == 2 and all(map(WORD.fits, pair))
+        if not texts or not all(part in vocab for part in (*pair, "".join(pair))):
+            message = f"{path}: merge {i}, {shown(pair)}, is not two tokens that make a third."
+            raise InputError(message)
+        pairs.append(tuple(pair))
+    return pairs
+
+
+def read_added_tokens(path, spec, nfc, vocab):
+    """The special tokens and the other added ones: two dicts {text: id}."""
+    kinds, owners = ({}, {}), {id: token for token, id in vocab.items()}
+    for token in field(path, spec, "added_tokens", list_of(TABLE), []):
+        for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
+            field(path, token, f"added_tokens.{flag}", one_of(False), False)
+        text = field(path, token, "added_tokens.content", WORD)
+        id = field(path, token, "added_tokens.id", ID)
+        special = field(path, token, "added_tokens.special", TRUE_OR_FALSE, False)
+        twice = text in {**kinds[0], **kinds[1]}
+        if twice or owners.setdefault(id, text) != text or vocab.get(text, id) != id:
+            raise InputError(f"{path}: the added token {shown(text)}, {id}, is there otherwise.")
+        kinds[not special][text] = id
+    return kinds
+
+
+def read_words(path, spec):
+    """The regexes that a pre-tokenizer stands for, to be applied one after the other."""
+    spec = field(path, spec, "pre_tokenizer", TABLE)
+    splits, last = [], spec
+    if spec.get("type") == "Sequence":
+        *splits, last = field(path, spec, "pre_tokenizer.pretokenizers", list_of(TABLE, 1, 8))
+    words = []
+    for split in splits:
+        if field(path, split, "pre_tokenizer.type", one_of("Split", "Digits")) == "Digits":
+            alone = field(path, split, "pre_tokenizer.individual_digits", TRUE_OR_FALSE, False)
+            words.append(bpe.DIGITS if alone else bpe.NUMBERS)
+            continue
+        field(path, split, "pre_tokenizer.behavior", one_of("Isolated"))
+        field(path, split, "pre_tokenizer.invert", one_of(False), False)
+        pattern = field(path, split, "pre_tokenizer.pattern", TABLE)
+        words.append(field(path, pattern, "pre_tokenizer.pattern.Regex", REGEX))
+    field(path, last, "pre_tokenizer.type", one_of("ByteLevel"))
+    field(path, last, "pre_tokenizer.add_prefix_space", one_of(False))
+    own = field(path, last, "pre_tokenizer.use_regex", TRUE_OR_FALSE, True)
+    return words + [bpe.GPT2_WORDS] * own

@@ -1,0 +1,164 @@
+"""Several processes, started by torchrun: data/devices/distributed.py."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from test_resume import SETTINGS
+
+import train
+from data.devices import distributed
+from data.run.state import RunState
+from data.run.training_log import TrainingLog
+from data.tasks import tiny
+from data.tasks.examples import count_targets, iteration_batches
+from qst import QST
+from side import SideConfig
+from train import TrainConfig
+
+RATES = dict(max_iters=9, eval_interval=3, log_interval=1)
+
+
+@pytest.fixture
+def cfg(tiny_model, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(43, seed=1)))
+    return SETTINGS | RATES | dict(base=str(tiny_model), data=str(data))
+
+
+def torchrun(cfg, processes=2, **changes):
+    words = [f"--{name}={value}" for name, value in (cfg | changes).items()]
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
+         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def numbers(out_dir):
+    lines = (Path(out_dir) / "log.csv").read_text().splitlines()[1:]
+    return [[float(cell or 0) for cell in line.split(",")[:3]] for line in lines]
+
+
+def test_two_processes_are_one(cfg, tmp_path):
+    """Two of 4 sequences learn what one of 8 does, evaluate and score the same examples, to fp32
+    rounding; the first alone prints and writes. One that dies ends the other soon, with a sentence,
+    and the two go on from what was kept."""
+    text, two_dir = tmp_path / "text.txt", tmp_path / "two"
+    text.write_text(" ".join(tiny.story(random.Random(i), 0)[0] for i in range(300)))
+    cfg |= dict(task="text", data=str(text), sequence_len=48)
+    begun, state = torchrun(cfg, out_dir=two_dir, max_iters=10**6), two_dir / "state.safetensors"
+    for _ in range(1200):
+        if state.exists() or begun.poll() is not None:
+            break
+        time.sleep(0.02)
+    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(begun.pid)], text=True)
+    os.kill(max(map(int, children.split())), signal.SIGKILL)
+    printed, complaints = begun.communicate(timeout=60)
+    assert begun.returncode != 0 and "held-out loss" not in printed
+    assert "Another process of this run has ended" in complaints or "SIGKILL" in complaints
+    train.read_side(two_dir)  # what was kept is whole
+    kept = len(numbers(two_dir))
+    cfg["max_iters"] = kept - kept % RATES["eval_interval"] + 6
+    ended = torchrun(cfg, out_dir=two_dir, resume=True)
+    printed, complaints = ended.communicate(timeout=120)
+    assert ended.returncode == 0, complaints
+    assert printed.count("held-out loss") == 1
+    one = train.main(TrainConfig(**cfg | dict(batch_size=8, out_dir=str(tmp_path / "one"))))
+    for ours, theirs in zip(numbers(tmp_path / "one"), numbers(two_dir), strict=True):
+        assert ours == pytest.approx(theirs, abs=3e-4)
+    two = json.loads((two_dir / "result.json").read_text())
+    assert two["loss_after"] == pytest.approx(one["loss_after"], abs=1e-4)
+    assert two["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_every_token_is_in_one_process_and_weighs_the_same(size, monkeypatch):
+    """The processes' batches together are the global ones, and the shares of all add up to 1, also
+    in an epoch's last batch, of which there may be too little for all."""
+    examples = [(list(range(n)), [-100] * (n // 2) + list(range(n - n // 2))) for n in range(3, 20)]
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    found = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        rows = iteration_batches(examples, 2, 3, seed=1)
+        found.append([next(rows) for _ in range(6)])
+    for iteration in zip(*found):
+        batches = [batch for process in iteration for batch in process]
+        weighing = [batch for batch in batches if batch[2]]
+        assert sum(share for *_, share in batches) == pytest.approx(1)
+        targets = sum(count_targets(targets) for _, targets, _ in weighing)
+        for _, own, share in weighing:
+            assert share == pytest.approx(count_targets(own) / targets)
+        assert all(len(idx) for idx, *_ in batches)
+    assert max(len(idx) for process in found for parts in process for idx, *_ in parts) == 2
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_list_is_split_and_joined(size, monkeypatch):
+    """Each item is in the part of one process; what the parts give comes back in their order."""
+    monkeypatch.setattr(distributed, "size", lambda: size)
+    parts = []
+    for rank in range(size):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        parts.append(distributed.split(list(range(7))))
+    assert sorted(sum(parts, [])) == list(range(7))
+    gather = lambda into, own: into.__setitem__(slice(None), parts)
+    monkeypatch.setattr(distributed.distributed, "all_gather_object", gather)
+    assert distributed.join(parts[-1]) == list(range(7))
+
+
+def test_what_travels_is_summed(monkeypatch):
+    """Tensors of any shape and dtype become their sums over the processes, each by itself."""
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed.distributed, "all_reduce", lambda flat: flat.mul_(3))
+    tensors = [torch.tensor(2.0), torch.randn(2, 3), torch.arange(4).half()]
+    expected = [3 * tensor for tensor in tensors]
+    distributed.sum_(tensors)
+    assert all(map(torch.equal, tensors, expected))
+
+
+def test_the_first_process_alone_writes_the_state(tmp_path, monkeypatch):
+    """Two that replace one file could leave the state of neither."""
+    side = torch.nn.Linear(2, 2)
+    optimizer, scaler = torch.optim.AdamW(side.parameters()), torch.amp.GradScaler("cpu")
+    log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
+    run = RunState(tmp_path, {}, side, optimizer, scaler, log)
+    for rank in (1, 0):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        run.save()
+        assert (tmp_path / "state.safetensors").exists() == (rank == 0)
+
+
+def gradients(model, batches):
+    """Of the loss of an iteration, as `train_step` forms them."""
+    model.zero_grad()
+    for idx, targets, share in batches:
+        (model.loss(idx, targets) * share).backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def test_batches_of_an_iteration_are_one_batch(base):
+    """Four batches of 2 have the gradient of one of 8, to fp32 rounding, whatever the lengths of
+    the answers are."""
+    model = QST(base, SideConfig(reduction=4, rank=2))
+    model.side.alpha.data.fill_(0.5)
+    asked = lambda n: [-100] * (n - 2 - n % 5) + [7] * (1 + n % 5)
+    examples = [(list(range(1, n)), asked(n)) for n in range(9, 25)]
+    small, large = (
+        next(iteration_batches(examples[:8], size, steps, seed=1))
+        for size, steps in ((2, 4), (8, 1))
+    )
+    shares = [share for *_, share in small]
+    assert max(shares) > 1.5 * min(shares)
+    for ours, theirs in zip(gradients(model, small), gradients(model, large)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,213 @@
+"""Machines that are not here: other GPUs, other systems, full or read-only folders, pretended."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from tqdm import tqdm
+
+import train
+from data import InputError
+from data.devices.choose import pick_device, pick_dtype
+from data.formats.files import write_json
+from data.formats.hub import save_pretrained
+from data.run import report
+from data.tasks import tiny
+from model import from_pretrained, quantize_folder
+from train import TrainConfig
+
+
+def test_apples_gpu_is_taken_where_there_is_no_cuda(monkeypatch):
+    """`auto` takes it, in fp32; fp16 works, and bf16, which it lacks, is refused."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    device = pick_device("auto")
+    assert device == pick_device("mps") == torch.device("mps")
+    assert pick_dtype("auto", device) == torch.float32
+    assert pick_dtype("fp16", device) == torch.float16
+    with pytest.raises(InputError, match="--dtype bf16"):
+        pick_dtype("bf16", device)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(InputError, match="--device mps: torch sees no such GPU here"):
+        pick_device("mps")
+
+
+def test_each_process_takes_its_own_gpu(monkeypatch):
+    """torchrun numbers the processes of a machine; a number that is not there is refused."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    assert pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(InputError, match="there are 2 GPUs here, from cuda:0 on"):
+        pick_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["meta", "xpu", "cpu:3", "tpu", "cuda:x", "a" * 1000])
+def test_other_devices_are_refused(name):
+    """In one short sentence."""
+    message = "is unknown: choose auto, cuda, cuda:1, mps or cpu"
+    with pytest.raises(InputError, match=message) as caught:
+        pick_device(name)
+    assert len(str(caught.value)) < 200
+
+
+def test_without_what_windows_lacks():
+    """No module that it does not have is needed to import the code."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[1:]\n"
+        "missing = ('resource', 'fcntl', 'readline', 'pwd', 'termios')\n"
+        "sys.modules |= dict.fromkeys(missing)\n"
+        "import train, qst\n"
+        "from data.devices import memory\n"
+        "from data.run import state\n"
+        "assert memory.peak_memory(train.torch.device('cpu')) == 0\n"
+        "with state.only_run_in('/nowhere'): pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
+    """One sentence, with the first saving that is not on yet."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train", full)
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(20, seed=1)))
+    cfg = dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"), reduction=4)
+    with pytest.raises(InputError, match="no more memory: give --h_f_bits 4"):
+        train.main(TrainConfig(**cfg, sequence_len=64, device="cpu"))
+    advice = {
+        "--checkpoint true": {}, "--h_f_bits 4": dict(checkpoint=True),
+        "--optimizer_bits 8": dict(checkpoint=True, h_f_bits=4),
+        "--batch_size 16 --gradient_accumulation_steps 2": dict(
+            checkpoint=True, h_f_bits=4, optimizer_bits=8
+        ),
+        "--sequence_len 64": dict(checkpoint=True, h_f_bits=4, optimizer_bits=8, batch_size=1),
+    }  # fmt: skip
+    for flag, settings in advice.items():
+        cfg = train.resolve(TrainConfig(**settings))
+        assert f"give {flag}." in report.out_of_memory(cfg)
+    cfg = train.resolve(TrainConfig(method="qlora", checkpoint=True))
+    assert "--optimizer_bits 8" in report.out_of_memory(cfg)
+
+
+def short_recipe(monkeypatch, folder):
+    monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=1))
+    monkeypatch.setattr(tiny, "CACHE", folder)
+
+
+def make():
+    return tiny.base_folder(train.train_tiny_base, save_pretrained, tiny.make_base)  # patched
+
+
+def test_two_first_runs_at_once_both_end_well(monkeypatch, tmp_path):
+    """Whoever is second takes the base of the first."""
+    short_recipe(monkeypatch, tmp_path)
+    monkeypatch.setattr(os, "getpid", threading.get_ident)  # as if each thread were a process
+    both_are_here, made, original = threading.Barrier(2), [], tiny.train_tokenizer
+
+    def train_tokenizer(path):
+        both_are_here.wait(60)
+        original(path)
+
+    monkeypatch.setattr(tiny, "train_tokenizer", train_tokenizer)
+    threads = [threading.Thread(target=lambda: made.append(make())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(made) == 2 and made[0] == made[1]
+    assert [path.name for path in tmp_path.iterdir()] == [made[0].name]
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    """Another folder takes its place; QST_CACHE names one, and then it is that one or none."""
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    short_recipe(monkeypatch, blocked / "cache")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert make().parent == tmp_path / "home/.cache/qst"
+    monkeypatch.setenv("QST_CACHE", str(tmp_path / "chosen"))
+    assert make().parent == tmp_path / "chosen"
+    monkeypatch.setenv("QST_CACHE", str(blocked / "cache"))
+    with pytest.raises(InputError, match="QST_CACHE"):
+        make()
+
+
+def test_quantizing_overwrites_nothing(tiny_model):
+    """Neither its source nor another folder with something in it."""
+    before = (tiny_model / "model.safetensors").read_bytes()
+    with pytest.raises(InputError, match="is not empty"):
+        quantize_folder(tiny_model, tiny_model)
+    assert (tiny_model / "model.safetensors").read_bytes() == before
+
+
+def test_json_has_no_nan(tmp_path):
+    """What is no number becomes null, at any depth."""
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.5, -math.inf, {"c": (math.inf, "d")}]})
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == {"a": None, "b": [1.5, None, {"c": [None, "d"]}]}
+
+
+def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
+    """A file that cannot be written whole leaves the old one, and no other."""
+    write_json(tmp_path / "x.json", {"old": 1})
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_json(tmp_path / "x.json", {"new": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
+    """After each kill there is no base, or a whole one; and the next run makes or takes it."""
+    short_recipe(monkeypatch, tmp_path)
+    torch.set_num_threads(1)  # so that this process can be forked
+    rng = random.Random(0)
+    for _ in range(8):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                make()
+            os._exit(0)
+        time.sleep(rng.uniform(0.01, 0.9))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for folder in tmp_path.iterdir():
+            if "." not in folder.name:  # what ends in a number is of a process that did not finish
+                from_pretrained(folder)
+    assert from_pretrained(make()).config.n_layer == tiny.BASE["n_layer"]
+
+
+def test_who_is_killed_leaves_no_lock():
+    """A forked process that dies while it draws a bar stops nobody else's bars."""
+    locks = tqdm.get_lock().locks  # of processes, and of threads
+    ours, theirs = os.pipe()
+    if (child := os.fork()) == 0:
+        tqdm.get_lock().acquire()
+        os.write(theirs, b"held")
+        time.sleep(60)
+    assert os.read(ours, 4) == b"held"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0), os.close(ours), os.close(theirs)
+    for lock in locks:
+        assert lock.acquire(timeout=5)
+        lock.release()

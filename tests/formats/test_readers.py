@@ -1,0 +1,152 @@
+"""What comes from outside loads, or is refused in one sentence that names the file and the field.
+
+Here is what each reader must refuse, and why; fuzzing/fuzz.py looks for what nobody has thought of.
+"""
+
+import json
+import os
+import shutil
+
+import pytest
+from conftest import FIXTURES
+from mutants import RAW, VALUES, dump
+
+import model
+from data import InputError
+from data.formats.fields import shown
+from data.formats.files import read_json
+from data.tokens import chat
+from data.tokens.tokenizer import load_tokenizer
+from model import from_pretrained
+
+
+def copy(source, tmp_path):
+    return shutil.copytree(source, tmp_path / source.name, dirs_exist_ok=True)
+
+
+def change(path, **values):
+    """Replace fields of a JSON file, and return the file."""
+    path.write_bytes(dump(json.loads(path.read_bytes()) | values))
+    return path
+
+
+def refused(call, *args, named=""):
+    """The sentence that refuses: of one line, not long, and with a name in it."""
+    with pytest.raises(InputError) as caught:
+        call(*args)
+    text = str(caught.value)
+    assert text.isprintable() and len(text) < 600 and named in text, text
+    return text
+
+
+# --------------------------------------------------------------------------------------
+# config.json
+
+
+@pytest.mark.parametrize("name", ["llama_gqa", "llama_rope3", "mistral", "opt_350m"])
+def test_every_field_of_a_config_by_every_type(name, tmp_path):
+    """A value of any type, in the place of any field, is read as what it is, or refused by name."""
+    folder = copy(FIXTURES / name, tmp_path)
+    path = folder / "config.json"
+    good = json.loads(path.read_text())
+    before = vars(model.read_config(folder))
+    for field in good:
+        for value in VALUES:
+            path.write_bytes(dump(good | {field: value}))
+            try:
+                after = vars(model.read_config(folder))
+            except InputError as error:
+                text = str(error)
+                assert str(path) in text and text.isprintable() and len(text) < 600
+                continue
+            for key in before:
+                kinds = {type(after[key]), type(before[key])}
+                assert len(kinds) == 1 or not kinds & {bool, str}, key
+                assert list not in kinds or key in ("bos_id", "eos_id"), key
+
+
+@pytest.mark.parametrize("field, value", [
+    ("num_attention_heads", 4.0), ("num_attention_heads", 5), ("num_key_value_heads", 3),
+    ("vocab_size", "x"),
+    ("hidden_size", 0), ("num_hidden_layers", -1), ("head_dim", 7), ("rope_theta", 0),
+    ("rope_theta", "1e4"),
+    ("tie_word_embeddings", "false"), ("eos_token_id", 48), ("eos_token_id", [2, -2]),
+    ("bos_token_id", True),
+    ("rms_norm_eps", 0), ("quantization_config", "x"), ("sliding_window", 0),
+    ("model_type", ["llama"]),
+    ("rope_scaling", {"type": "linear", "factor": 0}), ("rope_scaling", {"type": "linear"}),
+    ("rope_scaling", {"type": ["linear"]}), ("rope_scaling", {"partial_rotary_factor": 0.5}),
+])  # fmt: skip
+def test_a_config_that_makes_no_sense(field, value, tmp_path):
+    """Sizes that do not fit, other types, and ids out of the vocabulary are refused by name."""
+    folder = copy(FIXTURES / "llama_linear_bias_tied", tmp_path)
+    path = change(folder / "config.json", **{field: value})
+    text = refused(model.read_config, folder, named=str(path))
+    assert field in text or "rope_parameters" in text
+
+
+def test_layers_are_counted_before_one_is_built(tmp_path, monkeypatch):
+    """A config.json with more layers than there are tensors for costs no time."""
+    folder = copy(FIXTURES / "llama_rope3", tmp_path)
+    monkeypatch.setattr(model, "Transformer", lambda config: pytest.fail("built"))
+    for n, told in ((900, "lacks layers.2"), (1, "has layers.1"), (1000000, "num_hidden_layers")):
+        change(folder / "config.json", num_hidden_layers=n)
+        assert told in refused(from_pretrained, folder, named=str(folder))
+
+
+# --------------------------------------------------------------------------------------
+# Any file
+
+
+READ = {  # file: (a folder that has it, the function that reads it there)
+    "config.json": ("llama_gqa", from_pretrained),
+    "model.safetensors": ("mistral", from_pretrained),
+    "model.safetensors.index.json": ("llama_gqa", from_pretrained),
+    "model-00002-of-00005.safetensors": ("llama_gqa", from_pretrained),
+    "pytorch_model.bin": ("opt_pre", from_pretrained),
+    "tokenizer.model": ("tokenizers/opt", load_tokenizer),
+    "tokenizer.json": ("tokenizers/qwen2", load_tokenizer),
+    "merges.txt": ("tokenizers/opt", load_tokenizer),
+    "tokenizer_config.json": ("tokenizers/qwen2", load_tokenizer),
+    "vocab.json": ("tokenizers/opt", load_tokenizer),
+    "generation_config.json": ("tokenizers/opt", load_tokenizer),
+    "chat_template.jinja": ("mistral", chat.load_template),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_no_file_is_refused(name, tmp_path):
+    """A device never ends, a pipe never begins, a folder is no file; a link to a file is one."""
+    source, read = READ[name]
+    folder = copy(FIXTURES / source, tmp_path)
+    path, kept = folder / name, tmp_path / "elsewhere"
+    if path.exists():
+        path.rename(kept)
+        path.symlink_to(kept)
+        read(folder)
+        path.unlink()
+    for make in (lambda: path.symlink_to("/dev/zero"), lambda: os.mkfifo(path), path.mkdir):
+        make()
+        refused(read, folder, named=str(path))
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("text, told", [
+    ("[" * 100000, "nested too deep"), ('{"a": NaN}', "NaN is no number"),
+    ('{"a": 1e999}', "too large"),
+    ('{"a": -Infinity}', "Infinity"), ('{"a": 1, "a": 2}', "'a' stands twice"),
+    ("[1]", "not a JSON object"),
+    ('{"a": ' + "1" * 5000 + "}", "digits"), ("\xff", "utf-8"),
+])  # fmt: skip
+def test_json_that_is_none(text, told, tmp_path):
+    """JSON is what the standard says; Python's reader takes more, and ends in other errors."""
+    path = tmp_path / "some.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert told in refused(read_json, path, named=str(path))
+
+
+def test_messages_are_short():
+    """Of a value from a file a message shows 80 characters, none of which moves the cursor."""
+    values = [v for v in VALUES if not str(v).startswith(RAW)]
+    for value in [*values, "\x1b[2J" * 9, {"a": "b" * 10**6}]:
+        assert len(shown(value)) <= 80 and shown(value).isprintable()

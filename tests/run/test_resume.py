@@ -1,0 +1,301 @@
+"""A run that ends at any moment goes on as if it had not: data/run/state.py and train.fit."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+from data import InputError
+from data.run import state
+from data.run.training_log import TrainingLog
+from data.tasks import tiny
+from train import TrainConfig
+
+SETTINGS = dict(
+    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
+    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
+)  # fmt: skip
+
+
+@pytest.fixture
+def cfg(tiny_model, tmp_path, no_answers):
+    return settings_of_a_short_run(tiny_model, tmp_path)
+
+
+def settings_of_a_short_run(tiny_model, tmp_path):
+    """Settings of a run of less than a second."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
+    return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """So that a run can be forked."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def left(out_dir):
+    """What a run has made: the bytes of its tensors, and its log without times."""
+    log = (Path(out_dir) / "log.csv").read_text().splitlines()
+    tensors = [(Path(out_dir) / name).read_bytes() for name in
+               ("side.safetensors", "last/side.safetensors")]  # fmt: skip
+    return tensors, [line.split(",")[:4] for line in log]
+
+
+def stop_after(monkeypatch, iteration):
+    """Let a run be asked to stop while it computes an iteration."""
+    steps = []
+
+    @contextlib.contextmanager
+    def stop_signals():
+        asked = []
+        steps.append(asked)
+        yield asked
+
+    original = train.train_step
+
+    def step(*args):
+        step.count += 1
+        if step.count == iteration:
+            steps[-1].append(signal.SIGTERM)
+        return original(*args)
+
+    step.count = 0
+    monkeypatch.setattr(train, "stop_signals", stop_signals)
+    monkeypatch.setattr(train, "train_step", step)
+
+
+WITHOUT_SIDE = dict(reduction=None)
+METHODS = [
+    dict(method="qst"), dict(method="qst", optimizer_bits=8, gradient_accumulation_steps=2),
+    dict(method="qst", optimizer="muon", variant="fast"), dict(method="lst"),
+    dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
+    dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
+    dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
+    dict(method="qst", dtype="fp16"), dict(method="qst", repair=4),
+]  # fmt: skip
+
+
+def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
+    """It says how to go on, not that nothing was learned; nor a loss that nobody has measured. What
+    it has learned so far can be asked."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        result = train.main(TrainConfig(**cfg))
+    printed = capsys.readouterr().out
+    assert result["interrupted"] and not result["best_iteration"] and "--resume" in printed
+    assert "has not learned" not in printed and f"--side {cfg['out_dir']}/last" in printed
+    assert result["loss_after"] is None and "QST\n" not in printed
+    with pytest.raises(InputError, match="missing: give .*out/last"):
+        train.read_side(cfg["out_dir"])
+    train.read_side(cfg["out_dir"] + "/last")
+    for printed in ("Ask it", "had ended with iteration 16, and is scored again."):
+        train.main(TrainConfig(**cfg, resume=True))
+        assert printed in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
+def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, capsys):
+    """Stopped after 5 of 8 iterations, between two evaluations, and gone on: same bytes."""
+    cfg = cfg | changes | dict(max_iters=8)
+    train.main(TrainConfig(**cfg))
+    expected = left(cfg["out_dir"])
+    again = cfg | dict(out_dir=str(tmp_path / "again"), resume=True)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        stopped = train.main(TrainConfig(**again))
+    assert stopped["interrupted"] and stopped["iterations"] == 5
+    kept, _ = state.load_state(tmp_path / "again")
+    assert kept["log"]["iteration"] == 5  # none is computed twice
+    result = train.main(TrainConfig(**again))
+    assert not result["interrupted"] and result["iterations"] == 8
+    assert "again goes on after iteration 5." in capsys.readouterr().out
+    assert left(again["out_dir"]) == expected
+
+
+@pytest.mark.parametrize("words", ["", "variant=paper,fast gate=scalar"])
+def test_resume_knows_the_settings(words, cfg, monkeypatch):
+    """--resume with --out_dir alone, whatever the run or sweep was given; flags count more."""
+    cfg = TrainConfig(**cfg | dict(sweep=words))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        train.main(cfg)
+    again = train.parse_args(["--resume", "--out_dir", cfg.out_dir])
+    assert train.resolve(again) == train.resolve(replace(cfg, resume=True))
+    train.main(again)
+    folder = Path(cfg.out_dir) / words.replace(" ", ",").replace(",fast", "")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["iterations"] == cfg.max_iters and not result["interrupted"]
+    longer = train.parse_args(["--resume", "--out_dir", cfg.out_dir, "--max_iters", "20"])
+    assert longer.max_iters == 20 and longer.base == cfg.base
+    other = str(Path(cfg.out_dir) / "none")  # nothing there: what --resume always was
+    assert train.parse_args(["--resume", "--out_dir", other]).base == TrainConfig().base
+
+
+def test_killed_again_and_again(cfg, tmp_path, capfd):
+    """SIGKILL at random moments, also while files are written: after each, what is there is whole;
+    and in the end every byte is that of a run that was left alone."""
+    train.main(TrainConfig(**cfg))
+    expected, rng, kills = left(cfg["out_dir"]), random.Random(0), 0
+    again = TrainConfig(**cfg | dict(out_dir=str(tmp_path / "again"), resume=True))
+    for _ in range(200):
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                train.main(again)
+                os._exit(0)
+            os._exit(1)
+        # Some soon after the start, and most when a state is written, or what is written after it.
+        patience = rng.choice((0.1, 60, 60))
+        if status := kill_at_the_next_state(child, again.out_dir, patience, rng.uniform(0, 0.03)):
+            assert os.WIFSIGNALED(status), capfd.readouterr().err
+            kills += 1
+        else:
+            break
+        if (Path(again.out_dir) / "side.safetensors").exists():
+            train.read_side(again.out_dir)
+    train.main(again)
+    assert kills >= 3 and left(again.out_dir) == expected
+
+
+def kill_at_the_next_state(child, out_dir, patience, later):
+    """Wait until a process writes a state, or for some seconds; kill it a moment later, and return
+    its exit status."""
+    path, start, ended = Path(out_dir) / "state.safetensors", time.time(), 0
+
+    def written():
+        with contextlib.suppress(FileNotFoundError):  # also for the moment in which it is replaced
+            return path.stat().st_mtime_ns
+
+    before = written()
+    while not ended and written() == before and time.time() - start < patience:
+        time.sleep(0.002)
+        ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        time.sleep(later)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+    return status
+
+
+def test_a_signal_from_outside(cfg):
+    """SIGTERM, as a job scheduler sends it, ends a real process in good order."""
+    words = [f"--{name}={value}" for name, value in (cfg | dict(max_iters=100000)).items()]
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    out_dir = Path(cfg["out_dir"])
+    while not (out_dir / "state.safetensors").exists() and run.poll() is None:
+        time.sleep(0.05)
+    run.terminate()
+    printed, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and "go on with --resume" in printed
+    result = json.loads((out_dir / "result.json").read_text())
+    assert result["interrupted"] and 4 <= result["iterations"] < 100000
+    assert state.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
+
+
+def test_a_damaged_state(cfg, tmp_path, capsys):
+    """The one before it is used, and said so; without any that is whole, nothing is touched."""
+    train.main(TrainConfig(**cfg))
+    expected, out_dir = left(cfg["out_dir"]), Path(cfg["out_dir"])
+
+    def damage(names):
+        for path in (out_dir / name for name in names):
+            path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+    damage(state.NAMES[:1])
+    whole, _ = state.load_state(out_dir)
+    assert whole and "state.safetensors is damaged, and removed" in capsys.readouterr().out
+    train.main(TrainConfig(**cfg | dict(resume=True)))
+    assert left(out_dir) == expected
+    damage(state.NAMES)
+    with pytest.raises(InputError, match="state.safetensors is damaged, and there is no other"):
+        train.main(TrainConfig(**cfg | dict(resume=True)))
+    assert left(out_dir) == expected and (out_dir / state.NAMES[0]).exists()
+
+
+def test_a_state_holds_all_that_a_run_needs(tmp_path):
+    """What learns, its moments, fp16's scale and the log are in another process what they were."""
+    runs = []
+    for scale in (8.0, 2.0):
+        side = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(side.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        log = TrainingLog(None, TrainConfig(max_iters=9), torch.device("cpu"))
+        log.evaluated(9.0)
+        runs.append(state.RunState(tmp_path, {}, side, optimizer, scaler, log))
+    one, two = runs
+    assert not two.load()
+    one.side(torch.ones(3)).sum().backward()
+    one.optimizer.step()
+    one.log.iteration = 7
+    one.save()
+    assert two.load() and two.log.iteration == 7 and two.scaler.get_scale() == 8
+    for ours, theirs in zip(one.side.parameters(), two.side.parameters()):
+        assert torch.equal(ours, theirs)
+        moments = one.optimizer.state[ours], two.optimizer.state[theirs]
+        assert len(moments[1]) == 3 and all(map(torch.equal, *(m.values() for m in moments)))
+
+
+def test_signals_are_noted(capfd):
+    """The first asks to stop, and says so; a second Ctrl-C stops at once; afterwards as before."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with state.stop_signals() as asked:
+        assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
+        signal.raise_signal(signal.SIGTERM)
+        assert asked == [signal.SIGTERM] and "Ctrl-C again stops" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_other_settings_are_refused(cfg):
+    train.main(TrainConfig(**cfg | dict(max_iters=4)))
+    with pytest.raises(InputError, match="another --learning_rate, 0.01 and not 0.02"):
+        train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
+    text = Path(cfg["data"]).read_text()
+    moved = "\n".join(text.split("\n")[::-1])  # as many tokens, in another order
+    for other in (text + '\n{"instruction": "One", "output": "more"}', moved):
+        Path(cfg["data"]).write_text(other)
+        with pytest.raises(InputError, match="another --data"):
+            train.main(TrainConfig(**cfg | dict(resume=True)))
+
+
+def test_two_runs_in_one_folder(cfg):
+    """The second is refused while the first one writes."""
+    Path(cfg["out_dir"]).mkdir()
+    with state.only_run_in(cfg["out_dir"]):
+        with pytest.raises(InputError, match="Another run writes to"):
+            train.main(TrainConfig(**cfg))
+    train.main(TrainConfig(**cfg | dict(max_iters=1)))
+
+
+def test_the_same_seed_is_the_same_run(cfg, tmp_path, capsys):
+    """Bit for bit; and another seed is another run, which says what it replaces."""
+    runs = []
+    for name, seed in ("first", 1), ("second", 1), ("second", 2):
+        capsys.readouterr()
+        out_dir = str(tmp_path / name)
+        train.main(TrainConfig(**cfg | dict(seed=seed, out_dir=out_dir, max_iters=6)))
+        runs.append(left(out_dir))
+        replaced = f"What an earlier run left in {out_dir} is replaced." in capsys.readouterr().out
+        assert replaced == (seed == 2)
+    assert runs[0] == runs[1] and runs[0][0] != runs[2][0]

@@ -1,0 +1,220 @@
+"""data/sweep.py: many side networks beside one base are, to the bit, what each is alone."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import account
+import pytest
+import torch
+from conftest import small_config
+from test_resume import cfg, left, one_thread  # noqa: F401
+
+import train
+from data import InputError
+from data.devices.memory import activation_bytes
+from data.tasks.scoring import choice_logits
+from model import PRESETS, quantize_folder
+from qst import Beside, read_side, tune
+from quant import Linear4bit
+from train import TrainConfig, prepare, side_config
+
+SWEEPS = {
+    "architecture": "variant=paper,fast standardize=true seed=1,2",
+    "memory": "h_f_bits=16,4 checkpoint=false,true downsample=linear",
+    "width and steps": "reduction=2,4 optimizer=adamw,muon lr_schedule=cosine mix=residual",
+}
+
+
+@pytest.mark.parametrize("words", SWEEPS.values(), ids=SWEEPS)
+def test_each_run_is_what_it_is_alone(words, cfg):  # noqa: F811
+    """The bytes of the side network, the log, the scores."""
+    cfg |= dict(max_iters=8)
+    table = train.main(TrainConfig(**cfg, sweep=words))
+    names = [row["settings"] for row in table["runs"]]
+    assert len(names) == 4 == len(set(names))
+    assert json.loads((Path(cfg["out_dir"]) / "sweep.json").read_text()) == table
+    losses = [row["loss"] for row in table["runs"]]
+    assert losses == sorted(losses) and table["best"].endswith(names[0])
+    for name in sorted(names)[::3]:  # the first and the last
+        together = Path(cfg["out_dir"]) / name
+        settings = json.loads((together / "result.json").read_text())["config"]
+        assert settings["sweep"] == "" and settings["data_seed"] == 1337
+        result = train.main(TrainConfig(**settings | dict(out_dir=cfg["out_dir"] + "-alone")))
+        assert left(together) == left(cfg["out_dir"] + "-alone")
+        row = table["runs"][names.index(name)]
+        assert result["loss_after"] == row["loss"]
+
+
+def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
+    """Six runs ask each linear layer as often as one does, also for a score after a beginning that
+    all prompts share; two that are standardized, also look at the 32 training examples, four
+    at a time. What they generate, of lengths of their own, is what each generates alone."""
+    asked, forward, load = [], Linear4bit.forward, train.load_task
+    prompts = [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
+
+    def counted(layer, x):
+        asked.extend([1] * (len(x) > 1))  # what is generated, one row, may be each run's own
+        return forward(layer, x)
+
+    def answering(*args):
+        task = load(*args)
+        said = lambda model: model.generate(torch.tensor([[1, 5]]), 5).tolist()
+        scored = lambda beside: [each.tolist() for each in choice_logits(beside, prompts, [3, 7])]
+        task.score = lambda beside: [dict(scored=scores, said=said(model)) for model, scores
+                                     in zip(beside.models, scored(beside))]  # fmt: skip
+        return task
+
+    monkeypatch.setattr(Linear4bit, "forward", counted)
+    monkeypatch.setattr(train, "load_task", answering)
+    counts = []
+    cfg |= dict(max_iters=4)
+    for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
+        asked.clear()
+        names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
+        counts.append(len(asked))
+        results = [json.loads((Path(cfg["out_dir"]) / name / "result.json").read_text())
+                   for name in names]  # fmt: skip
+        for result in results[-1:] * (len(results) == 6):
+            alone = train.main(TrainConfig(**result["config"] | dict(out_dir=str(tmp_path / "a"))))
+            for when in ("before", "after"):
+                for what in ("scored", "said"):
+                    assert alone[f"{what}_{when}"] == result[f"{what}_{when}"]
+    looks = 8 * 3 * 7  # one for each of the two
+    assert counts[1] == counts[0] == counts[2] - 2 * looks
+
+
+def test_a_run_that_fails_leaves_the_others(cfg, monkeypatch):  # noqa: F811
+    """Its row has the reason; they are what they would have been. If none ends well, so it says."""
+    words = "learning_rate=1e-2,3e-3,1e-3"
+    cfg |= dict(max_iters=12)
+    expected = train.main(TrainConfig(**cfg, sweep=words))
+    step = train.train_step
+
+    def broken(runs, *args):
+        return [
+            (loss * float("nan"), ~taken) if run.cfg.learning_rate in lost else (loss, taken)
+            for run, (loss, taken) in zip(runs, step(runs, *args))
+        ]
+
+    monkeypatch.setattr(train, "train_step", broken)
+    lost = [3e-3]
+    table = train.main(TrainConfig(**cfg, sweep=words))
+    assert [row["settings"] for row in table["runs"]][-1] == "learning_rate=0.003"
+    assert "not a number" in table["runs"][-1]["error"]
+    ended = {row["settings"]: row for row in expected["runs"]}
+    assert all(row == ended[row["settings"]] for row in table["runs"][:-1])
+    lost = [1e-2, 3e-3, 1e-3]
+    with pytest.raises(InputError, match="No run of the sweep has ended well. The first: The loss"):
+        train.main(TrainConfig(**cfg, sweep=words))
+
+
+def test_a_bug_is_not_swallowed(cfg, monkeypatch):  # noqa: F811
+    """What is no mistake of the user comes out of the thread, and the base is as it was."""
+    monkeypatch.setattr(train, "train_step", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.main(TrainConfig(**cfg, sweep="seed=1,2"))
+
+
+@pytest.mark.parametrize("words, at", [("seed=1,2", 2), ("seed=1,2 gate=scalar,sum", 5)])
+def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):  # noqa: F811
+    """One signal stops all runs, and --resume ends them as if nothing had happened. None is called
+    the best before one was evaluated."""
+    cfg |= dict(max_iters=8)
+    names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
+    expected = {name: left(Path(cfg["out_dir"]) / name) for name in names}
+    again = cfg | dict(out_dir=cfg["out_dir"] + "-again", resume=True)
+    step, steps = train.train_step, []
+
+    def signalled(*args):
+        steps.append(1)
+        if len(steps) == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", signalled)
+        table = train.main(TrainConfig(**again, sweep=words))
+    assert all(row["interrupted"] and row["iterations"] < 7 for row in table["runs"])
+    printed = capsys.readouterr().out.split("Stopped")[1]
+    evaluated = at == 5
+    assert bool(table["best"]) == evaluated
+    assert ("not evaluated" in printed, "The best is" in printed) == (not evaluated, evaluated)
+    train.main(TrainConfig(**again, sweep=words))
+    assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
+    with pytest.raises(InputError, match="is of a sweep: give the folder of one of its runs"):
+        read_side(again["out_dir"])
+    train.main(TrainConfig(**again | dict(resume=False, max_iters=1)))  # one run in its place
+    assert not list(Path(again["out_dir"]).glob("sweep.*"))
+
+
+@pytest.mark.parametrize("words, message", {
+    "gate": "--sweep gate: it takes", "max_iters=1,2": "it takes NAME=VALUE,VALUE ...",
+    "quant=nf4,none": "it takes NAME=VALUE", "reduction=x": "not all of these are values",
+    "seed=1,1": "has seed=1 twice", "gate=sum,round": "--gate 'round' is unknown",
+    "learning_rate=-1": "--learning_rate -1.0 must be above 0",
+}.items())  # fmt: skip
+def test_mistakes(words, message, cfg):  # noqa: F811
+    """Before anything is loaded or written."""
+    with pytest.raises(InputError, match=re.escape(message)):
+        train.main(TrainConfig(**cfg, sweep=words))
+    assert not Path(cfg["out_dir"]).exists()
+    with pytest.raises(InputError, match="--sweep is not for"):
+        train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
+
+
+def test_a_streamed_base(cfg, tmp_path):  # noqa: F811
+    """Its layers come once a batch for all, and each run is what it is alone with the whole base;
+    also from a cache, which a streamed base has written."""
+    quantize_folder(cfg["base"], tmp_path / "nf4")
+    cfg |= dict(base=str(tmp_path / "nf4"), max_iters=12, h_f_bits=16)
+    table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum", stream=True))
+    alone = TrainConfig(**cfg | dict(gate="sum", out_dir=str(tmp_path / "alone")))
+    loss = train.main(alone)["loss_after"]
+    assert left(Path(cfg["out_dir"]) / "gate=sum") == left(alone.out_dir)
+    cached = dict(cache_hidden=str(tmp_path / "cache"))
+    for stream in (True, False):
+        table = train.main(TrainConfig(**cfg, **cached, sweep="gate=scalar,sum", stream=stream))
+        (row,) = [row for row in table["runs"] if row["settings"] == "gate=sum"]
+        assert row["loss"] == pytest.approx(loss, abs=5e-3)
+
+
+class Summed(torch.nn.Module):
+    """The losses of models beside one base, as one."""
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = torch.nn.ModuleList(models)
+
+    def loss(self, idx, targets):
+        states = Beside(self.models).hidden(idx)
+        return sum(model.loss_of(h, targets) for model, h in zip(self.models, states))
+
+
+@pytest.mark.parametrize("words", [
+    "gate=scalar,sum", "h_f_bits=16,8 seed=1,2", "downsample=adapter,maxpool,linear h_f_bits=4",
+    "standardize=true,false every=3,1",
+])  # fmt: skip
+def test_a_sweep_has_the_base_once(words, tmp_path, capsys, monkeypatch):
+    """A row for each side network, and one for all: the base and the largest transient once, and
+    the activations that they keep together."""
+    monkeypatch.setitem(PRESETS, "small", small_config())
+    flags = "--preset small --reduction 4 --batch_size 3 --sequence_len 8 --device cpu --out_dir"
+    cfg = account.parse_args([*flags.split(), str(tmp_path), "--sweep", words])
+    *each, both = account.main(cfg)
+    assert [row["label"] for row in (*each, both)] == [*dict(account.rows(cfg)), "all of them"]
+    for part in ("gradients", "optimizer"):
+        assert both[f"{part}_bytes"] == sum(row[f"{part}_bytes"] for row in each)
+    learning = [row["learning_bytes"] for row in each]
+    (base,) = {row["weights_bytes"] - own for row, own in zip(each, learning)}
+    assert base > 1e4 and both["weights_bytes"] == base + sum(learning)
+    assert both["total_bytes"] < sum(row["total_bytes"] - base for row in each) + base
+    assert "all of them" in capsys.readouterr().out
+
+    models, base, idx = [], None, torch.zeros(3, 8, dtype=torch.long)
+    for settings in dict(account.rows(cfg)).values():
+        base = base or account.untrained(settings, small_config(), torch.float32, "cpu").base
+        models.append(prepare(tune(base, side_config(settings)), settings))
+    assert both["activations_bytes"] == activation_bytes(Summed(models), idx, idx)

@@ -1,0 +1,261 @@
+"""GLUE: reading its files, asking in words or with a classifier, and the metrics."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TEST_DATA, as_of_an_older_commit, needs_test_data
+
+import train
+from data import InputError
+from data.tasks import glue
+from data.tasks.glue import ANSWER, FORMS
+from data.tasks.metrics import METRICS, ranks
+from data.tokens.tokenizer import load_tokenizer
+from model import from_pretrained
+from qst import QST
+from train import TrainConfig
+
+LINES = {  # a header, and two lines of each task, in the columns of GLUE's own files
+    "rte": ["index\tsentence1\tsentence2\tlabel", '0\tHe said "no.\tNo.\tentailment',
+            "1\ta\tb\tnot_entailment"],
+    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tSame.\tSame.",
+             "0\t7\t8\tOne.\tTwo."],
+    "stsb": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
+             "\tscore", "0\tm\tM\t2012\t1\tnone\tnone\tA plane.\tA plane.\t5.000",
+             "1\tm\tM\t2012\t4\tnone\tnone\tA man.\tA cat.\t1.25"],
+    "cola": ["gj04\t1\t\tThe book was read.", "gj04\t0\t*\tBook the read was."],
+    "sst2": ["sentence\tlabel", "it 's a charming journey . \t1", "bad \t0"],
+    "qnli": ["index\tquestion\tsentence\tlabel", "0\tWho?\tHe did.\tentailment",
+             "1\tWhen?\tNo.\tnot_entailment"],
+    "qqp": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tHow?\tHow so?\t1",
+            "1\t3\t4\tWhy?\tWhen?\t0"],
+    "mnli": ["index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
+             "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
+             "0\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tA.\tB.\tneutral\tneutral",
+             "1\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tC.\tD.\tneutral\tcontradiction"],
+}  # fmt: skip
+LINES["mnli-mm"] = LINES["mnli"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """GLUE's folder: every task's files, each line of them many times."""
+    root = tmp_path_factory.mktemp("glue")
+    for task, form in FORMS.items():
+        (root / form.folder).mkdir(exist_ok=True)
+        header, rows = ([], LINES[task]) if task == "cola" else (LINES[task][:1], LINES[task][1:])
+        for name, times in (("train.tsv", 20), (form.dev, 3)):
+            text = "\n".join([*header, *rows * times]) + "\n"
+            (root / form.folder / name).write_text(text, encoding="utf-8")
+    return root
+
+
+@pytest.mark.parametrize("task, sentences, labels", [
+    ("rte", ['He said "no.', "No."], [1, 0]), ("mrpc", ["Same.", "Same."], [1, 0]),
+    ("stsb", ["A plane.", "A plane."], [5.0, 1.25]), ("cola", ["The book was read."], [1, 0]),
+    ("sst2", ["it 's a charming journey ."], [1, 0]), ("qnli", ["Who?", "He did."], [1, 0]),
+    ("qqp", ["How?", "How so?"], [1, 0]), ("mnli", ["A.", "B."], [1, 2]),
+    ("mnli-mm", ["A.", "B."], [1, 2]),
+])  # fmt: skip
+def test_rows(folder, task, sentences, labels):
+    """Sentences and labels are found in each task's columns; quotes are text."""
+    form = FORMS[task]
+    rows, dropped = glue.read(folder / form.folder / form.dev, form)
+    assert rows[0][0] == sentences and [label for _, label in rows] == labels * 3 and dropped == 0
+
+
+def test_short_lines_are_counted(tmp_path):
+    """They are left out, as in QQP's own file, and not in silence."""
+    (tmp_path / "dev.tsv").write_text("\n".join([*LINES["qqp"], "2\t5\t6\tWhy\r", ""]))
+    rows, dropped = glue.read(tmp_path / "dev.tsv", FORMS["qqp"])
+    assert len(rows) == 2 and dropped == 1
+
+
+def test_mrpc_is_split_by_its_ids(tmp_path):
+    """The corpus as it is downloaded becomes train.tsv and dev.tsv, whose pairs the ids name."""
+    (tmp_path / "MRPC").mkdir()
+    rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(9)]
+    text = "\ufeff" + "\r\n".join([LINES["mrpc"][0], *rows]) + "\r\n"
+    (tmp_path / "MRPC/msr_paraphrase_train.txt").write_bytes(text.encode())
+    (tmp_path / "MRPC/mrpc_dev_ids.tsv").write_text("3\t4\n8\t9\n")
+    folder = glue.files(tmp_path, FORMS["mrpc"])
+    dev, train = (glue.read(folder / name, FORMS["mrpc"])[0] for name in ("dev.tsv", "train.tsv"))
+    assert dev == [(["a3", "b3"], 1), (["a8", "b8"], 0)] and len(train) == 7
+
+
+@pytest.mark.parametrize("text, message", [
+    ("sentence\tlabel\nfine\t2\n", "line 2: the label '2' is not 0, 1"),
+    ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"),
+    (None, "is missing"),
+])  # fmt: skip
+def test_bad_files_are_named(tmp_path, text, message):
+    """The sentence names the file, and the line, the column or what else is wrong."""
+    if text is not None:
+        (tmp_path / "dev.tsv").write_text(text)
+    with pytest.raises(InputError, match=message) as error:
+        glue.read(tmp_path / "dev.tsv", FORMS["sst2"])
+    assert str(tmp_path / "dev.tsv") in str(error.value)
+
+
+def test_metrics():
+    """By hand: 3 of 4 right, precision 1 and recall 2/3, and ranks of ties."""
+    predicted, labels = torch.tensor([[1.0, 0, 0, 1], [1, 0, 1, 1]]).double()
+    assert METRICS["accuracy"](predicted, labels) == 0.75
+    assert METRICS["f1"](predicted, labels) == pytest.approx(0.8)
+    assert METRICS["matthews"](predicted, labels) == pytest.approx(2 / 12**0.5)
+    assert METRICS["matthews"](torch.ones(4).double(), labels) == 0
+    a, b = torch.tensor([[1.0, 2, 2, 4], [1, 8, 9, 100]]).double()
+    assert ranks(a).tolist() == [1, 2.5, 2.5, 4]
+    assert METRICS["spearman"](a, b) == pytest.approx(0.9486833)
+    assert METRICS["pearson"](a, b) == pytest.approx(169.5 / (4.75 * 6665) ** 0.5)
+
+
+def test_metrics_are_those_of_scipy():
+    """Where it is installed: the correlations, with ties."""
+    stats = pytest.importorskip("scipy.stats")
+    a, b = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)).double().mul(3).round()
+    assert METRICS["pearson"](a, b) == pytest.approx(stats.pearsonr(a, b)[0])
+    assert METRICS["spearman"](a, b) == pytest.approx(stats.spearmanr(a, b)[0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    return load_tokenizer(tiny_model)
+
+
+@pytest.mark.parametrize("task", FORMS)
+def test_prompts(tokenizer, task):
+    """In words: the question whole; for a classifier: a bos token before each bare sentence."""
+    form = FORMS[task]
+    sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
+    asked = glue.prompt(sentences, form, tokenizer, 500, "lm", glue.preamble_of([], form))
+    assert asked[0] == tokenizer.bos_id
+    whole = f"{form.heading}\n\n{form.question.format(*sentences)}{ANSWER}"
+    assert tokenizer.decode(asked) == whole
+    bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
+    assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
+
+
+@pytest.mark.parametrize("head", ["lm", "classifier"])
+def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
+    """The shorter sentence and the question stay whole; without room for them it is refused."""
+    sentences = ["The sky was blue " * 40, "It was late"]
+    ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, head)
+    text = tokenizer.decode(ids)
+    assert 40 < len(ids) <= 60 and "The sky was blue The sky" in text and "It was late" in text
+    assert text.endswith(ANSWER) == (head == "lm")
+    with pytest.raises(InputError, match="--sequence_len 5"):
+        glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "lm")
+
+
+def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
+    """A character that is four tokens is not cut off four times."""
+    texts = ["\U0001f9ff" * 60, "It was late"]
+    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, "classifier")
+    assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
+
+
+def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
+    """STS-B's rating is what is expected of the label words, and is learned as the nearest."""
+    words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out
+    monkeypatch.setitem(FORMS, "stsb", replace(FORMS["stsb"], words=words))
+    result = run(tiny_model, folder, tmp_path, task="stsb", head="lm", max_iters=100)
+    assert result["pearson_after"] > 0.99 > result["pearson_before"]
+    assert result["loss_after"] < 0.1
+
+
+def run(tiny_model, folder, out, **changes):
+    settings = dict(
+        base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4,
+        max_iters=60, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
+        device="cpu", eval_interval=20,
+    )  # fmt: skip
+    return train.main(TrainConfig(**settings | changes))
+
+
+@pytest.mark.parametrize("task, head, metric", [
+    ("sst2", "lm", "accuracy"), ("rte", None, "accuracy"), ("mnli", None, "accuracy"),
+    ("stsb", None, "pearson"), ("qqp", None, "f1"), ("cola", None, "matthews"),
+])  # fmt: skip
+def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, head, metric):
+    """Two lines are learned by heart, and the saved side network has the score of the run."""
+    out = tmp_path / "out"
+    result = run(tiny_model, folder, out, task=task, head=head)
+    assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
+    assert (f"{metric}_before" in result) == (head == "lm")
+    again = run(tiny_model, folder, tmp_path / "eval", task=task, side=str(out), eval_only=True)
+    assert train.resolve(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
+    assert again[metric] == pytest.approx(result[f"{metric}_after"]) and again["examples"] == 6
+    assert json.loads((tmp_path / "eval/result.json").read_text())[metric] == again[metric]
+    side = QST.from_side(from_pretrained(tiny_model, "nf4", torch.float32), out).side
+    labels = 0 if head else len(FORMS[task].labels) or 1
+    assert side.config.n_labels == labels and (side.classifier is not None) == bool(labels)
+
+
+@pytest.mark.parametrize("task, shown", [
+    ("sst2", r"accuracy +\d+\.\d% base \(6 examples; always the most frequent class: 50.0%\)"),
+    ("qqp", r"f1 +\d+\.\d% base \(6 examples\)"),
+    ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
+])  # fmt: skip
+def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
+    """What guessing reaches: the largest class beside accuracy, and 0 beside Matthews'."""
+    result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
+    printed = capsys.readouterr().out
+    assert re.search(shown, printed), printed
+    assert ("majority_class" in result) == (task != "cola")
+    assert printed.count("most frequent") == 1
+
+
+def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
+    """Each file that would do."""
+    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is no folder with any of")):
+        with pytest.raises(InputError) as error:
+            glue.show(folder)
+        said = str(error.value)
+        assert f"{folder} {why}" in said and "RTE/dev.tsv" in said
+        assert "MNLI/dev_matched.tsv" in said and "MNLI/dev_mismatched.tsv" in said
+
+
+def test_the_base_is_scored_in_words(tiny_model, folder, tmp_path):
+    """--eval_only without --side leaves the base as it is, and asks in words; limits are kept."""
+    result = run(tiny_model, folder, tmp_path, task="sst2", eval_only=True, score_examples=4)
+    assert result["examples"] == 4 and result["majority_class"] == 0.5
+    assert result["trainable_parameters"] == 0
+
+
+def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
+    """Another number of labels is refused, and so are as many of another task, in scoring and in
+    training; both halves of MNLI have the same; a side checkpoint that does not name its task, as
+    older ones, is taken, and words are free."""
+    out, on = tmp_path / "out", dict(side=str(tmp_path / "out"), max_iters=1)
+    train_one = lambda **of: run(tiny_model, folder, out, max_iters=1, **of)
+    again = lambda **of: run(tiny_model, folder, tmp_path / "again", **on | of)
+    train_one(task="rte")
+    for eval_only in (True, False):
+        with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):
+            again(task="mrpc", eval_only=eval_only)
+    config = json.loads((out / "side.json").read_text())["config"]
+    del config["task"]
+    as_of_an_older_commit(out, config=config)
+    with pytest.raises(InputError, match="has 2 labels, and --task mnli 3"):
+        again(task="mnli", eval_only=True)
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
+    train_one(task="mnli")
+    assert again(task="mnli-mm", eval_only=True)["examples"] == 6
+    train_one(task="rte", head="lm")
+    assert again(task="mrpc", eval_only=True)["examples"] == 6
+
+
+@needs_test_data
+@pytest.mark.parametrize("task, train_rows, dev_rows", [
+    ("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)
+])  # fmt: skip
+def test_the_benchmarks_own_files(task, train_rows, dev_rows):
+    """GLUE's sizes, and no line is left out."""
+    form = FORMS[task]
+    for name, rows in (("train.tsv", train_rows), (form.dev, dev_rows)):
+        found, dropped = glue.read(TEST_DATA / "data/glue" / form.folder / name, form)
+        assert dropped == 0 and len(found) == rows

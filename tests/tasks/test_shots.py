@@ -1,0 +1,114 @@
+"""data/tasks/glue.py, --shots: answered examples before each question."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import as_of_an_older_commit
+from test_glue import folder, run, tokenizer  # noqa: F401
+
+import train
+from data import InputError
+from data.tasks import glue
+from data.tasks.glue import ANSWER, FORMS, preamble_of, take_shots
+from qst import read_side
+from train import TrainConfig
+
+
+def rows_of(task, folder):  # noqa: F811
+    form = FORMS[task]
+    return glue.read(folder / form.folder / "train.tsv", form)[0], form
+
+
+@pytest.mark.parametrize("task", FORMS)
+def test_shots_stand_before_the_question(tokenizer, folder, task):  # noqa: F811
+    """The first of each class in turn, with their answers."""
+    rows, form = rows_of(task, folder)
+    first = take_shots(rows, 3)
+    assert first == rows[:3] and take_shots([rows[0], rows[2], rows[1]], 2) == rows[:2]
+    before = preamble_of(first, form)
+    text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", before))
+    answers = [form.words[round(label)] for _, label in first]
+    asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*first, rows[3]]]
+    assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
+
+
+def test_a_preamble_tells_its_task():
+    """Of two tasks that are asked in other words none begins as the other does."""
+    headings = {form.heading for task, form in FORMS.items() if task != "mnli-mm"}
+    assert len(headings) == len(FORMS) - 1
+    assert not any(one != two and one.startswith(two) for one in headings for two in headings)
+
+
+def test_too_many_shots(tokenizer, folder):  # noqa: F811
+    rows, form = rows_of("sst2", folder)
+    with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
+        take_shots(rows, 41)
+    with pytest.raises(InputError, match="--sequence_len 60 is too short for the shots and"):
+        glue.prompt(["A"], form, tokenizer, 60, "lm", preamble_of(rows[:9], form))
+
+
+def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
+    """They are not learned (here a class has one line). The side checkpoint has them, and is scored
+    with them where train.tsv is gone or another; a new run takes those of its data."""
+    data, out, read, load = tmp_path / "data", tmp_path / "out", [], glue.load
+    shutil.copytree(folder, data)
+    monkeypatch.setitem(train.TASKS, "sst2", lambda *args: read.append(load(*args)) or read[-1])
+    result = run(tiny_model, data, out, task="sst2", shots=1, max_iters=5)
+    rows, form = rows_of("sst2", folder)
+    assert len({target for _, (*_, target) in read[0].train + read[0].held_out}) == 1
+    assert result["config"]["head"] == "lm" and "accuracy_before" in result
+    preamble = read_side(out)[0].preamble
+    assert preamble == result["config"]["preamble"] == preamble_of(rows[:1], form)
+    (data / "SST-2" / "train.tsv").unlink()
+    scored = dict(task="sst2", side=str(out), eval_only=True)
+    again = run(tiny_model, data, tmp_path / "eval", **scored)
+    assert again["config"]["shots"] == 1 and again["accuracy"] == result["accuracy_after"]
+    other = "sentence\tlabel\n" + "Mia went to the lake\t1\nIt was cold\t0\n" * 9
+    (data / "SST-2" / "train.tsv").write_text(other)
+    run(tiny_model, data, tmp_path / "eval", **scored)
+    assert read[-1].preamble == preamble
+    anew = replace(TrainConfig(**result["config"]), out_dir=str(tmp_path / "anew"), max_iters=1)
+    train.main(anew)
+    assert "Mia went to the lake" in read[-1].preamble != preamble
+
+
+def test_a_side_checkpoint_without_its_preamble(tiny_model, folder, tmp_path):  # noqa: F811
+    """Of an older commit: it is asked as today, after the first of train.tsv."""
+    out = tmp_path / "out"
+    result = run(tiny_model, folder, out, task="sst2", shots=1, max_iters=2)
+    config = json.loads((out / "side.json").read_text())["config"]
+    config.pop("preamble")
+    as_of_an_older_commit(out, config=config)
+    given = dict(task="sst2", side=str(out), eval_only=True)
+    again = run(tiny_model, folder, tmp_path / "eval", **given)
+    assert again["accuracy"] == result["accuracy_after"]
+    assert again["config"]["preamble"] == result["config"]["preamble"]
+
+
+def test_a_side_checkpoint_goes_on_with_another_task(tiny_model, folder, tmp_path):  # noqa: F811
+    """What it leaves has that task's preamble; the run goes on, and can be run again."""
+    first, out = tmp_path / "first", tmp_path / "out"
+    run(tiny_model, folder, first, task="sst2", shots=1, max_iters=2)
+    settings = dict(task="rte", side=str(first), max_iters=2)
+    result = run(tiny_model, folder, out, **settings)
+    preamble = read_side(out)[0].preamble
+    rows, form = rows_of("rte", folder)
+    assert preamble == result["config"]["preamble"] == preamble_of(rows[:1], form)
+    given = json.loads((out / "settings.json").read_text()) | dict(resume=True, max_iters=3)
+    assert train.main(TrainConfig(**given))["iterations"] == 3
+    again = replace(TrainConfig(**result["config"]), out_dir=str(tmp_path / "again"))
+    assert train.main(again)["loss_after"] == result["loss_after"]
+
+
+def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    run(tiny_model, folder, out, task="sst2", shots=1, max_iters=1)
+    with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
+        run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
+    for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
+        with pytest.raises(InputError, match="--shots 2 stand before questions"):
+            run(tiny_model, folder, out, shots=2, **wrong)
+    with pytest.raises(InputError, match="with which --side .* was trained, stand"):
+        run(tiny_model, folder, out, task="text", side=str(out), eval_only=True)

@@ -1,0 +1,161 @@
+"""data/tokens/tokenizer.py and data/tokens/bpe.py, against the ids of the library `tokenizers`.
+
+tests/fixtures/tokenizers (made by make_fixtures.py) has a small tokenizer of each kind, a long and
+nasty text, and the library's ids of it. Where the library is installed, random texts are added.
+"""
+
+import json
+import random
+import time
+
+import numpy as np
+import pytest
+from conftest import FIXTURES
+
+from data import InputError
+from data.tokens import bpe
+from data.tokens.tokenizer import load_tokenizer
+
+HERE = FIXTURES / "tokenizers"
+NAMES = ["smollm2", "opt", "llama3", "qwen2"]
+TEXT = json.loads((HERE / "text.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def ours():
+    return {name: load_tokenizer(HERE / name) for name in NAMES}
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_of_a_nasty_text_are_the_librarys(ours, name, special):
+    """All planes of Unicode, joiners, runs of spaces, CRLF, digits, contractions, special tokens
+    inside of text: exactly the library's ids, and the text comes back."""
+    ids = ours[name].encode(TEXT, special and name != "opt")
+    expected = np.load(HERE / name / "expected.npz")
+    assert ids == expected[f"special_{special and name != 'opt'}"].tolist()
+    if not special:
+        assert not set(ids) & set(ours[name].special.values())
+        if name != "qwen2":  # which brings the text to NFC first
+            assert ours[name].decode(ids) == TEXT
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_texts_and_ids_like_the_library(ours, name):
+    """Where the library is installed: random strings, and random ids, decoded."""
+    library = pytest.importorskip("tokenizers")
+    if name == "opt":
+        files = (str(HERE / "opt" / file) for file in ("vocab.json", "merges.txt"))
+        theirs = library.ByteLevelBPETokenizer(*files)
+    else:
+        theirs = library.Tokenizer.from_file(str(HERE / name / "tokenizer.json"))
+        theirs.encode_special_tokens = True
+    rng, mine = random.Random(1), ours[name]
+    alphabet = [*TEXT[:3000], *"abstrevldmSTREVLDM'   \t\n\r\n0123456789!?.,_-<|>", "<|eot_id|>"]
+    for _ in range(1500):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(1, 60)))
+        ids = mine.encode(text)
+        assert ids == theirs.encode(text, add_special_tokens=False).ids, text
+        row = rng.choices(list(mine.token_bytes), k=rng.randrange(20))
+        if name != "opt":
+            assert mine.decode(row) == theirs.decode(row) == "".join(mine.stream(row))
+
+
+def test_a_later_merge_can_make_an_earlier_one_possible():
+    """The pair that is first in the list is merged first, wherever and whenever it arises."""
+    vocab = {token: id for id, token in enumerate(["a", "b", "c", "bc", "abc", "ab"])}
+    merge = lambda *merges: bpe.BytePairs(vocab, merges, []).encode("abcab")
+    assert merge(("a", "bc"), ("b", "c")) == [4, 0, 1]
+    assert merge(("a", "b"), ("b", "c"), ("a", "bc")) == [5, 2, 5]
+
+
+def test_ends(ours):
+    """bos and eos come from tokenizer_config.json or config.json."""
+    for name, tokenizer in ours.items():
+        assert tokenizer.eos_id == tokenizer.eos_ids[0]
+        if name != "opt":
+            assert tokenizer.bos_id == tokenizer.added["<|begin_of_text|>"]
+            assert tokenizer.eos_id == tokenizer.added["<|eot_id|>"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streaming_is_whole_characters(ours, name):
+    """The pieces of a stream are the text, and none ends inside a character."""
+    text = "naïve 👩‍👩‍👧‍👦 日本語 \u00a0é" * 20 + "\ufffd"
+    pieces = list(ours[name].stream(ours[name].encode(text)))
+    assert "".join(pieces) == text and len(pieces) > 100
+    assert sum("\ufffd" in piece for piece in pieces) == 1
+
+
+def test_time_is_not_quadratic():
+    """A word of 300,000 letters takes seconds, and so does streaming it."""
+    rng = random.Random(4)
+    ours = load_tokenizer(HERE / "llama3")
+    text = "".join(rng.choices("ACGT", k=300_000))
+    start = time.perf_counter()
+    ids = ours.encode(text)
+    assert "".join(ours.stream(ids)) == text
+    assert time.perf_counter() - start < 6
+    assert len(ours.pairs.words) == 0  # too long to remember
+
+
+def test_the_cache_is_bounded():
+    """The cache forgets before it outgrows its bound, and the ids stay right."""
+    ours = load_tokenizer(HERE / "llama3")
+    ours.pairs.words.most_words = 50
+    text = " ".join(f"word{chr(97 + i % 26)}{chr(97 + i // 26)}" for i in range(600))
+    assert ours.decode(ours.encode(text)) == text
+    assert len(ours.pairs.words) <= 50
+
+
+def broken(tmp_path, change, source="qwen2", file="tokenizer.json"):
+    """A copy of a folder with something changed, and the sentence that refuses it."""
+    for path in (HERE / source).glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / file
+    spec = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    change(spec)
+    path.write_text(json.dumps(spec))
+    with pytest.raises(InputError) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    return str(caught.value)
+
+
+def put(*keys, value):
+    def change(spec):
+        for key in keys[:-1]:
+            spec = spec[key]
+        spec[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize("named, change", [
+    ("model.type", put("model", "type", value="Unigram")),
+    ("model.byte_fallback", put("model", "byte_fallback", value=True)),
+    ("model.dropout", put("model", "dropout", value=0.1)),
+    ("model.merges", put("model", "merges", value=None)),
+    ("merge 1", put("model", "merges", 0, value="a b c")),
+    ("merge 2", put("model", "merges", 1, value=["qq", "zz"])),
+    ("model.vocab", put("model", "vocab", value=[])),
+    ("normalizer", put("normalizer", value={"type": "NFKC"})),
+    ("decoder", put("decoder", value=None)),
+    ("decoder.type", put("decoder", "type", value="Metaspace")),
+    ("pre_tokenizer", put("pre_tokenizer", value=None)),
+    ("pre_tokenizer.type", put("pre_tokenizer", "type", value="Metaspace")),
+    ("pre_tokenizer.pretokenizers", put("pre_tokenizer", "pretokenizers", value=None)),
+    ("pre_tokenizer.pretokenizers", put("pre_tokenizer", "pretokenizers", value=[])),
+    (r"\\\\w+", put("pre_tokenizer", "pretokenizers", 0, "pattern", value={"Regex": r"\w+"})),
+    ("pre_tokenizer.pattern",
+     put("pre_tokenizer", "pretokenizers", 0, "pattern", value={"String": " "})),
+    ("behavior", put("pre_tokenizer", "pretokenizers", 0, "behavior", value="Removed")),
+    ("add_prefix_space", put("pre_tokenizer", "pretokenizers", 1, "add_prefix_space", value=True)),
+    ("added_tokens.lstrip", put("added_tokens", 0, "lstrip", value=True)),
+    ("added_tokens.normalized", put("added_tokens", 0, "normalized", value=True)),
+    ("added_tokens.id", put("added_tokens", 0, "id", value="x")),
+])  # fmt: skip
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, named, change):
+    """Every unknown setting is refused in one sentence that names the file and the field."""
+    sentence = broken(tmp_path, change)
+    assert named.replace(r"\\\\", r"\\") in sentence and "\n" not in sentence, sentence
