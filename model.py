@@ -164,7 +164,7 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and bool(T > 1),
             enable_gqa=self.n_kv_head != self.n_head,
-        )  # fmt: skip
+        )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

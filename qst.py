@@ -35,7 +35,7 @@ from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
     token_loss,
-)  # fmt: skip
+)
 from quant import Linear4bit, Quantized
 from side import IN_BASE_METHODS, LoRALinear, SideConfig, SideNetwork
 
@@ -333,7 +333,7 @@ def merge_command(args):
     chat.keep_frame(args.out)
     dtype = str(dtype).removeprefix("torch.")
     print(f"{args.out}: {model.side.config.method}, merged in {dtype}; --quant none loads it as it "
-          "is, and without it its weights are quantized to NF4")  # fmt: skip
+          "is, and without it its weights are quantized to NF4")
 
 
 FLAGS = {
@@ -352,7 +352,7 @@ FLAGS = {
     "out": dict(required=True, help="what to write: a folder, or the file of answers"),
     **sampling.FLAGS,
     **mt_bench.FLAGS,
-}  # fmt: skip
+}
 BASE = "base quant dtype device stream"
 SAMPLE, ANSWER = " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
 COMMANDS = {  # name: (function, its flags); the first is the default

@@ -47,13 +47,13 @@ NF4_CODEBOOK = torch.tensor([
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-])  # fmt: skip
+])
 
 # A tiny floating-point number: sign, 2 bits of exponent, 1 of mantissa. In the order of the bit
 # patterns (not sorted), in units of 1/12.
 FP4_CODEBOOK = torch.tensor([
     0.0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3
-]) / 12  # fmt: skip
+]) / 12
 
 CODEBOOKS = {"nf4": NF4_CODEBOOK, "fp4": FP4_CODEBOOK}
 
@@ -336,7 +336,7 @@ if triton:
     def dequantize_kernel(
         codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, out, n,
         BLOCKS: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """Decode a tile of blocks and store it: one pass over the memory."""
         # 64 bits from the first product on: a weight may have more than 2^31 values.
         block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -348,7 +348,7 @@ if triton:
     def matvec_kernel(
         codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, x, y, rows,
         in_features, out_features, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-    ):  # fmt: skip
+    ):
         """One feature of y for all rows of x: decode a tile and multiply it with x. A row of the
         matrix may begin and end inside of a block, whose other values meet zeros."""
         feature = tl.program_id(0).to(tl.int64)
@@ -392,7 +392,7 @@ if triton:
             matvec_kernel[(out_features,)](
                 *on_device(*weight), x.contiguous(), y, rows, in_features, out_features,
                 **tiles, **LAUNCH,
-            )  # fmt: skip
+            )
         return y
 
     library.impl("dequantize", launch_dequantize, "CUDA")

@@ -30,7 +30,7 @@ from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
 from data.run.report import (
     conclude, conclude_sweep, introduce, keep_result, memory_advice, progress, sizes,
-)  # fmt: skip
+)
 from data.run.runs import Learner, Run
 from data.run.state import only_run_in, stop_signals
 from data.settings import contradictions
@@ -38,7 +38,7 @@ from data.settings.command_line import Parser, parse_settings, run_main
 from data.settings.methods import METHODS, SIDE_METHODS, check_quant, of_side
 from data.settings.setting import (
     SETTINGS_FILE, check, check_used, default_out_dir, refuse_if, setting,
-)  # fmt: skip
+)
 from data.settings.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
 from data.tasks import glue, instruct, mmlu, text, tiny
 from data.tasks.examples import iteration_batches, prefetch
@@ -52,7 +52,7 @@ from side import IN_BASE_METHODS, SideConfig, side_config
 TASKS = {
     "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
     **dict.fromkeys(glue.FORMS, glue.load),
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -67,7 +67,7 @@ class TrainConfig(SideConfig):
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS))
     data: str = setting("", "the task's file or folder: see data/tasks/instruct.py --help, and of "
-        "data/tasks/glue.py and data/tasks/mmlu.py; for text, a .txt file")  # fmt: skip
+        "data/tasks/glue.py and data/tasks/mmlu.py; for text, a .txt file")
     instructions: str = setting("", "what --task mmlu trains on; --data is its test")
     side: str = setting("", "a side checkpoint to start from, or to evaluate")
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
@@ -75,14 +75,14 @@ class TrainConfig(SideConfig):
     out_dir: str = setting(None, "where the run leaves its files; default: out, or out-eval")
     resume: bool = setting(False, "go on where the run in --out_dir ended; without one, begin it")
     checkpoint: bool = setting(None, "recompute the side network's steps in backward (qst, lst: "
-        "default with --base), or the base's layers (other methods)")  # fmt: skip
+        "default with --base), or the base's layers (other methods)")
     h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
     chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
     optimizer: str = setting(None, "muon is for matrices, and adamw for the rest; default: adamw, "
-        "with --variant fast muon", ("adamw", "muon"))  # fmt: skip
+        "with --variant fast muon", ("adamw", "muon"))
     optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
     quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
-        " int4-64 (groups of 64), ...; default: by the method, or as of --side")  # fmt: skip
+        " int4-64 (groups of 64), ...; default: by the method, or as of --side")
     device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
     devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
     stream: bool = of_side(False, "the 4-bit layers of --base stay on disk or in the host's memory")
@@ -110,12 +110,12 @@ class TrainConfig(SideConfig):
     threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
     seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
     data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0,
-        below=2**63)  # fmt: skip
+        below=2**63)
     cache_hidden: str = setting("", "a folder for what the base says of the examples: later epochs "
-        "and runs go without it")  # fmt: skip
+        "and runs go without it")
     cache_limit_gb: float = setting(50.0, "what --cache_hidden may take of the disk", above=0)
     sweep: str = setting("", "train a side network for each combination, beside one base: "
-        "\"learning_rate=1e-3,3e-3 seed=1,2\"")  # fmt: skip
+        "\"learning_rate=1e-3,3e-3 seed=1,2\"")
 
     def __post_init__(self):
         """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
@@ -154,7 +154,7 @@ def resolve(cfg):
         out_dir=default_out_dir(cfg.eval_only),
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
-    )  # fmt: skip
+    )
     missing = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
     cfg = replace(cfg, **missing)
     if not cfg.eval_only:  # a base may be evaluated in any form
@@ -250,7 +250,7 @@ def make_model(cfg, base, task):
          f"--side {cfg.side} is a classifier for --task {side.task}, and not {cfg.task}"),
         (side.n_labels != task.n_labels,
          f"--side {cfg.side} has {side.n_labels} labels, and --task {cfg.task} {task.n_labels}"),
-    )  # fmt: skip
+    )
     return prepare(model, cfg)
 
 
@@ -380,7 +380,7 @@ def main(cfg):
     with only_run_in(cfg.out_dir):
         folder = Path(cfg.base) if cfg.base else distributed.first_makes(
             lambda: tiny.base_folder(train_tiny_base, save_pretrained)
-        )  # fmt: skip
+        )
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, chat.load_template(folder), config)
         settings = [replace(own, preamble=task.preamble) for own in settings]

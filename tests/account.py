@@ -98,7 +98,7 @@ def memory_report(cfg, config=None, live=None):
         forward_flops_per_token=round(forward / cfg.batch_size / cfg.sequence_len),
         streamed_bytes=model.base.stream.nbytes if cfg.stream else 0,
         unaccumulated_bytes=weights + optimizer + first.peak if cfg.stream else 0,
-    )  # fmt: skip
+    )
 
 
 def one_step(model, cfg, device, live):
@@ -188,7 +188,7 @@ SAVINGS = {
     "as written": {}, "steps recomputed": dict(checkpoint=True), "h_f in 8 bits": dict(h_f_bits=8),
     "loss in chunks": dict(chunk_loss=True), "AdamW in 8 bits": dict(optimizer_bits=8),
     "h_f in 4 bits": dict(h_f_bits=4),
-}  # fmt: skip
+}
 
 
 def rows(cfg):

@@ -41,7 +41,7 @@ VARIANTS = {  # of the side network, for a reduction of one's own
     "residual": dict(mix="residual"), "sum": dict(gate="sum"),
     "standardize": dict(standardize=True), "third": dict(every=3, standardize=True),
     "third, no embedding": dict(every=3, read_embedding=False),
-}  # fmt: skip
+}
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 # tqdm's lock is of all processes that are forked from one: of those that tests kill, one that holds
@@ -90,7 +90,7 @@ def learner_of(loss_of, optimizer, scaler, cfg, rate):
     one.hidden, one.loss_of, one.losses = (lambda idx: idx), loss_of, []
     one.optimizer, one.scaler, one.device = optimizer, scaler, torch.device("cpu")
     one.cfg = replace(cfg, learning_rate=rate, warmup_iters=0, max_iters=9,
-                      lr_schedule="constant")  # fmt: skip
+                      lr_schedule="constant")
     return one
 
 

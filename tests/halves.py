@@ -37,7 +37,7 @@ class Halves:
             self.child = subprocess.Popen(
                 [sys.executable, "-m", "pytest", *call.args], cwd=call.dir,
                 env=os.environ | {FOLDER: self.folder}, stdout=output, stderr=output,
-            )  # fmt: skip
+            )
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item):

@@ -25,7 +25,7 @@ def suite(folder, last):
     return subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", folder],
         cwd=folder, env=env, capture_output=True, text=True,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("last, found", [
@@ -33,7 +33,7 @@ def suite(folder, last):
     ("__import__('pytest').skip('why')", "(?s)test_4.py:3: why.*^9 passed, 1 skipped"),
     ("__import__('os')._exit(7)", "The second process: 7"),
     ("__import__('os')._exit(1)", "The second process: 1"),  # as after a test that hangs
-], ids=["pass", "failure", "skip", "crash", "exit"])  # fmt: skip
+], ids=["pass", "failure", "skip", "crash", "exit"])
 def test_every_test_counts(last, found, tmp_path):
     result = suite(tmp_path, last)
     assert re.search(found, result.stdout, re.MULTILINE), result.stdout

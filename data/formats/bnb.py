@@ -22,11 +22,11 @@ OFFSET = number(-LARGEST_WEIGHT, LARGEST_WEIGHT)
 PLAIN = {  # the fields of the JSON: what they may be, and what it means that one is not there
     "shape": (list_of(whole(1, 1 << 30), 2, 2), NEEDED), "blocksize": (one_of(BLOCK_SIZE), NEEDED),
     "quant_type": (one_of(*CODEBOOKS), None), "dtype": (TEXT, None),
-}  # fmt: skip
+}
 NESTED = PLAIN | {
     "nested_blocksize": (one_of(ABSMAX_BLOCK_SIZE), NEEDED), "nested_offset": (OFFSET, NEEDED),
     "nested_dtype": (one_of("float32"), None),
-}  # fmt: skip
+}
 
 
 def is_field(name):
@@ -107,4 +107,4 @@ def settings(kind, dtype):
         quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
         bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="uint8",
         bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head"],
-    )  # fmt: skip
+    )

@@ -10,7 +10,7 @@ import torch
 from data import InputError
 from data.formats.fields import (
     NEEDED, TABLE, TRUE_OR_FALSE, either, field, list_of, number, one_of, whole,
-)  # fmt: skip
+)
 from data.formats.files import read_json
 
 # Our fields: theirs, what they may be, and what it means that one is not there
@@ -46,7 +46,7 @@ FIELDS = {
         "attention_bias": ("enable_bias", TRUE_OR_FALSE, True),
         "mlp_bias": ("enable_bias", TRUE_OR_FALSE, True),
     },
-}  # fmt: skip
+}
 ONLY = {  # all that we compute; it is also what it means that the field is not there
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
@@ -138,7 +138,7 @@ def to_theirs(config):
     return written | dict(
         model_type="llama", architectures=["LlamaForCausalLM"],
         rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
-    )  # fmt: skip
+    )
 
 
 def is_quantized(folder):

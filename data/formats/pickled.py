@@ -52,7 +52,7 @@ GLOBALS = {  # what a pickle may name, and what we take for it
     "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
     "torch FloatStorage": torch.float32, "torch HalfStorage": torch.float16,
     "torch BFloat16Storage": torch.bfloat16, "torch ByteStorage": torch.uint8,
-}  # fmt: skip
+}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 ARGUMENTS = ("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE")
 

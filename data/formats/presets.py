@@ -8,14 +8,14 @@ def llama(n_layer, n_head, n_embd, n_ffn, vocab_size=32000, max_positions=4096, 
     return dict(
         vocab_size=vocab_size, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_ffn=n_ffn,
         max_positions=max_positions, bos_id=1, eos_id=2, **other
-    )  # fmt: skip
+    )
 
 
 def opt(n_layer, n_head, n_embd, **other):
     return dict(
         vocab_size=50272, n_layer=n_layer, n_head=n_head, n_embd=n_embd, n_ffn=4 * n_embd,
         family="opt", attention_bias=True, mlp_bias=True, tied=True, bos_id=2, eos_id=2, **other
-    )  # fmt: skip
+    )
 
 
 SHAPES = {

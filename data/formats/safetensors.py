@@ -13,20 +13,20 @@ import torch
 from data import InputError
 from data.formats.fields import (
     TABLE, TEXT, field, first_few, list_of, one_of, reason, shown, table_of, whole,
-)  # fmt: skip
+)
 from data.formats.files import file_size, parse_json, read_bytes, write_atomically
 from quant import Quantized4bit
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
-}  # fmt: skip
+}
 LARGEST_HEADER = 1 << 24  # bytes; a tensor takes some 100
 LARGEST_TENSOR = 1 << 60  # values
 LARGEST_WEIGHT = 1e30  # beyond, the sums of quantization overflow; no model comes near
 PLACE = whole(0, LARGEST_TENSOR)
 ENTRY = {  # the fields of a tensor
     "dtype": one_of(*DTYPES), "shape": list_of(PLACE, most=8), "data_offsets": list_of(PLACE, 2, 2)
-}  # fmt: skip
+}
 
 
 def read_header(path):
@@ -113,7 +113,7 @@ def write_safetensors(path, tensors, metadata=None):
         end = place + tensor.nbytes
         header[name] = {
             "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]
-        }  # fmt: skip
+        }
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors are aligned

@@ -87,7 +87,7 @@ def differences(theirs, ours):
     """
     keys = {"quant": "quant", "weights": "codes" if theirs.get("codes") else "weights"}
     found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
-             if theirs[key] != ours[key]]  # fmt: skip
+             if theirs[key] != ours[key]]
     if theirs.get("values") and not alike(theirs["values"], ours["values"]):
         found.append("other weights in what is not quantized")
     return found

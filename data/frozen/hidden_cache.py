@@ -40,7 +40,7 @@ PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
     "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
-}  # fmt: skip
+}
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
 
 
@@ -82,7 +82,7 @@ class HiddenCache:
             pool=[*form[:2]] if pools else None,
             every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else max(run.h_f_bits for run in runs),
-        )  # fmt: skip
+        )
         path = self.folder / "cache.json"
         self.about = read_json(path, optional=True) or own
         if self.about is own:  # nobody knows what other files here are of
@@ -177,7 +177,7 @@ class HiddenCache:
                 entries,
                 places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
                 places([e.targets for e in entries], [e.at for e in entries], idx),
-            )  # fmt: skip
+            )
 
     def read(self, batch, idx, step):
         """The states from the disk. The embedding itself is no work, and not kept."""

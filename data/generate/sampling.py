@@ -74,7 +74,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 def stream(
     model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
     seed=None,
-):  # fmt: skip
+):
     """Yield the next token of every row, (B,), until each has ended or there are enough.
 
     idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left
@@ -92,7 +92,7 @@ def stream(
         (top_k < 0, f"top_k {top_k} must be at least 0"),
         (not 0 < top_p <= 1, f"top_p {top_p} must be above 0 and at most 1"),
         (seed is not None and not 0 <= seed < 2**63, f"seed {seed} must be from 0 to 2^63 - 1"),
-    )  # fmt: skip
+    )
     cache = model.new_cache(idx.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)

@@ -35,7 +35,7 @@ def check(args):
          "give one of --prompt, and --batch FILE with a prompt a line"),
         (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
         (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
-    )  # fmt: skip
+    )
 
 
 def answer_prompts(model, tokenizer, template, framed, args):

@@ -112,5 +112,5 @@ def write_svg(path, title, names, shapes, height):
         f'{head} {style}>', '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
         *legend, *shapes, "</svg>\n",
-    ])  # fmt: skip
+    ])
     write_atomically(path, lambda file: file.write(text.encode()))

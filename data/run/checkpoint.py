@@ -27,13 +27,13 @@ ADVICE = "give the --out_dir of a run of train.py"
 ADDED = (  # settings that older files do not have,
     "method", "standardize", "n_labels", "task", "every", "read_embedding", "repair", "shots",
     "preamble",
-)  # fmt: skip
+)
 REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))
 BASE = {
     "quant": (NAME, NEEDED), "codes": (NAME, None), "weights": (NAME, NEEDED), "values": (HEX, None)
-}  # fmt: skip
+}
 
 
 def write(folder, tensors, config, base):

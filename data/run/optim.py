@@ -9,7 +9,7 @@ from data import InputError
 from data.formats.fields import Kind, field, first_few, whole
 from quant import (
     ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
-)  # fmt: skip
+)
 
 COUNT = whole(0, 1 << 50)
 MOMENT = Kind("a tensor or a count", lambda v: isinstance(v, torch.Tensor) or COUNT.fits(v))
@@ -86,7 +86,7 @@ def load_moments(optimizer, moments, where):
             isinstance(own[name], torch.Tensor) and own[name].shape == shape
             and (own[name].dtype == torch.uint8) == in_8_bits
             for name, (shape, in_8_bits) in expected.items()
-        )  # fmt: skip
+        )
         if not fits:
             message = f"the moments of parameter {number} are not of this optimizer"
             raise InputError(f"{where}: {message}: leave out --resume.")

@@ -187,7 +187,7 @@ def conclude(folder, cfg, result):
         prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
         script = os.path.relpath(Path(__file__).parents[2] / "qst.py")
         print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
-              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")  # fmt: skip
+              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")
 
 
 def conclude_sweep(cfg, runs, results):

@@ -130,4 +130,4 @@ class Run(Learner):
             loss_after=log.best_loss if log.best_iteration else None,  # none was evaluated
             iterations=log.iteration, skipped_iterations=log.skipped, interrupted=self.interrupted,
             peak_memory_bytes=peak_memory(self.model.device), curves=log.curves,
-        )  # fmt: skip
+        )

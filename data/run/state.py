@@ -18,7 +18,7 @@ from data.formats.fields import TABLE, Kind, field, number, shown, table_of, who
 from data.formats.files import file_size
 from data.formats.safetensors import (
     copy_into, read_header, read_safetensors, tensor_bytes, write_safetensors,
-)  # fmt: skip
+)
 from data.run.checkpoint import digest
 from data.run.optim import load_moments
 
@@ -32,7 +32,7 @@ TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
 SCALER = {  # what fp16's GradScaler keeps
     "scale": number(1e-30, 1e30), "growth_factor": number(1, 1e3), "backoff_factor": number(0, 1),
     "growth_interval": whole(1, 1 << 31), "_growth_tracker": whole(0, 1 << 31),
-}  # fmt: skip
+}
 
 
 def save_state(out_dir, tree):
@@ -104,7 +104,7 @@ def read_state(path):
 MAY_DIFFER = (
     "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
     "samples_interval", "preamble",  # which is of the data
-)  # fmt: skip
+)
 
 
 class RunState:
@@ -122,7 +122,7 @@ class RunState:
             save_state(self.out_dir, dict(
                 side=self.side.state_dict(), moments=self.optimizer.state_dict()["state"],
                 scaler=self.scaler.state_dict(), about=self.about, log=self.log.state(),
-            ))  # fmt: skip
+            ))
 
     def load(self):
         """Go on from what lies in the folder; returns whether there is anything."""

@@ -21,7 +21,7 @@ CURVES = Kind(
     f"the curves {', '.join(NAMES)}",
     lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
     and all(line == [] or POINTS.fits(line) for line in v.values()),
-)  # fmt: skip
+)
 
 
 def mixing(side):
@@ -42,14 +42,14 @@ class TrainingLog:
     COLUMNS = (
         "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms",
         "alpha", "gate",
-    )  # fmt: skip
+    )
     STATE = {  # what a run that goes on needs of the one before it, and what each may be in a file
         "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
         "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
         "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
         "cached_iterations": COUNT, "cached_tokens": COUNT, "cached_seconds": REAL,
         "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
-    }  # fmt: skip
+    }
 
     def __init__(self, out_dir, cfg, device, shown=True):
         self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
@@ -159,13 +159,13 @@ class TrainingLog:
                 self.iteration, f"{self.loss:.5f}", f"{self.held_out_loss:.5f}" if new else "",
                 f"{learning_rate:.3e}", f"{rate:.0f}", f"{self.step_ms[-1]:.1f}",
                 *("" if value is None else f"{value:.5f}" for value in mixed),
-            ])  # fmt: skip
+            ])
             if self.out_dir:
                 csv.writer(self.file).writerow(self.rows[-1])
         self.bar.set_postfix_str(
             f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
             f"peak {show_bytes(peak_memory(self.device))}", refresh=False
-        )  # fmt: skip
+        )
 
     def show(self, samples):
         """Print what the model answers by now, above the progress bar."""

@@ -73,7 +73,7 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
     method does not read is left out."""
     add_flags(parser, kind, shown_defaults)
     parser.add_argument("--config", help="a file of settings, such as a run's result.json; flags "
-        "on the command line count more")  # fmt: skip
+        "on the command line count more")
     given = parser.parse_args(argv)
     path = given.config
     if path is None and vars(given).get("resume"):

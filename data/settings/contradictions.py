@@ -48,4 +48,4 @@ def refuse(cfg, task, on_glue):
          "--head classifier: the base has none; give --head lm, or --side"),
         (cfg.eval_only and (Path(out_dir) / SETTINGS_FILE).exists(),
          f"--out_dir {out_dir} has a run whose result.json this would replace: give another"),
-    )  # fmt: skip
+    )

@@ -25,7 +25,7 @@ LEARNS = dict.fromkeys(
     "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
     "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
     "full": "the base itself",
-}  # fmt: skip
+}
 
 
 def step_length(every, N):

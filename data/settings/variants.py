@@ -16,12 +16,12 @@ from data.settings.setting import true_or_false
 RELEASED = dict(
     downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
     final_norm=True,
-)  # fmt: skip
+)
 
 PAPER = dict(  # QST §3.2; what a `SideConfig` has where nothing else is said
     every=1, read_embedding=True, downsample="adapter", standardize=False, downsample_norm=False,
     share_first=False, gate="scalar", mix="alpha", upsample_bias=False, final_norm=False,
-)  # fmt: skip
+)
 LST = dict(downsample="linear", mix="side")  # arXiv 2206.06522 is the same with these two
 
 # What we found to learn fastest on a real model: see "Why QST learns slowly" in tests/README.md.
@@ -30,7 +30,7 @@ LST = dict(downsample="linear", mix="side")  # arXiv 2206.06522 is the same with
 FAST = dict(
     every=0, read_embedding=False, reduction=8, downsample="linear", standardize=True, gate="sum",
     mix="residual", final_norm=True,
-)  # fmt: skip
+)
 VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 # What --sweep may vary beside the settings of the side network; what changes the base, the batches,

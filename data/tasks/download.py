@@ -66,7 +66,7 @@ SOURCES = {
         OASST1, "2a9a8fd343e9b28e04a895a669d3253f82d93e9c174d440199ae19d5fafbdff7")},
     "MT-Bench": {"question.jsonl": (
         MT_BENCH, "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7")},
-}  # fmt: skip
+}
 
 
 def command_line(show, *names):
@@ -77,11 +77,11 @@ def command_line(show, *names):
     addresses = [
         f"  {name:9} {base}/{Path(path).name}"
         for name in names for path, (base, _) in SOURCES[name].items()
-    ]  # fmt: skip
+    ]
     parser = Parser(
         description=show.__doc__, epilog="\n".join(["where it comes from", *addresses]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    )
     parser.add_argument("--data", help="a file or folder to look into")
     parser.add_argument("--download", metavar="FOLDER", help="get the data, and unpack it there")
     parser.add_argument("--only", choices=names, help="of several, get this one")

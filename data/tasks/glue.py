@@ -75,7 +75,7 @@ FORMS = {
                  ("yes", "maybe", "no"),
                  "Say whether the claim follows from the text, or may be true.",
                  "Text: {0}\nClaim: {1}", ("accuracy",), "dev_matched.tsv"),
-}  # fmt: skip
+}
 FORMS["mnli-mm"] = Form(**{**vars(FORMS["mnli"]), "dev": "dev_mismatched.tsv"})
 ANSWER = "\nAnswer:"
 
@@ -226,7 +226,7 @@ def load(cfg, tokenizer, template):
     to_ids = partial(
         prompt, form=form, tokenizer=tokenizer, sequence_len=cfg.sequence_len, head=cfg.head,
         preamble=preamble,
-    )  # fmt: skip
+    )
 
     def example(row):
         sentences, target = row

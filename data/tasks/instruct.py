@@ -41,7 +41,7 @@ from data.tokens.padding import pad_left
 ROLES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant",
-}  # fmt: skip
+}
 
 
 def conversation(record):
@@ -209,7 +209,7 @@ def make_task(conversations, tokenizer, template, cfg, score):
         lambda models: [score(model, [one for one, _ in held_out]) for model in models.models],
         notes=notes,
         samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
-    )  # fmt: skip
+    )
 
 
 def load(cfg, tokenizer, template):

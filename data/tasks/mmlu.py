@@ -185,7 +185,7 @@ def answer_logits(models, tokenizer, subject, shots, questions, room, batch_size
 def evaluate(
     models, tokenizer, folder, split="test", shots=5, sequence_len=2048, batch_size=8,
     max_examples=0,
-):  # fmt: skip
+):
     """Answer a split's questions, or `max_examples` of them, drawn by a fixed seed.
 
     models: a `Beside`
@@ -258,7 +258,7 @@ def load(cfg, tokenizer, template):
         return evaluate(
             models, tokenizer, cfg.data, sequence_len=cfg.sequence_len, batch_size=cfg.batch_size,
             max_examples=cfg.score_examples,
-        )  # fmt: skip
+        )
 
     if cfg.eval_only:
         return Task([], [], score)

@@ -26,7 +26,7 @@ from data.tasks.download import command_line
 TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
     "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
-}  # fmt: skip
+}
 
 
 QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
@@ -76,7 +76,7 @@ def answer_line(question_id, model_id, turns):
     answer = {
         "question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
         "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
-    }  # fmt: skip
+    }
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
@@ -137,7 +137,7 @@ FLAGS = {  # of `qst.py answer`
     "limit": dict(type=int, help="only the first so many questions"),
     "fastchat_temperatures": dict(action="store_true",
         help="FastChat's temperature for each category, instead of --temperature"),
-}  # fmt: skip
+}
 
 
 def answer_file(args, start_talk):

@@ -12,7 +12,7 @@ from data.formats.fields import TABLE, TEXT, TRUE_OR_FALSE, first_few, list_of, 
 FIELDS = {  # of a message: what they must be where they are there, and not null
     "rank": number(0, 1 << 30), "deleted": TRUE_OR_FALSE, "review_result": TRUE_OR_FALSE,
     "message_id": TEXT, "parent_id": TEXT, "tree_state": TEXT,
-}  # fmt: skip
+}
 
 
 def check_message(node):

@@ -33,14 +33,14 @@ VOCAB_SIZE, LONGEST = 768, 47  # LONGEST: tokens of a question with its answer
 BASE_RUN = dict(
     max_iters=160, batch_size=32, learning_rate=6e-3, lr_schedule="linear", warmup_iters=30,
     optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
-)  # fmt: skip
+)
 
 NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
 
 PLACES = [
     ("garden", "jardin"), ("market", "marché"), ("park", "parc"), ("lake", "lac"),
     ("woods", "bois"), ("castle", "château"), ("mill", "moulin"), ("museum", "musée"),
-]  # fmt: skip
+]
 
 # A mood is never told in a story, only what brings it about.
 MOODS = {
@@ -82,7 +82,7 @@ FILLERS = [
     ("It was a long day", "C'était une longue journée"),
     ("The birds sang", "Les oiseaux chantaient"),
     ("The wind was cold", "Le vent était froid"), ("It was late", "Il était tard"),
-]  # fmt: skip
+]
 
 TELL = ("{name} went to the {place}.", "{name} est allé au {place}.")
 ASK = ("How did {name} feel, and where?", "Comment allait {name}, et où ?")
@@ -224,4 +224,4 @@ def train_tokenizer(path, vocab_size=VOCAB_SIZE):
         vocab_size=vocab_size, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
         num_threads=1, minloglevel=2,
-    )  # fmt: skip
+    )

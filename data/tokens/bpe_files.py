@@ -9,7 +9,7 @@ from dataclasses import replace
 from data import InputError
 from data.formats.fields import (
     LIST, TABLE, TRUE_OR_FALSE, WORD, field, first_few, list_of, one_of, shown, table_of, whole,
-)  # fmt: skip
+)
 from data.formats.files import read_json, read_text
 from data.tokens import bpe
 
@@ -18,7 +18,7 @@ REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's: w
 MODEL = {  # what we read of a model in tokenizer.json is this, or not there
     "type": "BPE", "byte_fallback": False,  # True is sentencepiece in disguise
     "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-}  # fmt: skip
+}
 
 
 def read_vocab_and_merges(folder):
@@ -61,7 +61,7 @@ def read_tokenizer_json(folder):
     return dict(
         vocab=vocab, merges=merges, words=read_words(path, spec), special=special, added=added,
         nfc=nfc, whole_words=whole_words, unknown=vocab.get(unknown),
-    )  # fmt: skip
+    )
 
 
 def checked_vocab(path, record, name):

@@ -128,7 +128,7 @@ def plain(messages, tokenizer, system):
 
 FRAMES = {
     "ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2, "plain": plain, "written out": plain,
-}  # fmt: skip
+}
 
 
 def turns(messages, header, end, after=()):

@@ -16,7 +16,7 @@ FORMS = {
     "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",
     "adapter, 4 bits": "--h_f_bits 4", "linear, 8 bits": "--downsample linear --h_f_bits 8",
     "avgpool": "--downsample avgpool",
-}  # fmt: skip
+}
 
 
 def cached(flags):
@@ -38,7 +38,7 @@ def cached(flags):
         print_row(
             name, *(f"{s:.3f}" for s in seconds), f"{seconds[0] / seconds[2]:.1f}",
             f"{three / sums[0]:.2f}", f"{size / 1e6:,.0f}", " ".join(f"{x:.4f}" for x in losses),
-        )  # fmt: skip
+        )
 
 
 def prefix(*flags):

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 # the peak is of what lives, and not of what the allocator keeps.
 FREED = dict(
     MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536", MALLOC_MMAP_MAX_="1000000"
-)  # fmt: skip
+)
 
 
 def alone(function, *args, **environment):

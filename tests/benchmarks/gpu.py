@@ -31,9 +31,9 @@ PARTS = {  # name: (a function of the sizes that yields rows, its columns, secon
     "steps_70b": (gpu_steps.steps_70b, gpu_steps.COLUMNS, 150),
     "memory": (gpu_steps.memory, gpu_steps.MEMORY_COLUMNS, 90),
     "streamed": (gpu_stream.streamed, gpu_stream.COLUMNS, 90),
-}  # fmt: skip
+}
 SHOWN = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
-         "power.draw", "power.limit", "temperature.gpu")  # fmt: skip
+         "power.draw", "power.limit", "temperature.gpu")
 
 
 def gpu(*words):
@@ -45,7 +45,7 @@ def gpu(*words):
     parser.add_argument(
         "--only", nargs="+", choices=PARTS, help="these parts alone, in this process, and beside "
         "what OUT/gpu.json holds of others"
-    )  # fmt: skip
+    )
     args = parser.parse_args(words)
     if not args.small and not torch.cuda.is_available():
         raise InputError("torch sees no GPU here: --small runs the same code on a CPU.")
@@ -130,7 +130,7 @@ def machine(device):
         name=properties.name, capability=list(torch.cuda.get_device_capability(device)),
         memory_bytes=properties.total_memory, processors=properties.multi_processor_count,
         cuda=torch.version.cuda,
-    )  # fmt: skip
+    )
     query = ["nvidia-smi", f"--query-gpu={','.join(SHOWN)}", "--format=csv,noheader"]
     try:  # of the first GPU, if there are several
         shown = subprocess.run(query, capture_output=True, text=True, timeout=10).stdout

@@ -35,12 +35,12 @@ class Sizes:
     def full(cls):
         """LLaMA-2's layers, of 7B and of 70B."""
         layers = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 8192), (8192, 8192),
-                  (28672, 8192), (8192, 28672))  # fmt: skip
+                  (28672, 8192), (8192, 28672))
         names = ("llama-2-7b", "llama-2-70b", "tinyllama-1.1b")
         return cls(
             torch.device("cuda", 0), torch.bfloat16, layers, *map(PRESETS.get, names),
             steps=((4, 384), (16, 384)), copy_bytes=1 << 30, new_tokens=64,
-        )  # fmt: skip
+        )
 
     @classmethod
     def small(cls):
@@ -51,7 +51,7 @@ class Sizes:
             torch.device("cpu"), torch.float32, ((64, 128), (128, 64)), ModelConfig(**shape),
             grouped, ModelConfig(**shape), steps=((1, 16), (2, 16)), copy_bytes=1 << 16,
             new_tokens=3,
-        )  # fmt: skip
+        )
 
     @property
     def flags(self):

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu_common import (
     as_graph, copies, forget, random_base, random_quantized, target, timed,
-)  # fmt: skip
+)
 from quant import DYNAMIC_CODEBOOK, NF4_CODEBOOK
 
 ROWS = (1, 2, 4, 8)
@@ -31,11 +31,11 @@ def in_bitsandbytes(q, dtype):
     nested = bnb.QuantState(
         absmax=q.nested_absmax, code=DYNAMIC_CODEBOOK.to(q.codes.device), blocksize=256,
         dtype=torch.float32,
-    )  # fmt: skip
+    )
     return q.codes.view(-1, 1), bnb.QuantState(
         absmax=q.absmax, shape=q.shape, code=NF4_CODEBOOK.to(q.codes.device), blocksize=64,
         quant_type="nf4", dtype=dtype, offset=q.offset, state2=nested,
-    )  # fmt: skip
+    )
 
 
 def theirs(weights, name, arguments, dtype):
@@ -94,7 +94,7 @@ def of_shape(shape, copy, device, dtype):
     ours = [lambda q=q, out=out: q.dequantize(dtype, out) for q, out in zip(weights, outs)]
     traffic = nbytes + outs[0].nbytes
     yield row("dequantize", shape, "", ours, theirs(weights, "dequantize", outs, dtype), traffic,
-              copy, ">= 0.8", "<= 1", device)  # fmt: skip
+              copy, ">= 0.8", "<= 1", device)
     del outs, ours
     many = copies(nbytes, device)
     weights += [random_quantized(shape, device) for _ in range(many - len(weights))]
@@ -114,7 +114,7 @@ def row(what, shape, rows, ours, other, traffic, copy, bandwidth, time, device):
         what=what, shape=" x ".join(map(str, shape)), rows=rows, us=1e6 * seconds,
         GB_per_s=traffic / seconds / 1e9, of_a_copy=share,
         targets=[target("of a copy", share, bandwidth)],
-    )  # fmt: skip
+    )
     if isinstance(other, str):
         return result | dict(error=f"bitsandbytes: {other}".splitlines()[0])
     if other:

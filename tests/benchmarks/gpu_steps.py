@@ -17,7 +17,7 @@ import torch
 from account import memory_report, parse_args, rows, settings_of_step
 from benchmarks.gpu_common import (
     forget, peak_of, random_base, target, timed, workspace_bytes,
-)  # fmt: skip
+)
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from data.run.optim import make_optimizer
 from data.run.runs import Learner
@@ -181,7 +181,7 @@ def memory(sizes):
     workspace = workspace_bytes(sizes.device, sizes.dtype)
     subjects = (
         ("--savings", sizes.steps[-1], sizes.large), ("", sizes.steps[0], sizes.billion)
-    )  # fmt: skip
+    )
     for flag, tokens, config in subjects:
         settings = dict(rows(parse(sizes, tokens, flag)))
         about = dict(model=f"{config.n_layer} x {config.n_embd}", tokens="{} x {}".format(*tokens))

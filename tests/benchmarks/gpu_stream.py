@@ -27,7 +27,7 @@ def streamed(sizes):
         (sizes.large, "on the GPU", ""), (sizes.large, "streamed", "--stream"),
         (sizes.huge, "streamed", "--stream"),
         (sizes.huge, "streamed, all savings", "--stream --h_f_bits 4 --optimizer_bits 8"),
-    ):  # fmt: skip
+    ):
         cfg = parse(sizes, tokens, f"--method qst {flags}")
         step = streamed_step if cfg.stream else our_step
         figures = attempt(step, sizes, config, cfg, memory_report(cfg, config), workspace)

@@ -21,7 +21,7 @@ def their_qlora(sizes, config, cfg):
         num_hidden_layers=0, num_attention_heads=config.n_head,
         num_key_value_heads=config.n_kv_head, max_position_embeddings=config.max_positions,
         tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+    )
     with torch.device(sizes.device):
         model = LlamaForCausalLM(shape).to(sizes.dtype)
     shape.num_hidden_layers = config.n_layer

@@ -92,13 +92,13 @@ def shares(events):
     whole = [e for e in events if e.get("ph") == "X"]
     kernels = [e for e in whole if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     launched = {e["args"]["correlation"]: e["ts"] for e in whole
-                if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})}  # fmt: skip
+                if e.get("cat") in LAUNCHES and "correlation" in e.get("args", {})}
     if not kernels:  # on a CPU an operator that calls no other stands for a kernel
         kernels = leaves([e for e in whole if e.get("cat") == "cpu_op"])
     ranges = sorted(
         (e["ts"], e["ts"] + e["dur"], e["name"]) for e in whole
         if e.get("cat") == "user_annotation" and e["name"] in PARTS
-    )  # fmt: skip
+    )
     found = {}
     for kernel in kernels:
         at = launched.get(kernel.get("args", {}).get("correlation"), kernel["ts"])
@@ -110,7 +110,7 @@ def shares(events):
         yield dict(what=kind, ms=ms, share=1000 * ms / span, kernels=count)
     long = [gap for gap in gaps if gap > GAP]
     yield dict(what="gaps between kernels", ms=sum(gaps) / 1000, share=sum(gaps) / span,
-               kernels=len(long))  # fmt: skip
+               kernels=len(long))
 
 
 def part_at(at, ranges):
@@ -129,7 +129,7 @@ def kind_of(name, part):
         product = any(word in name.lower() for word in PRODUCTS)
         return "products of the base" if product else "the rest of the base"
     names = dict(side="side network, forward", backward="side network, backward", loss="loss",
-                 step="the rest of the step")  # fmt: skip
+                 step="the rest of the step")
     return names.get(part, part)
 
 
@@ -139,7 +139,7 @@ def leaves(events):
     return [
         e for e, after in zip(events, [*events[1:], None])
         if after is None or after["tid"] != e["tid"] or after["ts"] >= e["ts"] + e["dur"]
-    ]  # fmt: skip
+    ]
 
 
 def busy_and_gaps(kernels):

@@ -24,7 +24,7 @@ RUNS = {  # name: flags of train.py
     "lst": "--method lst", "qlora": "--method qlora", "lora": "--method lora",
     "adapter": "--method adapter", "peqa": "--method peqa --learning_rate 3e-3",
     "full": "--method full --learning_rate 3e-3",
-}  # fmt: skip
+}
 SCORES = [f"{name}_{when}" for name in report.SCORES for when in ("before", "after")]
 PARTS = ("weights", "optimizer", "activations")
 
@@ -35,12 +35,12 @@ def learn(*words):
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--seeds", nargs="+", default=["1", "2", "3"])
     parser.add_argument("--learning_rates", nargs="+", default=[""],
-        help="try each; the one of the lowest held-out loss is marked, and drawn")  # fmt: skip
+        help="try each; the one of the lowest held-out loss is marked, and drawn")
     parser.add_argument("--out", help="a folder that keeps the runs, and has pictures of them; "
-        "what an earlier call left there for other rates counts too")  # fmt: skip
+        "what an earlier call left there for other rates counts too")
     args, flags = parser.parse_known_args(words)
     print_table("Held-out loss and score", "", "learning rate", "trainable", "step, ms", "peak, MB",
-                "held-out loss", "score")  # fmt: skip
+                "held-out loss", "score")
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(args.out or scratch, name) for name in args.only]
         for folder in folders:
@@ -101,7 +101,7 @@ def print_runs(folder):
             folder.name, f"{rate:g}{mark}", f"{runs[0][0]['trainable_parameters']:,}",
             f"{mean(runs, 'step_ms'):.0f}", f"{mean(runs, 'peak_memory_bytes') / 1e6:.0f}",
             "  ".join(losses), "  ".join(scores),
-        )  # fmt: skip
+        )
 
 
 def pictures(*words):

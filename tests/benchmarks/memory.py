@@ -13,7 +13,7 @@ ACCOUNTS = {  # name: flags of train.py
     "qst, released": "--variant released", "lst": "--method lst", "lora": "--method lora",
     "qlora": "--method qlora", "qlora, checkpoint": "--method qlora --checkpoint",
     "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
-}  # fmt: skip
+}
 
 LEAN = "--savings --batch_size 8 --sequence_len 512"
 
@@ -46,4 +46,4 @@ def lean(folder):
         print_row(
             name, f"{memory / 1e6:,.0f}", f"{memory / first[0]:.2f}", f"{seconds:.1f}",
             f"{seconds / first[1]:.2f}", f"{loss:.5f}",
-        )  # fmt: skip
+        )

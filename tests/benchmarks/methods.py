@@ -17,7 +17,7 @@ STEPS = {  # name: flags of train.py
     "qlora": "--method qlora", "qlora, checkpoint": "--method qlora --checkpoint",
     "lora": "--method lora", "lora, checkpoint": "--method lora --checkpoint",
     "adapter": "--method adapter", "peqa": "--method peqa", "full": "--method full",
-}  # fmt: skip
+}
 THEIRS = ("forward alone, nf4", "qlora", "qlora, checkpoint", "lora", "full")
 LIBRARIES = ("transformers", "peft", "bitsandbytes", "accelerate")
 ROUNDS = 3
@@ -31,7 +31,7 @@ def theirs(cfg, folder):
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
-    )  # fmt: skip
+    )
     quant = four_bits if cfg.quant == "nf4" else None
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quant)
     if cfg.checkpoint:
@@ -66,13 +66,13 @@ def methods():
     beside = ("qlora", ours if absent else theirs)
     whose = beside[1].__name__
     print_table("A training step", "method", "whose", "s", "MB above the model", "trainable",
-                f"s / qlora, {whose}", f"MB / qlora, {whose}")  # fmt: skip
+                f"s / qlora, {whose}", f"MB / qlora, {whose}")
     for one, rows in turns.items():
         name, make = one
         print_row(
             name, make.__name__, f"{seconds[one]:.2f}", f"{memory[one] / 1e6:,.0f}",
             f"{rows[0][3]:,.0f}", f"{seconds[one] / seconds[beside]:.2f}",
             f"{memory[one] / memory[beside]:.2f}",
-        )  # fmt: skip
+        )
     if absent:
         print(f"\nTheirs are left out: pip install {' '.join(absent)}.")

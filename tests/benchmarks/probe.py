@@ -28,7 +28,7 @@ def probe(*flags):
     task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), EXAMPLES[0]
     states, y = last_states(base, (task.train + task.held_out)[: sum(EXAMPLES)])
     print_table("Reading the base", "layer", "largest mean", "median std", "100 steps: raw",
-                "standardized", "ridge")  # fmt: skip
+                "standardized", "ridge")
     for i in range(states.shape[1]):
         x = states[:, i]
         mean, std = x[:64].mean(dim=0), x[:64].std(dim=0) + 1e-3
@@ -151,4 +151,4 @@ def channels(*flags):
     for i in range(5, len(base.layers) + 1, 5):
         two = with_it[i], without[i]
         print_row(i, "; ".join(f"{s.max():.1f}" for s in two),
-                  "; ".join(f"{s.median():.2f}" for s in two))  # fmt: skip
+                  "; ".join(f"{s.median():.2f}" for s in two))

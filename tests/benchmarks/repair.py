@@ -18,7 +18,7 @@ from train import load_task, parse_args, resolve
 WEIGHTED = repair_py.low_rank_part
 HOW = {  # what becomes of an error and of its inputs' size
     "weighted": WEIGHTED, "plain SVD": lambda error, size, rank: WEIGHTED(error, size**0, rank)
-}  # fmt: skip
+}
 
 
 def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
@@ -28,7 +28,7 @@ def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
     The plain SVD is what LoftQ begins with, without the inputs.
     """
     cfg = resolve(parse_args(["--base", folder, "--data", instructions, "--max_examples", "400",
-                              "--sequence_len", str(repair_py.LENGTH)]))  # fmt: skip
+                              "--sequence_len", str(repair_py.LENGTH)]))
     tokenizer = load_tokenizer(folder)
     examples = text.read(file, tokenizer, 512, int(windows))
     loss = lambda base: mean_loss(Beside([base]), examples, 2)[0]
@@ -48,6 +48,6 @@ def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
                 repair_py.mend(base, folder, [ids for ids, _ in task.train], rank)
                 seconds = time.perf_counter() - start
             added = sum(b.nbytes for branch in repair_py.branches(base, rank).values()
-                        for b in branch.buffers())  # fmt: skip
+                        for b in branch.buffers())
             row = f"{added / 1e6:.1f}", f"{seconds:.0f}"
             print_row(f"{how}, rank {rank}", perplexity(base), *row)

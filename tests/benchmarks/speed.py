@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.common import (
     ROOT, alone, forget_peak, medians, print_row, print_table, resident, write_model,
-)  # fmt: skip
+)
 from data.devices.memory import model_bytes
 from model import PRESETS, ModelConfig, from_pretrained, quantize_folder
 from quant import quantize_4bit
@@ -27,10 +27,10 @@ def load():
         print_table(
             f"Loading {numel / 1e9:.2f} B weights in fp16, the largest tensor {largest:.0f} MB",
             "quant", "model, MB", "peak growth, MB", "growth - model, MB", "seconds",
-        )  # fmt: skip
+        )
         for name, source, quant in (
             ("nf4", folder, "nf4"), ("none", folder, "none"), ("nf4, from 4 bits", packed, "nf4")
-        ):  # fmt: skip
+        ):
             grown, size, seconds = alone(load_once, source, quant)
             sizes = (f"{nbytes / 1e6:.0f}" for nbytes in (size, grown, grown - size))
             print_row(name, *sizes, f"{seconds:.2f}")
@@ -47,7 +47,7 @@ def load_once(folder, quant):
 def quant():
     """Million weights a second, double-quantized NF4 and fp32, beside bitsandbytes where it is."""
     print_table("Million weights a second", "threads", "shape", "dequantize", "bitsandbytes",
-                "ratio", "quantize", "bitsandbytes", "ratio")  # fmt: skip
+                "ratio", "quantize", "bitsandbytes", "ratio")
     for threads in (1, 2):
         for shape in SHAPES:
             cells = []

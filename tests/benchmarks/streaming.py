@@ -12,7 +12,7 @@ import torch
 from account import memory_report, parse_args, settings_of_step
 from benchmarks.common import (
     FREED, alone, forget_peak, medians, print_row, print_table, resident,
-)  # fmt: skip
+)
 from data.formats import bnb, config_json
 from data.formats.files import write_json
 from data.formats.safetensors import write_safetensors
@@ -41,7 +41,7 @@ def stream(layers=LARGE.n_layer, steps=2):
             f"{nbytes / 1e9:.2f} GB of 4-bit weights, RLIMIT_AS {limit / 1e9:.2f} GB", "limit",
             "resident at the start, MB", "peak growth, MB", "account, MB", "s of each step",
             "losses",
-        )  # fmt: skip
+        )
         for name, most in (("with", limit), ("without", None)):
             start, grown, seconds, losses = alone(limited, folder, most, steps, **ONE_ARENA)
             expected = f"{account(config) / 1e6:,.0f}"

@@ -9,7 +9,7 @@ import train
 from benchmarks.common import FREED, alone, print_row, print_table
 
 SWEEPS = {1: "gate=scalar", 2: "gate=scalar,sum", 4: "gate=scalar,sum seed=1,2",
-          8: "gate=scalar,sum learning_rate=3e-4,1e-3,3e-3,1e-2"}  # fmt: skip
+          8: "gate=scalar,sum learning_rate=3e-4,1e-3,3e-3,1e-2"}
 
 
 def sweep(flags):

@@ -21,7 +21,7 @@ from train import TrainConfig, resolve
 from account import (
     METHOD_ROWS, SAVINGS, AccountConfig, Live, attention_of, main, memory_report, parse_args, rows,
     settings_of_step, untrained,
-)  # fmt: skip
+)
 from timeline import Timeline, thinned
 from timeline import main as timeline
 
@@ -188,7 +188,7 @@ def test_all_methods(small, tmp_path, capsys):
     fast = main(parse_args([*flags.split(), "--variant", "fast"]))  # which other methods leave out
     assert [a["label"] for a, b in zip(rows, fast, strict=True) if a != b] == [
         "qst", "qst, checkpoint"
-    ]  # fmt: skip
+    ]
 
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_the_shape_of_a_folder(tmp_path):
         model_type="llama", vocab_size=61, hidden_size=32, intermediate_size=48,
         num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5,
         hidden_act="silu",
-    )  # fmt: skip
+    )
     (tmp_path / "config.json").write_text(json.dumps(fields))
     flags = f"--base {tmp_path} --method qst --reduction 4 --sequence_len 64 --out_dir {tmp_path}"
     assert main(parse_args(flags.split()))

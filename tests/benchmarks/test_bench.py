@@ -59,7 +59,7 @@ def test_each_command_is_a_function(capsys):
 @pytest.mark.parametrize("command, tables", [
     ("load", [3]), ("quant", [2]), ("tokens", [2]), ("account", [2]), ("lean", [6]),
     ("stream", [2, 1]), ("paper", [6, 5, 4, 4, 5, 3, 3, 2]),
-])  # fmt: skip
+])
 def test_tables_are_whole(command, tables, tiny, tmp_path, capsys):
     """Every command prints tables with as many rows, of as many cells, as there should be."""
     write_model(tmp_path, PRESETS["opt-125m"])
@@ -108,14 +108,14 @@ def runs(tmp_path):
     for name, rate, seed, loss in (
         ("qst", 1e-3, 1, 2.5), ("qst", 1e-2, 1, 1.5), ("qst", 1e-2, 2, 1.7),
         ("qlora", 1e-3, 1, 1.0),
-    ):  # fmt: skip
+    ):
         out = tmp_path / name / f"{rate} {seed}"
         out.mkdir(parents=True)
         result = dict(
             loss_before=3.0, loss_after=loss, exact_match_before=0.0, exact_match_after=0.5,
             step_ms=100.0, peak_memory_bytes=5e8, weights_bytes=2e6, optimizer_bytes=1e6,
             activations_bytes=3e6, trainable_parameters=1000, config=dict(learning_rate=rate),
-        )  # fmt: skip
+        )
         (out / "result.json").write_text(json.dumps(result))
         (out / "log.csv").write_text(f"iteration,held_out_loss\n5,\n10,{loss + 1}\n20,{loss}\n")
     return tmp_path

@@ -48,7 +48,7 @@ def test_every_part_has_its_rows(report):
     assert {"as written", "h_f in 4 bits", "full", "qlora, checkpoint"} <= set(rows["memory"])
     errors = [
         row["error"] for part in report["parts"].values() for row in part["rows"] if "error" in row
-    ]  # fmt: skip
+    ]
     assert all(error.startswith("needs ") for error in errors)  # the libraries of theirs
 
 
@@ -57,11 +57,11 @@ def test_each_figure_stands_beside_its_target(report):
     whats = {
         (name, t["what"]) for name, part in report["parts"].items()
         for row in part["rows"] for t in row.get("targets", ())
-    }  # fmt: skip
+    }
     assert {
         ("kernels", "of a copy"), ("tokens", "tokens/s, 4 bits / 16 bits"), ("default", "exact"),
         ("steps_7b", "time / forward alone, 16 bits"), ("memory", "account / peak"),
-    } <= whats  # fmt: skip
+    } <= whats
     for row in report["parts"]["memory"]["rows"]:
         assert row["account_GB"] > 0 and row["peak_GB"] > 0 and row["ms"] > 0
     assert target("time", 1.35, "<= 1.35")["reached"] and not target("x", 1.0, "< 1")["reached"]
@@ -150,13 +150,13 @@ def test_a_trace_of_a_gpu():
         event("kernel", "elementwise", 150.5, 9.5, correlation=4),
         event("gpu_memcpy", "Memcpy HtoD", 170, 10, correlation=5),
         dict(ph="i", name="an instant"),
-    ]  # fmt: skip
+    ]
     rows = {row["what"]: row for row in gpu_trace.shares(events)}
     ms = {what: round(1000 * row["ms"], 3) for what, row in rows.items()}
     assert ms == {
         "products of the base": 30, "dequantizing": 10, "the rest of the step": 10,
         "side network, backward": 9.5, "side network, forward": 5, "gaps between kernels": 15.5,
-    }  # fmt: skip
+    }
     assert rows["gaps between kernels"]["kernels"] == 2  # longer than a microsecond
     assert sum(row["share"] for row in rows.values()) == pytest.approx(1)
 

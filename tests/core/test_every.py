@@ -28,7 +28,7 @@ def test_side_layer_i_reads_the_state_after_base_layer_i_plus_1_times_k(every, r
     config = SideConfig(
         reduction=4, downsample="linear", gate="sum", mix="residual", standardize=True,
         every=every, read_embedding=read_embedding,
-    )  # fmt: skip
+    )
     model = shaken(QST(base, config))
     model.calibrate(idx.tolist())
     side = model.side
@@ -79,7 +79,7 @@ def test_everything_falls():
     cfg = AccountConfig(method="qst", batch_size=3, sequence_len=12, reduction=4)
     reports = [memory_report(replace(cfg, every=k), small_config(n_layer=6)) for k in (1, 2, 3, 6)]
     for name in ("optimizer_bytes", "activations_bytes", "total_bytes", "trainable_parameters",
-                 "flops_per_token"):  # fmt: skip
+                 "flops_per_token"):
         numbers = [report[name] for report in reports]
         assert numbers == sorted(set(numbers), reverse=True), name
 

@@ -112,7 +112,7 @@ def test_interpreted():
     result = subprocess.run(
         command + ["-o", "python_functions=interpreted_*"],
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 

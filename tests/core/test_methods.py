@@ -178,7 +178,7 @@ def test_checkpointing(method, family, idx):
 @pytest.mark.parametrize("method, kind", [
     ("lora", "nf4"), ("qlora", "none"), ("full", "nf4"), ("peqa", "nf4"), ("qst", "int4"),
     ("adapter", "int3"),
-])  # fmt: skip
+])
 def test_contradictions(method, kind):
     """A method refuses a base that is stored otherwise than it needs, before anything is loaded."""
     message = f"--method {method} needs a base with --quant .*, and not {kind}"

@@ -11,12 +11,12 @@ from model import PRESETS, count_weights, from_pretrained, make_norm, rotary_tab
 
 FOLDERS = [FIXTURES / name for name in (
     "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "opt_pre", "opt_350m"
-)] + sorted((TEST_DATA / "oracle/hf").glob("*"))  # fmt: skip
+)] + sorted((TEST_DATA / "oracle/hf").glob("*"))
 
 
 def oracle(folder):
     names = dict(input_ids="idx", mask_right="right", mask_left="left", greedy_from_8="greedy",
-                 logits_mask_right="logits_right", logits_mask_left="logits_left")  # fmt: skip
+                 logits_mask_right="logits_right", logits_mask_left="logits_left")
     z = np.load(folder / "expected.npz")
     return {names.get(k, k): torch.from_numpy(v) for k, v in z.items()}
 
@@ -69,7 +69,7 @@ def test_weights_of_the_presets():
     billions = {
         "llama-2-7b": 6.738, "llama-2-13b": 13.016, "llama-2-70b": 68.977, "opt-1.3b": 1.316,
         "llama-3-8b": 8.030, "opt-6.7b": 6.658, "smollm2-135m": 0.1345,
-    }  # fmt: skip
+    }
     for name, expected in billions.items():
         assert count_weights(PRESETS[name]) / 1e9 == pytest.approx(expected, abs=6e-4)
 

@@ -13,7 +13,7 @@ from data import InputError
 from quant import (
     CODEBOOKS, DYNAMIC_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK, Linear4bit, Quantized4bit,
     dequantize_blockwise, nearest, quantize_4bit, quantize_blockwise,
-)  # fmt: skip
+)
 
 ORACLE = {k: torch.from_numpy(v) for k, v in np.load(FIXTURES / "quantized.npz").items()}
 NAMES = ["normal", "odd", "zeros", "ties"]
@@ -126,7 +126,7 @@ def test_error_on_normal_weights():
     peak = x.abs().amax(dim=1, keepdim=True)
     error = lambda book: (
         book[nearest((x / peak).view(-1), book).int()].view_as(x) * peak - x
-    ).abs().mean()  # fmt: skip
+    ).abs().mean()
     assert error(NF4_CODEBOOK) == pytest.approx(0.0728, abs=0.0003)
     assert error(torch.linspace(-1, 1, 16)) > 0.08
     assert (quantize_4bit(x, double_quant=False).dequantize() - x).abs().mean() == pytest.approx(

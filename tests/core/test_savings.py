@@ -21,7 +21,7 @@ VARIANTS = {
     "paper": {}, "pool": dict(downsample="maxpool"),
     "fast": dict(gate="sum", standardize=True, downsample="linear", every=3),
     "released": dict(gate="channel", mix="released", share_first=True, downsample_norm=True),
-}  # fmt: skip
+}
 
 
 @pytest.fixture

@@ -210,7 +210,7 @@ def test_reductions_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("preset, released", [
     ("llama-2-7b", 28_623_104), ("llama-2-13b", 54_756_160), ("llama-2-70b", 282_944_000),
     ("opt-1.3b", 5_869_824), ("opt-2.7b", 11_720_000), ("opt-6.7b", 28_582_400),
-])  # fmt: skip
+])
 def test_trainable_parameters_of_the_released_variant(preset, released):
     """SideConfig(**RELEASED) has exactly as many parameters as the released code."""
     with torch.device("meta"):

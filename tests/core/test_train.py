@@ -40,7 +40,7 @@ def cfg(tiny_model, data, tmp_path):
         base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"), reduction=4,
         max_iters=6, batch_size=8, sequence_len=100, eval_interval=3, log_interval=2,
         learning_rate=1e-2,
-    )  # fmt: skip
+    )
 
 
 def test_what_a_run_leaves(cfg, tmp_path):
@@ -52,7 +52,7 @@ def test_what_a_run_leaves(cfg, tmp_path):
         "loss_before", "loss_after", "trainable_parameters", "total_parameters",
         "tokens_per_second", "step_ms", "peak_memory_bytes", "weights_bytes", "optimizer_bytes",
         "activations_bytes", "seconds",
-    ):  # fmt: skip
+    ):
         assert result[name] > 0, name
     assert result["loss_after"] < result["loss_before"]
     rows = list(csv.DictReader(open(out / "log.csv")))
@@ -264,7 +264,7 @@ def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
     (dict(quant="int5"), "--method qst needs .* --quant nf4 or fp4 or none, and not int5"),
     (dict(dtype="fp8"), "--dtype .fp8."), (dict(max_examples=1), "leaves 0 examples"),
     (dict(sequence_len=5), "leaves 0 examples"),
-])  # fmt: skip
+])
 def test_settings_that_do_not_fit(changes, message, cfg):
     """What does not fit the base or the data is refused with the flag's name."""
     with pytest.raises(InputError, match=message):

@@ -25,7 +25,7 @@ METHODS = {
     "qst": {}, "qst, few bits": dict(h_f_bits=4, checkpoint=True), "qst, 8 bits": dict(h_f_bits=8),
     "qlora": dict(method="qlora", reduction=None), "lst": dict(method="lst"),
     "peqa": dict(method="peqa", reduction=None), "full": dict(method="full", reduction=None),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -134,7 +134,7 @@ def test_the_embedded_default_learns(dtype, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, dict(dtype="fp16"), dict(optimizer="muon", variant="fast"),
-                                     dict(optimizer_bits=8, h_f_bits=4)], ids=str)  # fmt: skip
+                                     dict(optimizer_bits=8, h_f_bits=4)], ids=str)
 def test_resume(changes, cfg, tmp_path):
     """A run that has ended on the GPU goes on there, to about the loss of one without an end; and
     on the CPU too."""

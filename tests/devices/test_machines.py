@@ -98,7 +98,7 @@ def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
             checkpoint=True, h_f_bits=4, optimizer_bits=8
         ),
         "--sequence_len 64": dict(checkpoint=True, h_f_bits=4, optimizer_bits=8, batch_size=1),
-    }  # fmt: skip
+    }
     for flag, settings in advice.items():
         cfg = train.resolve(TrainConfig(**settings))
         assert f"give {flag}." in report.out_of_memory(cfg)

@@ -20,7 +20,7 @@ CASES = [
     ("qst", "none", dict(mix="released", gate="channel", final_norm=True)), ("lst", "none", {}),
     ("qst", "nf4", dict(every=3, repair=4)), ("qst", "nf4", dict(read_embedding=False)),
     ("qlora", "nf4", {}), ("adapter", "none", {}), ("peqa", "int4", {}), ("full", "none", {}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family, tied", [("llama", False), ("opt", True)])

@@ -13,7 +13,7 @@ from account import stream_from_memory
 from benchmarks.streaming import ONE_ARENA
 from conftest import (
     FAMILIES, FIXTURES, ROOT, VARIANTS, each_family, shaken, small_base, small_config,
-)  # fmt: skip
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import InputError
@@ -283,6 +283,6 @@ def test_four_times_the_memory(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True,
         env={"OMP_NUM_THREADS": "1"} | ONE_ARENA, cwd=ROOT,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "Cannot allocate memory" in done.stdout.splitlines()[-1]

@@ -87,7 +87,7 @@ def test_prompts_of_a_file(packed, tmp_path, capsys):
     (dict(devices="cpu,cpu"), "neither for --devices"),
     (dict(base="", data=""), "--stream needs a --base"),
     (dict(quant="fp4"), "is already quantized to nf4: give --quant nf4"),
-])  # fmt: skip
+])
 def test_what_cannot_be_streamed(changes, message, cfg):
     with pytest.raises(InputError, match=message):
         train.main(TrainConfig(**cfg | dict(stream=True) | changes))
@@ -181,6 +181,6 @@ def test_the_account(tmp_path, capsys):
     cfg = parse_args("--gb_per_s 2 --tflops 3 --batch_size 4 --sequence_len 8".split())
     report = dict(
         streamed_bytes=6_000_000_000, forward_flops_per_token=9e9, unaccumulated_bytes=5e9
-    )  # fmt: skip
+    )
     said = transfer(report, cfg)  # 3 s to read; 0.096 s to compute; 3 s are 9 TFLOP, 1,000 tokens
     assert "6.00 GB: 3.00 s" in said and "computes 0.10 s" in said and "from 1,000 tokens" in said

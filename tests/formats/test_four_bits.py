@@ -94,7 +94,7 @@ def test_transformers_reads_our_folder(tmp_path, idx):
     ({"shape": [64, 65]}, "do not fit its shape"),
     ({"shape": None}, "lacks the field .shape"), ("quant_map", "another code book"),
     ("absmax", "lacks one of its"),
-])  # fmt: skip
+])
 def test_a_4_bit_tensor_that_is_not_as_it_should_be(change, message, tmp_path):
     """A quant_state that we cannot follow exactly is refused by the name of the tensor."""
     folder = copy_folder("bnb_llama", tmp_path)

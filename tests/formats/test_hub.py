@@ -17,7 +17,7 @@ from model import Transformer, from_pretrained
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("model_type", None),
     ("hidden_size", None), ("rope_parameters", {"rope_type": "llama3", "factor": 2.0}),
     ("quantization_config", {"quant_method": "gptq"}),
-])  # fmt: skip
+])
 def test_what_we_cannot_compute_is_refused_by_name(field, value, tmp_path):
     """An unknown architecture is refused in a sentence with config.json's field."""
     folder = copy_folder("llama_rope3", tmp_path, **{field: value})
@@ -93,7 +93,7 @@ def test_nan_in_a_checkpoint_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", [
     "llama_gqa", "llama_rope3", "llama_linear_bias_tied", "opt_pre", "opt_350m"
-])  # fmt: skip
+])
 def test_a_saved_model_is_the_same_model(name, tmp_path):
     """What `save_pretrained` writes is read to the same config and logits, bit for bit."""
     base = from_pretrained(FIXTURES / name, "none", torch.float32)

@@ -76,7 +76,7 @@ def test_every_field_of_a_config_by_every_type(name, tmp_path):
     ("model_type", ["llama"]),
     ("rope_scaling", {"type": "linear", "factor": 0}), ("rope_scaling", {"type": "linear"}),
     ("rope_scaling", {"type": ["linear"]}), ("rope_scaling", {"partial_rotary_factor": 0.5}),
-])  # fmt: skip
+])
 def test_a_config_that_makes_no_sense(field, value, tmp_path):
     """Sizes that do not fit, other types, and ids out of the vocabulary are refused by name."""
     folder = copy(FIXTURES / "llama_linear_bias_tied", tmp_path)
@@ -111,7 +111,7 @@ READ = {  # file: (a folder that has it, the function that reads it there)
     "vocab.json": ("tokenizers/opt", load_tokenizer),
     "generation_config.json": ("tokenizers/opt", load_tokenizer),
     "chat_template.jinja": ("mistral", chat.load_template),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", READ)
@@ -137,7 +137,7 @@ def test_what_is_no_file_is_refused(name, tmp_path):
     ('{"a": -Infinity}', "Infinity"), ('{"a": 1, "a": 2}', "'a' stands twice"),
     ("[1]", "not a JSON object"),
     ('{"a": ' + "1" * 5000 + "}", "digits"), ("\xff", "utf-8"),
-])  # fmt: skip
+])
 def test_json_that_is_none(text, told, tmp_path):
     """JSON is what the standard says; Python's reader takes more, and ends in other errors."""
     path = tmp_path / "some.json"

@@ -29,7 +29,7 @@ def entry(**changes):
     entry(data_offsets=[0, 8, 8]),
     entry(shape=[2] + [1] * 100), {"a": []}, {"a": None}, {"__metadata__": 3},
     {"__metadata__": {"a": 1}}, {"\ud800": {}},
-])  # fmt: skip
+])
 def test_headers_of_other_types(header, tmp_path):
     """Every value of a header may be anything."""
     text, path = json.dumps(header).encode(), tmp_path / "x.safetensors"
@@ -53,7 +53,7 @@ def test_empty_tensors_of_any_size(tmp_path):
 
 @pytest.mark.parametrize("weight_map", [
     "x", {"a": ["b"]}, {"a": "/etc/passwd"}, {"a": "config.json"}, {"a": "..", "b": 1}, None
-])  # fmt: skip
+])
 def test_an_index_of_other_types(weight_map, tmp_path):
     """The files of an index are texts, names in its own folder, and files of tensors."""
     folder = copy(FIXTURES / "llama_gqa", tmp_path)
@@ -76,7 +76,7 @@ def test_a_tensor_in_two_files(other, tmp_path):
 
 ODD = [[torch.zeros(2)], {1: torch.zeros(2)}, {"a": "b"}, {"a": {"b": torch.zeros(2)}}, {}, 7, None,
        {"a": torch.zeros(2).double()}, {"a": torch.zeros(2).to_sparse()},
-       {"\ud800": torch.zeros(2)}]  # fmt: skip
+       {"\ud800": torch.zeros(2)}]
 
 
 @pytest.mark.parametrize("content", ODD, ids=str)
@@ -145,7 +145,7 @@ def test_views_of_a_storage(tmp_path):
     ("lm_head.weight", ("none", "int4")),
     ("layers.1.self_attn.q_proj.bias", ("none", "nf4")),
     ("layers.0.mlp.up_proj.weight", ("none", "nf4", "int3")),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("value", [math.nan, -math.inf, 1e31])
 def test_values_that_no_model_has(name, kinds, value, tmp_path):
     """A NaN, an infinite or a huge value is refused by the tensor's name, quantized or not."""
@@ -177,7 +177,7 @@ def test_values_beyond_fp16(tmp_path):
     ("quant_map", torch.zeros(16)),
     ("nested_quant_map", None), ("quant_map", None), ("extra", torch.zeros(1)),
     ("quant_state.bitsandbytes__nf4", torch.zeros(9)),
-])  # fmt: skip
+])
 def test_a_4_bit_weight_of_other_types(field, value, tmp_path):
     """Every field of a weight of bitsandbytes may be missing, or anything."""
     folder = copy(FIXTURES / "bnb_llama", tmp_path)

@@ -23,7 +23,7 @@ ALPACA = {"instruction": "q", "output": "a"}
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "config.json", "generation_config.json"])
 @pytest.mark.parametrize("value", [
     "two", -2, [1, "2"], [[1]], 1e300, {"content": ["x"]}, True, [2**64]
-])  # fmt: skip
+])
 def test_ends_that_are_no_ids(file, value, tmp_path):
     """A token or an id of another type, or out of range, is refused by its file and field."""
     folder = copy(TOKENIZERS / "qwen2", tmp_path)
@@ -58,7 +58,7 @@ def put(*keys, value):
     ("otherwise", put("added_tokens", 0, "id", value=5)),
     ("use_regex", put("pre_tokenizer", "pretokenizers", 1, "use_regex", value=10**9)),
     ("letters", put("added_tokens", 4, "content", value="a" * 10**6)),
-])  # fmt: skip
+])
 def test_a_tokenizer_of_other_types(named, broken, tmp_path):
     """Ids are different whole numbers, merges pairs of tokens, and no setting is taken as true."""
     folder = copy(TOKENIZERS / "qwen2", tmp_path)
@@ -98,7 +98,7 @@ def test_a_sentencepiece_piece_that_is_no_text(tiny_model, tmp_path):
 
 @pytest.mark.parametrize("template", [
     7, {"a": "b"}, ["x"], [{"name": ["default"], "template": "x"}], [{}], "x" * 10**6
-])  # fmt: skip
+])
 def test_a_chat_template_of_other_types(template, tmp_path):
     """A template is a text of a reasonable length, or a list of named ones."""
     path = tmp_path / "tokenizer_config.json"
@@ -131,7 +131,7 @@ def test_ratings_out_of_range(rating, tmp_path):
 
 @pytest.mark.parametrize("corpus, ids", [
     ("", ""), (LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(LINES["mrpc"]), "")
-])  # fmt: skip
+])
 def test_mrpc_without_examples(corpus, ids, tmp_path):
     """Nothing is written of a corpus that holds none of the pairs that its list names."""
     (tmp_path / "msr_paraphrase_train.txt").write_text(corpus)
@@ -165,7 +165,7 @@ RECORDS = {
     "b, c answer each other in a ring": [
         message("a", None), message("b", "c"), message("c", "b")
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("told", RECORDS)
@@ -198,7 +198,7 @@ def test_a_long_conversation_is_read_in_no_time(tmp_path):
 @pytest.mark.parametrize("record", [
     {"question_id": [1]}, {"question_id": True}, {"question_id": "\ud800"}, {"turns": [1]},
     {"category": []}, {"question_id": 7},
-])  # fmt: skip
+])
 def test_questions_of_other_types(record, tmp_path):
     """A question's id is a number or a text, of no other question, and its turns are texts."""
     good = {"question_id": 7, "category": "writing", "turns": ["q"]}
@@ -209,7 +209,7 @@ def test_questions_of_other_types(record, tmp_path):
 
 @pytest.mark.parametrize("line", [
     '{"question_id": [1], "model_id": "me", "choices": 1}', '{"question_id": ' + "[" * 99999, "7"
-])  # fmt: skip
+])
 def test_answers_of_other_types(line, tmp_path):
     """What is not an answer is refused, and left as it is."""
     path = tmp_path / "me.jsonl"
@@ -231,7 +231,7 @@ def test_answers_of_other_types(line, tmp_path):
     ("lm_head_z_path.pt", torch.full((32,), torch.nan)),
     ("lm_head_z_path.pt", torch.zeros(32, dtype=torch.uint8)),
     ("qst_downsample_parameters.pt", {"0.adapter_A.weight": torch.tensor(1.0)}),
-])  # fmt: skip
+])
 def test_released_files_of_other_types(file, content, tmp_path):
     """Each of the six files may hold anything; what is no checkpoint is refused by the folder."""
     base = small_base()

@@ -47,7 +47,7 @@ def released_state(base, reduction, rank, seed=0):
         "qst_z_parameters.pt": {str(i): r(s) for i in range(N)}, "qst_norm_parameters.pt": norm,
         "qst_upsample_parameters.pt": {"weight": r(d, s), "bias": r(d)},
         f"lm_head_z_{'parameters' if opt else 'path'}.pt": torch.nn.Parameter(r(d)),
-    }  # fmt: skip
+    }
 
 
 def released_logits(base, files, idx):
@@ -84,7 +84,7 @@ def released_logits(base, files, idx):
         first, second = (
             ("self_attn_layer_norm.", "final_layer_norm.") if opt
             else ("input_layernorm.", "post_attention_layernorm.")
-        )  # fmt: skip
+        )
         x = x + attention(norm(x, layers, f"{i}.{first}"), i)
         y = norm(x, layers, f"{i}.{second}")
         if opt:

@@ -16,7 +16,7 @@ def test_safetensors_round_trip(tmp_path):
     tensors = {
         "a": torch.randn(3, 5), "half": torch.randn(7).half(), "b": torch.randn(2, 1, 3).bfloat16(),
         "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5),
-    }  # fmt: skip
+    }
     write_safetensors(tmp_path / "x.safetensors", tensors)
     readers = read_safetensors(tmp_path / "x.safetensors")
     assert list(readers) == list(tensors)

@@ -48,7 +48,7 @@ def curves(out_dir):
      (dict(devices="cpu,cpu", h_f_bits=16), 2e-3)],
     ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every", "8, whole blocks",
          "4, whole blocks, bf16", "devices"],
-)  # fmt: skip
+)
 def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # noqa: F811
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
     with 16 bits. Once all is written, no layer of the base is asked."""
@@ -172,7 +172,7 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
     (dict(downsample="avgpool", sweep="downsample=linear seed=1,2"), None, 8),
     (dict(h_f_bits=4, sweep="downsample=avgpool reduction=2 seed=1,2"), ["avgpool", 2], 16),
     (dict(h_f_bits=4, sweep="h_f_bits=8 seed=1,2"), None, 8),
-], ids=["part", "linear", "pool", "bits"])  # fmt: skip
+], ids=["part", "linear", "pool", "bits"])
 def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):  # noqa: F811
     """And not what the sweep's other flags say; also where runs look at different batches."""
     cfg |= dict(max_iters=12) | settings
@@ -204,7 +204,7 @@ def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
     (dict(every="1"), "every is '1'; it must be a whole number"), (dict(bits=5), "bits is 5"),
     (dict(every=0), "every is 0"), (dict(fingerprint=None), "lacks the field 'fingerprint'"),
     (dict(pool=3), "another pooling"),
-])  # fmt: skip
+])
 def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
     train.main(TrainConfig(**cfg))
@@ -229,7 +229,7 @@ def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
         (dict(base=str(other)), "of another base"), (dict(quant="fp4"), "of another --quant"),
         (dict(dtype="bf16"), "of another --dtype"), (dict(data_seed=5), "of other examples"),
         (dict(sequence_len=40), "of other examples"), (dict(max_examples=30), "other examples"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=message):
             train.main(TrainConfig(**cfg | settings))
     lora = dict(method="qlora", reduction=None)

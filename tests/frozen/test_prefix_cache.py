@@ -28,7 +28,7 @@ def answered(*rests):
 
 @each_family
 @pytest.mark.parametrize("settings", [{}, dict(every=3, standardize=True), dict(method="lst")],
-                         ids=["paper", "every", "lst"])  # fmt: skip
+                         ids=["paper", "every", "lst"])
 def test_as_without(family, settings):
     """Loss, gradients and the states that standardize it; and how much a layer computes of them."""
     grouped = dict(n_kv_head=2) if family == "grouped" else {}
@@ -65,7 +65,7 @@ def test_what_begins_otherwise_is_read_whole():
     keep = torch.ones_like(rows)
     keep[0, :2] = 0
     for idx, args in ((rows, ()), (other, ()), (rows[:, :20], ()), (rows[:, :21], ()),
-                      (rows, (keep,)), (rows[:1], ())):  # fmt: skip
+                      (rows, (keep,)), (rows[:1], ())):
         torch.testing.assert_close(base(idx, *args), alone(idx, *args), rtol=1e-4, atol=1e-4)
     assert torch.equal(base.generate(rows, 4), alone.generate(rows, 4))
 
@@ -86,7 +86,7 @@ def test_a_prefix_must_be_worth_it():
     dict(sweep="seed=1,2"), dict(method="lst", quant="nf4"), dict(cache_hidden="cache"),
     dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"),
     dict(devices="cpu,cpu"), dict(method="adapter", quant="nf4", reduction=None),
-], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")  # fmt: skip
+], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")
 def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
     """A run's losses are those of one without. The base computes less, but where its layers
     learn."""

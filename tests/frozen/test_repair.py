@@ -70,7 +70,7 @@ def test_a_repaired_base_is_nearer(family, tmp_path):
         base = repaired(folder, rank)
         left.append((base(idx) - plain(idx)).norm().item())
         kinds = {b.dtype for m in base.modules() if isinstance(m, repair.LowRank)
-                 for b in m.buffers()}  # fmt: skip
+                 for b in m.buffers()}
         assert kinds == {torch.bfloat16}
     assert left == sorted(left, reverse=True) and left[-1] < 0.02 * left[0], left
 
@@ -155,7 +155,7 @@ def test_a_run(tiny_model, tmp_path, no_answers, capsys):
     rows = [f'{{"instruction": "Say {i}", "output": "{i} it is"}}' for i in range(20)]
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     cfg = dict(base=str(tiny_model), data=str(tmp_path / "data.jsonl"), reduction=4, max_iters=2,
-               batch_size=4, sequence_len=100, dtype="fp32", threads=1)  # fmt: skip
+               batch_size=4, sequence_len=100, dtype="fp32", threads=1)
     run = lambda **more: train.main(TrainConfig(**cfg | more))
     plain = run(out_dir=str(tmp_path / "plain"))
     mended = run(out_dir=str(tmp_path / "mended"), repair=8)

@@ -186,7 +186,7 @@ def settings(work):
     pack = lambda settings: files | {
         "tokenizer_config.json": json.dumps(settings).encode(), "config.json": ends,
         "generation_config.json": ends,
-    }  # fmt: skip
+    }
     return [pack(config), pack(several), pack(config) | {"chat_template.jinja": chatml.encode()}]
 
 
@@ -239,7 +239,7 @@ def instructions(work):
         lines({"messages": said}, {"messages": said[1:]}), lines({"conversations": human}),
         lines(tree), lines(*flat(tree["prompt"])),
         {"data.jsonl": json.dumps([alpaca] * 2).encode()},
-    ]  # fmt: skip
+    ]
 
 
 QUESTION = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}

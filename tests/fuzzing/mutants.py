@@ -20,10 +20,10 @@ VALUES = [
     [[]], {}, [0], [None], [0, 2**64], ["x"], {"x": 1}, {"content": 3}, [1, [2, [3]]],
     [10**300] * 2000,
     *(RAW + raw for raw in ("NaN", "-Infinity", "1e999", "[" * 99999, '{"a":1,"a":2}', "1" * 5000)),
-]  # fmt: skip
+]
 BITS = [
     b"", b"\xff\xfe", b"\0", b"\t", b"\t" * 9, b"nan", b"-1", b'"', b"\r", b"<s>", b"\xef\xbb\xbf"
-]  # fmt: skip
+]
 INSTEAD = ["nothing", "a hole", "a folder", "a pipe", "/dev/zero", "/dev/null", "/proc/self/mem"]
 
 
@@ -151,7 +151,7 @@ def mutate_torch(rng, content):
         {"a": odd},
         odd.to(torch.float8_e4m3fn), torch.quantize_per_tensor(odd, 0.1, 0, torch.qint8), (odd,),
         torch.zeros(0, 2**40), torch.Size([2]), odd[::2], odd.half(),
-    ]  # fmt: skip
+    ]
     value, key = rng.choice(objects), rng.choice([*tree]) if isinstance(tree, dict) else None
     if key is None or rng.random() < 0.1:
         tree, told = value, f"all of it is {value!r:.50}"
@@ -227,7 +227,7 @@ def varint(n):
 BY_SUFFIX = {
     ".json": mutate_json, ".jsonl": mutate_lines, ".safetensors": mutate_safetensors,
     ".bin": mutate_torch, ".pt": mutate_torch, ".model": mutate_protobuf,
-}  # fmt: skip
+}
 
 
 def mutant(seeds, rng):

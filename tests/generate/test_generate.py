@@ -37,7 +37,7 @@ def test_sampling_depends_on_the_seed_alone(idx):
 
 @pytest.mark.parametrize("wrong", [
     dict(max_new_tokens=0), dict(temperature=-1.0), dict(top_k=-3), dict(top_p=0.0)
-])  # fmt: skip
+])
 def test_sampling_settings_that_make_no_sense(wrong):
     """They are refused by name."""
     with pytest.raises(InputError, match=next(iter(wrong))):

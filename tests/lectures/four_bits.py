@@ -39,7 +39,7 @@ def levels(weight, out_dir):
         columns.append([
             f"{kind} {level:8.4f} {part:6.1%} {'#' * round(100 * part):26}"
             for level, part in zip(codebook[order].tolist(), share.tolist())
-        ])  # fmt: skip
+        ])
     for row in zip(*columns):
         print("  ".join(row).rstrip())
     marks = {kind.upper(): codebook.tolist() for kind, codebook in CODEBOOKS.items()}
@@ -69,7 +69,7 @@ def block_sizes(weight, out_dir):
     }
     row = lambda name, cells, form: print(f"{name:20}" + "".join(f"{x:{form}}" for x in cells))
     print("\nThe same with other blocks, each with a scale in fp32; the outliers are one weight in"
-          " 1,000, ten times as large")  # fmt: skip
+          " 1,000, ten times as large")
     row("weights in a block", BLOCK_SIZES, "8")
     row("bits per weight", [4 + 32 / size for size in BLOCK_SIZES], "8.3f")
     for name, line in lines.items():

@@ -181,7 +181,7 @@ def picture(cfg, draw, name, title, *content):
 VIEWS = {  # its name: (function, iterations)
     "kept": (kept, 1), "gradients": (gradients, 3), "gates": (gates, 60),
     "downsamplers": (downsamplers, 20),
-}  # fmt: skip
+}
 
 
 def main(words):

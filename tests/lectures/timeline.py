@@ -16,7 +16,7 @@ sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]  # 
 
 from account import (  # noqa: E402
     Live, about, config_of, memory_report, parse_args, settings_of_step,
-)  # fmt: skip
+)
 from data.run.charts import line_chart  # noqa: E402
 from data.settings.command_line import run_main  # noqa: E402
 from data.settings.methods import METHODS  # noqa: E402

@@ -28,7 +28,7 @@ def test_a_saved_side_is_the_same_side(changes, tmp_path, idx):
 @pytest.mark.parametrize("other, message", [
     (dict(seed=5), "weights"), (dict(quant="fp4"), "quant nf4 there and fp4 here"),
     (dict(quant="none"), "quant nf4 there and none here"), (dict(rope_theta=5e5), "weights"),
-])  # fmt: skip
+])
 def test_a_side_refuses_another_base(other, message, tmp_path):
     """A checkpoint loads only beside the base that it was trained on."""
     QST(small_base(), SideConfig(reduction=4)).save_side(tmp_path)
@@ -102,7 +102,7 @@ def test_settings_must_be_those_of_the_tensors(tmp_path):
         (dict(rank=2), "config.rank is not that"), (dict(task="x"), "is damaged"),
         (dict(n_labels=2), "config.n_labels is not that"),
         (dict(repair=2), "config.repair is not that"),
-    ):  # fmt: skip
+    ):
         side = json.dumps(about | dict(config=about["config"] | change))
         write_safetensors(path, tensors, metadata | dict(side=side))
         with pytest.raises(InputError, match=message):

@@ -131,7 +131,7 @@ def test_every_field_of_the_settings_by_every_type(tmp_path):
     dict(method="qlora", rank=1 << 20),
     dict(downsample="lora", rank=8),
     dict(method="lst", mix="side", downsample="linear", reduction=2),
-])  # fmt: skip
+])
 def test_modules_are_not_larger_than_their_file(settings, tmp_path):
     """Settings that would need more memory than the tensors are refused before any is made."""
     saved(tmp_path)
@@ -173,7 +173,7 @@ def copies(**scaled):
 @pytest.mark.parametrize("quant", ["none", "nf4"])
 @pytest.mark.parametrize("scaled", [
     dict(embed=3.0), dict(norm=2.0), dict(bias=1.02), dict(lm_head=1.1)
-])  # fmt: skip
+])
 def test_another_finetune_is_another_base(quant, scaled, tmp_path):
     """Weights of the same signs, and the same codes, are not the same weights."""
     QST(copies()(quant, torch.float32), SideConfig(reduction=4)).save_side(tmp_path)

@@ -38,7 +38,7 @@ def test_optimizer_groups():
 
 @pytest.mark.parametrize("optimizer, bits, kind", [
     ("adamw", 32, torch.optim.AdamW), ("adamw", 8, AdamW8bit), ("muon", 32, Muon)
-])  # fmt: skip
+])
 def test_each_optimizer_gets_its_settings(optimizer, bits, kind):
     """The betas are those of the flags. Muon takes matrices that multiply states, and so neither
     vectors nor the embedding nor the head."""
@@ -91,7 +91,7 @@ def test_the_gradient_is_clipped_to_its_own_norm(grad_clip, scaled):
 
 @pytest.mark.parametrize("loss_of", [
     lambda p: p.sqrt().sum(), lambda p: p.sum() + float("inf"), lambda p: p.sum() * float("nan")
-])  # fmt: skip
+])
 def test_a_step_needs_a_finite_loss_and_a_finite_gradient(loss_of):
     """Where either is infinite the step is left out; the next one is taken."""
     p, x = torch.nn.Parameter(torch.zeros(2)), torch.zeros(2)

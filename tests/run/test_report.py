@@ -34,7 +34,7 @@ def log_of(taken, device=CPU, out_dir=None, **changes):
 @pytest.mark.parametrize("taken, failures, skipped", [
     ([True, False, False, True, False, True, True, False], 1, 4), ([True] * 8, 0, 0),
     ([False, False, True, True, True, False, False, False], 3, 5),
-])  # fmt: skip
+])
 def test_steps_left_out_are_counted(taken, failures, skipped, device):
     """All of them, and those in a row up to now; also where several are looked at together."""
     log, _ = log_of(taken, device, log_interval=4)
@@ -81,7 +81,7 @@ def test_lines_and_curves(tmp_path):
 @pytest.mark.parametrize("settings, columns", [
     ({}, ("1.00000", "0.50000")), (dict(mix="released"), ("0.73106", "0.50000")),
     (dict(gate="channel"), ("1.00000", "0.62246")), (dict(mix="side", gate="sum"), ("", "")),
-])  # fmt: skip
+])
 def test_alpha_and_the_mean_gate_are_logged(settings, columns, tmp_path):
     """Each a column and a curve, empty where a side network has none; mix.svg draws what there is,
     and loss.svg the loss of the start as a line by its name."""

@@ -25,7 +25,7 @@ from train import TrainConfig
 SETTINGS = dict(
     reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
     log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def left(out_dir):
     """What a run has made: the bytes of its tensors, and its log without times."""
     log = (Path(out_dir) / "log.csv").read_text().splitlines()
     tensors = [(Path(out_dir) / name).read_bytes() for name in
-               ("side.safetensors", "last/side.safetensors")]  # fmt: skip
+               ("side.safetensors", "last/side.safetensors")]
     return tensors, [line.split(",")[:4] for line in log]
 
 
@@ -88,7 +88,7 @@ METHODS = [
     dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
     dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
     dict(method="qst", dtype="fp16"), dict(method="qst", repair=4),
-]  # fmt: skip
+]
 
 
 def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
@@ -199,7 +199,7 @@ def test_a_signal_from_outside(cfg):
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True,
         stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     out_dir = Path(cfg["out_dir"])
     while not (out_dir / "state.safetensors").exists() and run.poll() is None:
         time.sleep(0.05)

@@ -64,7 +64,7 @@ def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
         said = lambda model: model.generate(torch.tensor([[1, 5]]), 5).tolist()
         scored = lambda beside: [each.tolist() for each in choice_logits(beside, prompts, [3, 7])]
         task.score = lambda beside: [dict(scored=scores, said=said(model)) for model, scores
-                                     in zip(beside.models, scored(beside))]  # fmt: skip
+                                     in zip(beside.models, scored(beside))]
         return task
 
     monkeypatch.setattr(Linear4bit, "forward", counted)
@@ -76,7 +76,7 @@ def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
         names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
         counts.append(len(asked))
         results = [json.loads((Path(cfg["out_dir"]) / name / "result.json").read_text())
-                   for name in names]  # fmt: skip
+                   for name in names]
         for result in results[-1:] * (len(results) == 6):
             alone = train.main(TrainConfig(**result["config"] | dict(out_dir=str(tmp_path / "a"))))
             for when in ("before", "after"):
@@ -155,7 +155,7 @@ def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):  # noqa:
     "quant=nf4,none": "it takes NAME=VALUE", "reduction=x": "not all of these are values",
     "seed=1,1": "has seed=1 twice", "gate=sum,round": "--gate 'round' is unknown",
     "learning_rate=-1": "--learning_rate -1.0 must be above 0",
-}.items())  # fmt: skip
+}.items())
 def test_mistakes(words, message, cfg):  # noqa: F811
     """Before anything is loaded or written."""
     with pytest.raises(InputError, match=re.escape(message)):
@@ -196,7 +196,7 @@ class Summed(torch.nn.Module):
 @pytest.mark.parametrize("words", [
     "gate=scalar,sum", "h_f_bits=16,8 seed=1,2", "downsample=adapter,maxpool,linear h_f_bits=4",
     "standardize=true,false every=3,1",
-])  # fmt: skip
+])
 def test_a_sweep_has_the_base_once(words, tmp_path, capsys, monkeypatch):
     """A row for each side network, and one for all: the base and the largest transient once, and
     the activations that they keep together."""

@@ -111,7 +111,7 @@ def test_a_variant_is_one_flag():
     (["train.py", "--max_iters", "x" * 10**6], "invalid int value"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x"], "/nowhere is not a folder"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x", "--temprature=1"], "--temprature=1"),
-])  # fmt: skip
+])
 def test_mistakes_on_the_command_line(args, message):
     """One sentence that names the flag or the file."""
     script, *flags = args
@@ -131,7 +131,7 @@ def test_mistakes_on_the_command_line(args, message):
     (dict(method="peqa", variant="fast"), "--variant is of"),
     (dict(method="peqa", quant="int5"), "--quant int4 or int3, and not int5"),
     (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
-])  # fmt: skip
+])
 def test_flags_that_contradict_the_method(flags, message):
     """The sentence names the flag, and the methods that read it or what they allow."""
     with pytest.raises(InputError, match=message):
@@ -172,7 +172,7 @@ def test_a_few_settings_in_a_file(tmp_path):
     ('{"rank": 0}', "config.rank is 0"), ('{"method": "QST"}', "config.method is 'QST'"),
     ('{"method": "lora"} --reduction 4', "--reduction is of --method qst"),
     ('{"base": 3}', "config.base is 3"),
-])  # fmt: skip
+])
 def test_a_file_of_settings_that_is_wrong(text, message, tmp_path):
     """It is refused in one sentence, by its name and the field's; and so are flags that do not go
     with it."""
@@ -202,7 +202,7 @@ def test_a_mistake_shows_no_traceback():
     (dict(top_p="0"), "top_p 0.0 must be above 0"), (dict(top_k="-1"), "top_k -1"),
     (dict(max_new_tokens="0"), "max_new_tokens 0"), (dict(seed="-1"), "seed -1"),
     (dict(seed="1" + "0" * 22), "seed 1"), (dict(quant="int5"), "--quant int5"),
-])  # fmt: skip
+])
 def test_mistakes_when_generating(flags, message, tiny_model):
     """Each is one sentence; and `answer` leaves no empty file behind."""
     words = [f"--{name}={value}" for name, value in flags.items()]

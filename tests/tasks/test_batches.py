@@ -78,7 +78,7 @@ def test_the_mean_loss_is_that_of_a_target(base):
     """Every target weighs the same, whichever batch it is in, and however many others are there."""
     examples = [([5 + n] * n, [IGNORE_INDEX] * (n // 2) + [7] * (n - n // 2)) for n in range(1, 9)]
     losses = [token_loss(base(torch.tensor([ids])), torch.tensor([targets]), "sum").item()
-              for ids, targets in examples]  # fmt: skip
+              for ids, targets in examples]
     expected = sum(losses) / sum(n - n // 2 for n in range(1, 9))
     for batch_size in (1, 3, 100):
         assert mean_loss(Beside([base]), examples, batch_size)[0] == pytest.approx(expected, rel=1e-5)
@@ -112,7 +112,7 @@ def test_word_ids(tiny_model):
 @pytest.mark.parametrize("family, quant, side", [
     ("grouped", "nf4", False), ("opt", "none", False), ("grouped", "nf4", True),
     ("opt", "nf4", True),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("shared", [0, 1, 17])
 def test_batched_logits_are_those_of_one_by_one(family, quant, side, shared):
     """In any batch, behind a common beginning of any length, and in the prompts' order."""

@@ -36,7 +36,7 @@ LINES = {  # a header, and two lines of each task, in the columns of GLUE's own 
              "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
              "0\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tA.\tB.\tneutral\tneutral",
              "1\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tC.\tD.\tneutral\tcontradiction"],
-}  # fmt: skip
+}
 LINES["mnli-mm"] = LINES["mnli"]
 
 
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
     ("sst2", ["it 's a charming journey ."], [1, 0]), ("qnli", ["Who?", "He did."], [1, 0]),
     ("qqp", ["How?", "How so?"], [1, 0]), ("mnli", ["A.", "B."], [1, 2]),
     ("mnli-mm", ["A.", "B."], [1, 2]),
-])  # fmt: skip
+])
 def test_rows(folder, task, sentences, labels):
     """Sentences and labels are found in each task's columns; quotes are text."""
     form = FORMS[task]
@@ -90,7 +90,7 @@ def test_mrpc_is_split_by_its_ids(tmp_path):
     ("sentence\tlabel\nfine\t2\n", "line 2: the label '2' is not 0, 1"),
     ("index\tsentence1\n", 'no column "sentence"'), ("sentence\tlabel\n", "holds no examples"),
     (None, "is missing"),
-])  # fmt: skip
+])
 def test_bad_files_are_named(tmp_path, text, message):
     """The sentence names the file, and the line, the column or what else is wrong."""
     if text is not None:
@@ -172,14 +172,14 @@ def run(tiny_model, folder, out, **changes):
         base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4,
         max_iters=60, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
         device="cpu", eval_interval=20,
-    )  # fmt: skip
+    )
     return train.main(TrainConfig(**settings | changes))
 
 
 @pytest.mark.parametrize("task, head, metric", [
     ("sst2", "lm", "accuracy"), ("rte", None, "accuracy"), ("mnli", None, "accuracy"),
     ("stsb", None, "pearson"), ("qqp", None, "f1"), ("cola", None, "matthews"),
-])  # fmt: skip
+])
 def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, head, metric):
     """Two lines are learned by heart, and the saved side network has the score of the run."""
     out = tmp_path / "out"
@@ -199,7 +199,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     ("sst2", r"accuracy +\d+\.\d% base \(6 examples; always the most frequent class: 50.0%\)"),
     ("qqp", r"f1 +\d+\.\d% base \(6 examples\)"),
     ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
-])  # fmt: skip
+])
 def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
     """What guessing reaches: the largest class beside accuracy, and 0 beside Matthews'."""
     result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
@@ -252,7 +252,7 @@ def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
 @needs_test_data
 @pytest.mark.parametrize("task, train_rows, dev_rows", [
     ("rte", 2490, 277), ("mrpc", 3668, 408), ("cola", 8551, 1043), ("sst2", 12000, 872)
-])  # fmt: skip
+])
 def test_the_benchmarks_own_files(task, train_rows, dev_rows):
     """GLUE's sizes, and no line is left out."""
     form = FORMS[task]

@@ -53,7 +53,7 @@ def test_dolly_and_sharegpt(tmp_path):
         {"id": "x_1", "conversations": [
             turn("gpt", "0"), turn("human", "1"), turn("gpt", "2"), turn("human", "3"),
             turn("gpt", "4"), turn("human", "5")]},
-    )  # fmt: skip
+    )
     question, answer = say("user: Add.", "assistant: 3")
     assert dolly == [question | {"input": "1 2"}, answer]
     assert instruct.prompt_text(dolly) == "Add.\n\n1 2"
@@ -79,7 +79,7 @@ def oasst_tree():
             node("prompter", "q3", node("assistant", "a4")),
             rank=0, review_result=True,
         ),
-    )  # fmt: skip
+    )
     return {"message_tree_id": tree["message_id"], "tree_state": "ready_for_export", "prompt": tree}
 
 
@@ -132,7 +132,7 @@ MISTAKES = [  # what a file holds, and how it is refused
      'not a list of messages in "replies"'),
     ('{"message_id": "a", "parent_id": null, "role": "prompter", "text": "a"}\n' + GOOD,
      'line 2 has no "message_id"'),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("text, message", MISTAKES)
@@ -195,7 +195,7 @@ def test_every_assistant_turn_is_trained_on(tokenizer):
         {"role": "system", "content": "Be short."}, {"role": "user", "content": "Who?"},
         {"role": "assistant", "content": "Tom"}, {"role": "user", "content": "Where?"},
         {"role": "assistant", "content": "the lake"},
-    ]  # fmt: skip
+    ]
     made = instruct.conversation({"messages": messages})
     assert made == messages
     ids, targets = instruct.encode(made, tokenizer, PLAIN, 300)
@@ -225,7 +225,7 @@ def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
     conversations = [
         say(*turns, "assistant: Yes."), say("user: short", "assistant: a"),
         say("user: " + "very long " * 200 + "end", "assistant: a"),
-    ]  # fmt: skip
+    ]
     found = instruct.answers(model, tokenizer, PLAIN, conversations)
     assert len(found) == 3
     alone = [instruct.answers(model, tokenizer, PLAIN, [one])[0] for one in conversations]

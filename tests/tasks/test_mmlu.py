@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import (
     FIXTURES, TEST_DATA, needs_test_data, run_script, small_base, small_config,
-)  # fmt: skip
+)
 
 import train
 from data import InputError
@@ -51,7 +51,7 @@ def tokenizer(tmp_path_factory):
         sentence_iterator=iter(lines), model_prefix=str(path.with_suffix("")), model_type="bpe",
         vocab_size=370, byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
         normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
+    )
     return load_tokenizer(path.parent)
 
 
@@ -82,7 +82,7 @@ def test_a_folder_is_read_to_the_letter(folder):
     ("a,b,c\n", "line 6 has 3 columns"), ("a,b,c,d,e,E\n", "line 6 has the answer 'E'"),
     ("a,b,c,d,e, A\n", "line 6 has the answer ' A'"), ('a,b,c,d,e,f,"A', "line 6 is not CSV"),
     ("a,b,c,d,e,AB\n", "line 6 has the answer 'AB'"), ("a,b,c,d,e,\n", "line 6 has the answer ''"),
-])  # fmt: skip
+])
 def test_a_bad_row_is_refused_with_its_line(row, message, tmp_path):
     """The line is that of the file, also behind a field of several lines and a blank line."""
     (tmp_path / "test").mkdir()
@@ -130,7 +130,7 @@ def test_a_long_prompt_loses_shots_from_the_end(folder, tokenizer):
     shots = mmlu.read(folder, "dev")["anatomy"]
     ids = lambda kept: [
         tokenizer.bos_id, *tokenizer.encode(mmlu.prompt("anatomy", shots[:kept], shots[3]))
-    ]  # fmt: skip
+    ]
     encode = lambda room: mmlu.encode("anatomy", shots, shots[3], tokenizer, room)
     assert encode(10_000) == (ids(5), 5) and encode(len(ids(5))) == (ids(5), 5)
     for kept in (4, 2, 0):
@@ -192,7 +192,7 @@ def test_accuracy_counts_every_question_the_same(folder, tokenizer, monkeypatch)
         "accuracy": 3 / 9, "accuracy_by_category": {"humanities": 2 / 6, "other": 1 / 3},
         "accuracy_by_subject": {"anatomy": 1 / 3, "world_religions": 2 / 6}, "examples": 9,
         "subjects": 2, "shortened": 0, "cut": 0,
-    }  # fmt: skip
+    }
     lengths = sorted(len(p) for prompts in seen.values() for p in prompts)
     (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=lengths[3])
     assert (result["shortened"], result["cut"]) == (sum(n > lengths[3] for n in lengths), 0)

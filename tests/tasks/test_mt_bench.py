@@ -71,7 +71,7 @@ def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
     ("hello", "is not an answer"), ('{"question_id": 1}\n', "is not an answer"),
     ('{"question_id": 1, "turns": ["a"]}', "is not an answer"), ("{oops\n", "is not an answer"),
     ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "is an answer of .yours., not"),
-])  # fmt: skip
+])
 def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
     """--out that holds anything else is refused, and left as it is."""
     path = tmp_path / "mine.jsonl"

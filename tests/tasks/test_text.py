@@ -60,7 +60,7 @@ def test_perplexity_of_a_file(tiny_model, tokenizer, tmp_path, monkeypatch):
         base=str(tiny_model), data=str(path), out_dir=str(tmp_path / "out"), task="text",
         quant="none", device="cpu", reduction=4, batch_size=4, sequence_len=50, max_iters=20,
         learning_rate=1e-2,
-    )  # fmt: skip
+    )
     result = train.main(replace(cfg, eval_only=True))
     read, loss_of = [], train.Transformer.loss_of
     counted = lambda *args: read.append(1) or loss_of(*args)

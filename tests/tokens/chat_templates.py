@@ -53,4 +53,4 @@ SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role
 TEMPLATES = {
     "SmolLM2": SMOLLM2, "ChatML": CHATML, "Qwen2.5": QWEN25, "LLaMA-3": LLAMA3,
     "LLaMA-3.1": LLAMA31,
-}  # fmt: skip
+}

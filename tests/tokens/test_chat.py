@@ -160,7 +160,7 @@ def test_llama2_is_metas(tiny_model, tmp_path):
     messages = say(
         "system: Be brief.", "user: Hi", "assistant: Yes? ", "user:  Who", "assistant: Tom",
         "user: No",
-    )  # fmt: skip
+    )
     want = [
         "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\nHi [/INST] Yes? ",
         "[INST] Who [/INST] Tom ",
@@ -197,7 +197,7 @@ def test_llama2_refuses_forged_turns(tiny_model):
     ("{{ bos_token }}[INST] {{ messages[0].content }}[/INST]", "[INST]"),
     ("<start_of_turn>user", "<start_of_turn>"), ("{{ 'USER: ' }}", "USER: "),
     (CHATML + "{{ '<think>' }}", "<think>"),
-])  # fmt: skip
+])
 def test_unknown_templates_are_named_and_refused(tmp_path, text, named):
     """Zephyr's, Mistral's, Gemma's, Vicuna's and Qwen3's templates are refused by their markers."""
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(chat_template=text)))
@@ -232,7 +232,7 @@ def test_a_merged_model_keeps_its_frame(tiny_model, tmp_path):
     assert kept.name != "plain" and kept.end_ids(tokenizer) == tokenizer.eos_ids
     jinja = pytest.importorskip("jinja2").Environment(trim_blocks=True, lstrip_blocks=True)
     text = jinja.from_string(chat.WRITTEN_OUT).render(messages=messages, bos_token="<s>",
-                                                      eos_token="</s>")  # fmt: skip
+                                                      eos_token="</s>")
     names = {tokenizer.bos_id: "<s>", tokenizer.eos_id: "</s>"}
     parts = chat.ChatTemplate().parts(messages, tokenizer)
     assert text == "".join(names.get(part, part) for part, _ in parts)

@@ -154,7 +154,7 @@ def put(*keys, value):
     ("added_tokens.lstrip", put("added_tokens", 0, "lstrip", value=True)),
     ("added_tokens.normalized", put("added_tokens", 0, "normalized", value=True)),
     ("added_tokens.id", put("added_tokens", 0, "id", value="x")),
-])  # fmt: skip
+])
 def test_what_cannot_be_read_is_refused_by_name(tmp_path, named, change):
     """Every unknown setting is refused in one sentence that names the file and the field."""
     sentence = broken(tmp_path, change)

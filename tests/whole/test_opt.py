@@ -56,7 +56,7 @@ def settings(folder, data, out, **changes):
     return TrainConfig(**dict(
         base=str(folder), data=str(data), out_dir=str(out), reduction=4, rank=4, max_iters=2,
         batch_size=4, sequence_len=200, eval_interval=1, device="cpu",
-    ) | changes)  # fmt: skip
+    ) | changes)
 
 
 TASKS = {"instruct": "instruct.json", "text": "text.txt", "rte": "rte"}
@@ -75,7 +75,7 @@ def test_training_and_evaluation(folder, data, tmp_path, task):
     again = train.main(settings(
         folder, data / TASKS[task], tmp_path / "eval", task=task, side=cfg.out_dir, eval_only=True,
         sequence_len=cfg.sequence_len,
-    ))  # fmt: skip
+    ))
     for name in {"accuracy"} & set(again):
         assert again[name] == result[f"{name}_after"]
 

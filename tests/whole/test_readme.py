@@ -124,6 +124,6 @@ def test_flags_exist():
                       ["qst.py", "import-released", "--help"], ["data/tasks/instruct.py", "--help"],
                       ["data/tasks/mmlu.py", "--help"], ["tests/account.py", "--help"],
                       ["tests/fuzzing/fuzz.py", "--help"])
-    )  # fmt: skip
+    )
     for flag in set(re.findall(r"(--\w+)", README)) - {"--nproc_per_node"}:  # torchrun's
         assert flag in known, flag
