@@ -25,18 +25,16 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import IGNORE_INDEX, InputError
-from data.devices import memory
-from data.devices.choose import to_device
-from data.devices.stream import freeze_streamed
+from data import IGNORE_INDEX, InputError, leaf
+from data.devices.device import model_bytes, to_device
 from data.formats import config_json, hub, presets
 from data.formats.safetensors import check_values
-from data.frozen.integers import check_kind, quantize
 from data.generate import sampling
 from data.generate.sampling import KVCache
-from data.settings.command_line import run_main
+from data.settings.flags import run_main
+from data.settings.methods import check_kind
 from data.tokens.tokenizer import copy_tokenizer
-from quant import Linear4bit, Quantized
+from quant import Linear4bit, Quantized, quantize_4bit
 
 
 @dataclass
@@ -399,24 +397,26 @@ class Transformer(LanguageModel):
         return self.head(self.hidden(idx, keep, cache))
 
     def freeze(self, quant="nf4", dtype=torch.bfloat16, device="cpu", read=None, where=""):
-        """Turn every weight into a buffer, the linear layers' (all but the LM head) into 4 bits.
+        """Turn every weight into a buffer; quantize those of the linear layers, except the LM head.
 
-        quant: "nf4", "fp4", "none", or integers as "int4" or, of groups of 64 weights, "int3-64"
-        read: function of a name that returns the tensor, or a `Quantized4bit`, which is used as it
-        is, one module's at a time; default: this model's weights, which are in memory already.
-        device: one, or a function of a tensor's name; where: the start of messages, as "folder: "
+        quant: "nf4", "fp4", "none", or integers: "int4", or "int3-64" in groups of 64 weights
+        device: a device, or a function of a weight's name that returns one
+        read: function of a weight's name that returns the tensor, or a `Quantized` weight, which
+            is used unchanged. It is called for one module at a time. Default: the model's weights
+        where: the start of error messages, such as "FOLDER: "
         """
         check_kind(quant)
-        own = dict(self.named_parameters())
-        read = read or (lambda name: own.pop(name).detach())
-        place = device if callable(device) else lambda name: device
+        weights = dict(self.named_parameters())
+        read = read or (lambda name: weights.pop(name).detach())
+        device_of = device if callable(device) else lambda name: device
         if self.config.tied:
-            del self.lm_head.weight
+            del self.lm_head.weight  # until the embedding's is in its place
         for path, module in list(self.named_modules()):
             tensors = {}
             for name, _ in list(module.named_parameters(recurse=False)):
-                tensor = read(f"{path}.{name}").to(place(f"{path}.{name}"))
-                tensors[name] = check_values(tensor, dtype, f"{where}{path}.{name}")
+                full_name = f"{path}.{name}"
+                tensor = read(full_name).to(device_of(full_name))
+                tensors[name] = check_values(tensor, dtype, where + full_name)
                 delattr(module, name)
             weight, linear = tensors.get("weight"), isinstance(module, Linear)
             if quant != "none" and linear and module is not self.lm_head:
@@ -430,6 +430,13 @@ class Transformer(LanguageModel):
         if self.config.tied:
             self.lm_head.register_buffer("weight", self.embed_tokens.weight)
         return self.eval()
+
+
+def quantize(weight, kind, name):
+    """Quantize a matrix, with double quantization, or to integers (data/frozen/integers.py)."""
+    if kind.startswith("int"):
+        return leaf("integers").quantize_kind(weight, kind, name)
+    return quantize_4bit(weight, kind, name=name)
 
 
 # --------------------------------------------------------------------------------------
@@ -452,7 +459,7 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
     if stream:
-        return freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
+        return leaf("stream").freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
     quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
@@ -468,9 +475,9 @@ def quantize_folder(source, target, quant="nf4"):
     if config_json.is_quantized(source):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))
-    hub.save_pretrained(model, target)
+    leaf("save").save_pretrained(model, target)
     copy_tokenizer(source, target)
-    print(f"{target}: {quant}, {memory.model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
+    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
 
 
 def count_weights(config):
@@ -488,7 +495,7 @@ def main(argv):
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
         weights = count_weights(PRESETS[name])
         with torch.device("meta"):
-            packed = memory.model_bytes(Transformer(PRESETS[name]).freeze("nf4", device="meta"))
+            packed = model_bytes(Transformer(PRESETS[name]).freeze("nf4", device="meta"))
         print(f"{name:15} {weights / 1e9:8.3f} B {2 * weights / 1e9:10.2f} {packed / 1e9:10.2f}")
 
 

@@ -9,35 +9,55 @@
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
 
-import math
 import sys
-from itertools import chain, islice, repeat
 from pathlib import Path
 
 import torch
 
-from data import InputError
-from data.devices.choose import pick_device, pick_dtype
-from data.formats import released
-from data.formats.hub import save_pretrained
+from data import InputError, leaf
+from data.devices.device import pick_device, pick_dtype
 from data.formats.safetensors import copy_into
-from data.frozen import repair
-from data.frozen.channels import channel_statistics
 from data.frozen.fingerprint import differences, fingerprint, quant_kind
-from data.generate import sampling, talk
+from data.frozen.hidden import channel_statistics
+from data.generate import sampling
 from data.run import checkpoint
-from data.settings.command_line import Parser, run_main
-from data.settings.methods import SIDE_METHODS, check_quant
-from data.settings.variants import RELEASED
-from data.tasks import mt_bench
-from data.tokens import chat
+from data.settings.flags import Parser, run_main
+from data.settings.methods import RELEASED, SIDE_METHODS, check_quant
 from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
-    LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, rotary_table,
-    token_loss,
+    LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, token_loss,
 )
 from quant import Linear4bit, Quantized
 from side import IN_BASE_METHODS, LoRALinear, SideConfig, SideNetwork
+
+
+def forward(base, side, idx, keep=None, cache=None):
+    """The forward pass of QST: idx (B, T) -> the hidden state that the LM head reads, (B, T, C).
+
+    base: the frozen `Transformer`, or what yields the same hidden states (data/frozen/sources.py)
+    side: a `SideNetwork`, or several as one (data/run/sweep.py), which return a list
+    keep (B, past + T): 0 where a prompt is padded; cache: of `QST.new_cache`, to generate
+    """
+    N = side.n_layer * side.every  # layers of the base; `every` is 1 in the paper
+    of_base, of_side = (cache[:N], cache[N:]) if cache else (None, None)
+    positions, mask = positions_and_mask(idx, keep, past=cache[0].length if cache else 0)
+    states = without_graph(base.states(idx, keep, of_base, side.every))  # h_f_0, ..., h_f_N
+    h_f = next(states)
+    rope = side.rotary_table(positions, h_f.dtype)
+    h_g = side.start(h_f)
+    for i in range(1, side.n_layer + 1):
+        h_f = next(states)
+        h_g = side.step(i, h_f, h_g, mask, rope, of_side)
+    # differs from the paper: mixed after the final norm, as in the released code. The frozen head
+    # was trained to read that; the paper says no more than "h_f_N".
+    h_f = next(states)
+    return side.mix(h_f, h_g)
+
+
+@torch.no_grad()  # it is on while a state is computed, and off between two of them
+def without_graph(states):
+    """Compute hidden states without a graph, so that backward never enters the base."""
+    yield from states
 
 
 class Tuned(LanguageModel):
@@ -66,8 +86,12 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            if config.method != "qlora":  # whose pairs start as --repair's branches
-                side.repair = repair.branches(self.base, config.repair)
+            if config.repair and config.method != "qlora":  # whose pairs start as the branches
+                side.repair = leaf("repair").branches(self.base, config.repair)
+            elif not config.repair:
+                for layer in self.base.modules():
+                    if isinstance(layer, Linear4bit):
+                        layer.branch = None  # of an earlier side network
             labels = config.n_labels  # if there are any, a classifier takes the LM head's place
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
@@ -94,8 +118,8 @@ class Tuned(LanguageModel):
     def new_cache(self, max_len):
         return self.base.new_cache(max_len)
 
-    def calibrate(self, prompts):
-        """What is inside the base needs nothing from the data before it learns."""
+    def calibrate(self, prompts, measure=channel_statistics):
+        """Do nothing: methods inside the base need no calibration."""
 
     def merge(self, dtype=torch.bfloat16):
         """One frozen `Transformer` of plain weights that computes what this model computes."""
@@ -151,87 +175,55 @@ class QST(Tuned):
     def __init__(self, base, config=None):
         super().__init__(base, config or SideConfig())
 
-    def hidden(self, idx, keep=None, cache=None):
-        """The forward pass of QST: idx (B, T) -> the state that the LM head reads, (B, T, C).
-
-        keep (B, past + T): 0 where a prompt is padded; cache: of `new_cache`, to generate
-        """
-        side, n = self.side, len(self.side.layers)  # n is N in the paper, N / every here
-        of_base, of_side = (cache[:-n], cache[-n:]) if cache else (None, [None] * n)
-        states = self.states(idx, keep, of_base, side.config.every)  # h_f_0, h_f_1, ... in turn
-        h_f = next(states)
-        positions, mask = positions_and_mask(idx, keep, of_side[0].length if cache else 0)
-        rope = rotary_table(side.model_config, positions, h_f.dtype)
-        h_g = side.start(h_f)
-        for i in range(n):
-            h_f = next(states)
-            h_g = side.step(i, h_f, h_g, mask, rope, of_side[i])
-        # differs from the paper: mixed after the final norm, as in the released code. That is
-        # what the frozen head was trained to read; the paper says no more than "h_f_N".
-        h_f = next(states)
-        return side.mix(h_f, h_g)
-
-    @torch.no_grad()  # which torch enters before each state is computed, and leaves after it
-    def states(self, *args):
-        """The hidden states of the frozen base, without a graph: backward never enters it."""
-        yield from (self.base.source or self.base).states(*args)
+    def hidden(self, idx, keep=None, cache=None, source=None):
+        """See `forward`. source: where to take the base's hidden states from"""
+        source = source or self.base.source or self.base
+        return forward(source, self.side, idx, keep, cache)
 
     def new_cache(self, max_len):
-        """The base's caches, and then the side's: a cache takes its width from its first key."""
-        of_side = self.base.new_cache(max_len)[: len(self.side.layers)]
-        return self.base.new_cache(max_len) + of_side
+        return self.base.new_cache(max_len) + self.side.new_cache(max_len)
 
-    def calibrate(self, prompts):
-        """Measure the base's channels on some texts, lists of ids, if they are to be standardized.
+    def calibrate(self, prompts, measure=channel_statistics):
+        """With --standardize, measure the base's channels on some texts, tuples of ids.
 
-        Some channels of a real model are hundreds of times larger than the others, and all but
-        constant; they hide what the downsamplers should read. A text's first position is left out:
-        there SmolLM2's largest channel of layer 20 has a standard deviation of 2,092, and without
-        it 34. Of 64 texts of Dolly (7,700 tokens) half of the deviations are within 1.3 % of those
-        of 358 others, and 99 of 100 within 6.4 %; of 16 texts, within 2.4 % and 10.4 %.
+        Some channels of a real model are hundreds of times larger than the others and almost
+        constant. They hide what the downsamplers should read. 64 texts are enough: 99 % of the
+        deviations are within 6.4 % of those from 358 other texts.
+        measure: `channel_statistics`, or a cached version of it
         """
         if self.side.config.standardize:
-            mean, variance = channel_statistics(self, prompts, every=self.side.config.every)
+            mean, variance = measure(self.base, prompts, self.side.every)
             self.side.mean.copy_(mean)
             self.side.scale.copy_((variance + 1e-6).rsqrt())
 
 
 class Beside:
     """Models that share a base, which computes once for all of them. What is a tensor of one model
-    is a list here. Of one model alone it may be any `LanguageModel`."""
+    is a list here.
 
-    def __init__(self, models):
-        self.models, self.config, self.device = models, models[0].config, models[0].device
+    models: one `LanguageModel` of any kind, or several `QST`s
+    compiled: whether `compute`, which is otherwise `hidden`, is compiled
+    """
 
-    def new_cache(self, max_len):
-        """The base's caches, and then those of each side network."""
-        first, *others = self.models
-        of_sides = [other.new_cache(max_len)[-len(other.side.layers) :] for other in others]
-        return first.new_cache(max_len) + list(chain.from_iterable(of_sides))
+    def __init__(self, models, compiled=False):
+        self.models, first = models, models[0]
+        self.config, self.device = first.config, first.device
+        if len(models) > 1:
+            self.side = leaf("sweep").SideNetworks([model.side for model in models])
+        self.compute = torch.compile(self.hidden, dynamic=True) if compiled else self.hidden
 
     def hidden(self, idx, keep=None, cache=None):
-        """What `hidden` of each model returns. The loop is that of `QST.hidden`, over a list."""
-        if len(self.models) == 1:
-            return [self.models[0].hidden(idx, keep, cache)]
-        sides = [model.side for model in self.models]
-        every = math.gcd(*(side.config.every for side in sides))
-        N, past = self.config.n_layer, cache[0].length if cache else 0
-        states = self.models[0].states(idx, keep, cache and cache[:N], every)
-        h_f = next(states)
-        positions, mask = positions_and_mask(idx, keep, past)
-        ropes = [rotary_table(side.model_config, positions, h_f.dtype) for side in sides]
-        of_sides = iter(cache[N:] if cache else repeat(None))
-        caches = [list(islice(of_sides, len(side.layers))) for side in sides]
-        h_g = [side.start(h_f) for side in sides]
-        for i in range(every, N + 1, every):
-            h_f = next(states)
-            for k, side in enumerate(sides):
-                step, rest = divmod(i, side.config.every)
-                if not rest:
-                    args = mask, ropes[k], caches[k][step - 1]
-                    h_g[k] = side.step(step - 1, h_f, h_g[k], *args)
-        h_f = next(states)
-        return [side.mix(h_f, h_g[k]) for k, side in enumerate(sides)]
+        """The hidden state of each model."""
+        first, *others = self.models
+        if not others:
+            return [first.hidden(idx, keep, cache)]
+        return forward(first.base.source or first.base, self.side, idx, keep, cache)
+
+    def new_cache(self, max_len):
+        first, *others = self.models
+        if not others:
+            return first.new_cache(max_len)
+        return first.base.new_cache(max_len) + self.side.new_cache(max_len)
 
 
 @torch.no_grad()
@@ -251,7 +243,7 @@ def tune(base, config):
 
 def import_released(base, folder):
     """The authors' side checkpoint as a `QST` of their architecture, with the tensors' sizes."""
-    tensors, sizes = released.read(folder, base.config)
+    tensors, sizes = leaf("released").read(folder, base.config)
     model = QST(base, SideConfig(**RELEASED, **sizes))
     copy_into(model.side, tensors, folder)
     return model
@@ -275,7 +267,6 @@ def load_base(args):
 
 def load_model(args):
     """The base, with its side network if --side names one, and its tokenizer."""
-    talk.check(args)
     tokenizer, base = load_tokenizer(args.base), load_base(args)
     model = QST.from_side(base, args.side) if args.side else base
     if args.side and model.side.classifier is not None:
@@ -284,21 +275,13 @@ def load_model(args):
 
 
 def prompt_command(args):
-    """Answer one prompt, or all of a file, or go on with them."""
-    template = chat.ChatTemplate() if args.raw else chat.load_template(args.base)
-    framed = not args.raw and (args.side or template.name != "plain")
-    talk.answer_prompts(*load_model(args), template, framed, args)
-
-
-def start_talk(args, default_max_new_tokens):
-    """A conversation with the model of the flags."""
-    template = chat.load_template(args.base)
-    return talk.start(*load_model(args), template, args, default_max_new_tokens)
+    """Answer a prompt, or every prompt in a file; with --raw, continue the text instead."""
+    leaf("talk").answer_prompts(args, lambda: load_model(args))
 
 
 def chat_command(args):
     """Talk to a model: /reset forgets, /exit or Ctrl-D ends, and Ctrl-C stops an answer."""
-    conversation = start_talk(args, 512)
+    conversation = leaf("talk").start(args, lambda: load_model(args), 512)
     print(chat_command.__doc__)
     conversation.in_the_terminal()
 
@@ -308,11 +291,12 @@ def answer_command(args):
     begun is finished; both turns of a question are one conversation."""
     if args.side:
         read_side(args.side)  # refuse a missing one before anything is written
-    mt_bench.answer_file(args, lambda: start_talk(args, 1024))
+    start = lambda: leaf("talk").start(args, lambda: load_model(args), 1024)
+    leaf("mt_bench").answer_file(args, start)
 
 
 def import_command(args):
-    """Turn a released side checkpoint into one of ours."""
+    """Convert a side checkpoint of the authors' released code into one of ours."""
     model = import_released(load_base(args), args.released)
     model.save_side(args.out)
     config = model.side.config
@@ -320,17 +304,17 @@ def import_command(args):
 
 
 def merge_command(args):
-    """Write what LoRA, QLoRA, PEQA or full finetuning has made of a base as a Hugging Face folder
-    of plain weights, in bf16 if --dtype does not say otherwise."""
+    """Write a base with the changes of LoRA, QLoRA, PEQA or full finetuning as a Hugging Face
+    folder of plain weights, in bf16 or --dtype."""
     if not args.side:
         raise InputError("merge needs --side: the --out_dir of a run of train.py.")
     if any(Path(args.out).glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
     model, _ = load_model(args)
     dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
-    save_pretrained(model.merge(dtype), args.out)
+    leaf("save").save_pretrained(model.merge(dtype), args.out)
     copy_tokenizer(args.base, args.out)
-    chat.keep_frame(args.out)
+    leaf("chat").keep_frame(args.out)
     dtype = str(dtype).removeprefix("torch.")
     print(f"{args.out}: {model.side.config.method}, merged in {dtype}; --quant none loads it as it "
           "is, and without it its weights are quantized to NF4")
@@ -351,10 +335,9 @@ FLAGS = {
     "released": dict(required=True, help="the folder with the authors' six .pt files"),
     "out": dict(required=True, help="what to write: a folder, or the file of answers"),
     **sampling.FLAGS,
-    **mt_bench.FLAGS,
 }
-BASE = "base quant dtype device stream"
-SAMPLE, ANSWER = " ".join(sampling.FLAGS), " ".join(mt_bench.FLAGS)
+BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)
+ANSWER = "questions model_id limit fastchat_temperatures"  # in data/tasks/mt_bench.py
 COMMANDS = {  # name: (function, its flags); the first is the default
     "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
@@ -371,9 +354,10 @@ def main(argv=None):
     if name not in COMMANDS:
         raise InputError(f"qst.py has no command {name!r}: choose {', '.join(COMMANDS)}.")
     command, flags = COMMANDS[name]
+    known = FLAGS | (leaf("mt_bench").FLAGS if name == "answer" else {})
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():
-        parser.add_argument(f"--{flag}", **FLAGS[flag])
+        parser.add_argument(f"--{flag}", **known[flag])
     command(parser.parse_args(argv))
 
 

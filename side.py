@@ -24,14 +24,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import InputError
+from data import InputError, leaf
 from data.formats.fields import TEXT
 from data.frozen.hidden import PackedInputFunction
-from data.frozen.repair import hand_over
-from data.settings.methods import METHODS, of_4_bits, of_side, step_length
-from data.settings.setting import check, setting
-from data.settings.variants import LST, PAPER, RELEASED
-from model import PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm
+from data.generate.sampling import KVCache
+from data.settings.flags import check, setting
+from data.settings.methods import LST, METHODS, PAPER, RELEASED, of_4_bits, of_side, step_length
+from model import (
+    PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,
+)
 from quant import Linear4bit
 
 GATES = ("scalar", "channel", "sum")
@@ -41,7 +42,7 @@ DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
 @dataclass
 class SideConfig:
-    """What is trained; None means as in PAPER, of method lst as in LST (settings/variants.py)."""
+    """What is trained; None means as in PAPER, of method lst as in LST (settings/methods.py)."""
 
     method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
@@ -144,19 +145,23 @@ def side_model_config(config, reduction):
 class SideNetwork(nn.Module):
     """The network that learns. Its modules are named like the symbols at the top of this file.
 
-    checkpoint: whether backward recomputes each step from the few numbers that enter it
+    n_layer: how many layers it has, N / every of the base's N
+    checkpoint: whether backward recomputes each layer from the few numbers that enter it
     """
 
     checkpoint = False
 
     def __init__(self, base_config, config):
         super().__init__()
-        every = step_length(config.every, base_config.n_layer)
-        self.config = config = replace(config, every=every)
+        self.every = step_length(config.every, base_config.n_layer)
+        self.config = config = replace(config, every=self.every)
         self.model_config = side_model_config(base_config, config.reduction)
-        n, C, c = base_config.n_layer // every, base_config.n_embd, self.model_config.n_embd
-        own_first = config.read_embedding and not config.share_first
-        self.downsample = nn.ModuleList(make_downsample(config, C, c) for _ in range(n + own_first))
+        self.n_layer = n = base_config.n_layer // self.every
+        C, c = base_config.n_embd, self.model_config.n_embd
+        # The downsampler of h_g_0, if it has one of its own, is the first; the layers' follow.
+        self.n_first = int(config.read_embedding and not config.share_first)
+        downsamplers = (make_downsample(config, C, c) for _ in range(self.n_first + n))
+        self.downsample = nn.ModuleList(downsamplers)
         for name in ("mean", "scale"):  # of the channels of what is read: see QST.calibrate
             self.register_buffer(name, torch.zeros(n + 1, C) if config.standardize else None)
         self.gamma = self.alpha = None
@@ -185,20 +190,28 @@ class SideNetwork(nn.Module):
         mean, scale = self.mean[i].to(h_f.device), self.scale[i].to(h_f.device)
         return ((h_f - mean) * scale).to(h_f.dtype)
 
+    def new_cache(self, max_len):
+        return [KVCache(max_len) for _ in self.layers]
+
+    def rotary_table(self, positions, dtype):
+        return rotary_table(self.model_config, positions, dtype)
+
     def start(self, h_f):
-        """h_g_0 from the embedding."""
+        """h_g_0 from h_f_0, the embedding."""
         if not self.config.read_embedding:
             return h_f.new_zeros(*h_f.shape[:-1], self.model_config.n_embd)
         reads_h_f, rest = self.downsample[0][0], self.downsample[0][1:]
         return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
-    def step(self, i, h_f, h_g, mask=None, rope=None, cache=None):
-        """h_f_{i+1}, h_g_i -> h_g_{i+1}, for i = 0, 1, ..., one for each side layer: the paper's
-        gamma_{i+1} and layer_{i+1} are gamma[i] and layers[i], because code counts from 0. h_f is
-        that of the base's layer (i + 1) * every, counted from 1. Others: see `DecoderLayer`."""
-        reads_h_f, *rest = self.downsample[i - len(self.layers)]  # [0] may be h_g_0's
-        z = reads_h_f(self.standardized(i + 1, h_f)).contiguous()  # a view keeps all of h_f
-        args = i, rest, z, h_g, mask, rope, cache
+    def step(self, i, h_f, h_g, mask=None, rope=None, caches=None):
+        """h_f_i, h_g_{i-1} -> h_g_i, for i = 1, 2, ..., n_layer, as the paper counts.
+
+        h_f: the output of the base's layer i * every; mask, rope: see `DecoderLayer`
+        caches: of `new_cache`, to generate
+        """
+        reads_h_f, *rest = self.downsample[self.n_first + i - 1]
+        z = reads_h_f(self.standardized(i, h_f)).contiguous()  # a view would keep all of h_f
+        args = i, rest, z, h_g, mask, rope, caches and caches[i - 1]
         if self.checkpoint and torch.is_grad_enabled():
             return recomputed(self._narrow_part, *args, **RECOMPUTE)
         return self._narrow_part(*args)
@@ -211,9 +224,9 @@ class SideNetwork(nn.Module):
         if self.gamma is None:
             mixed = z + h_g
         else:
-            beta = torch.sigmoid(self.gamma[i]).to(z.device)
+            beta = torch.sigmoid(self.gamma[i - 1]).to(z.device)
             mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
-        return self.layers[i](mixed, mask, rope, cache)
+        return self.layers[i - 1](mixed, mask, rope, cache)
 
     def mix(self, h_f, h_g):
         """The hidden state for the LM head: (B, T, C).
@@ -285,7 +298,8 @@ class InsertedModules(nn.Module):
                 new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
-                hand_over(module)  # with --repair, what mends the layer becomes the start
+                if config.method == "qlora" and config.repair:
+                    leaf("repair").hand_over(module)  # its branch becomes the start
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

@@ -13,46 +13,38 @@ state.safetensors, for --resume.
 
 import math
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
 
-from data import InputError
-from data.devices import distributed, placement
-from data.devices.choose import to_device
-from data.devices.memory import model_bytes
+from data import TASKS, InputError, leaf
+from data.devices import distributed
+from data.devices.device import model_bytes, to_device
 from data.formats.files import make_writable_folder, write_json
-from data.formats.hub import save_pretrained
+from data.frozen.hidden import channel_statistics
 from data.frozen.sources import first_device, load_base
 from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
-from data.run.report import (
-    conclude, conclude_sweep, introduce, keep_result, memory_advice, progress, sizes,
-)
-from data.run.runs import Learner, Run
+from data.run.report import conclude, introduce, keep_result, memory_advice, progress, sizes
+from data.run.run import Run
 from data.run.state import only_run_in, stop_signals
 from data.settings import contradictions
-from data.settings.command_line import Parser, parse_settings, run_main
-from data.settings.methods import METHODS, SIDE_METHODS, check_quant, of_side
-from data.settings.setting import (
-    SETTINGS_FILE, check, check_used, default_out_dir, refuse_if, setting,
+from data.settings.flags import (
+    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, refuse_if, run_main,
+    setting,
 )
-from data.settings.variants import PAPER, VARIANTS, settings_of_run, settings_of_runs
-from data.tasks import glue, instruct, mmlu, text, tiny
+from data.settings.methods import (
+    METHODS, PAPER, SIDE_METHODS, VARIANTS, check_quant, of_side, settings_of_run,
+)
 from data.tasks.examples import iteration_batches, prefetch
 from data.tasks.scoring import mean_loss
-from data.tokens import chat
 from data.tokens.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, count_weights, from_pretrained, read_config
 from qst import QST, Beside, read_side, tune
 from side import IN_BASE_METHODS, SideConfig, side_config
-
-TASKS = {
-    "tiny": tiny.load, "instruct": instruct.load, "text": text.load, "mmlu": mmlu.load,
-    **dict.fromkeys(glue.FORMS, glue.load),
-}
 
 
 @dataclass
@@ -63,7 +55,7 @@ class TrainConfig(SideConfig):
     """
 
     reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
-    variant: str = of_side("paper", "settings by name: data/settings/variants.py", tuple(VARIANTS))
+    variant: str = of_side("paper", "settings by name: data/settings/methods.py", tuple(VARIANTS))
     base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
     task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS))
     data: str = setting("", "the task's file or folder: see data/tasks/instruct.py --help, and of "
@@ -133,16 +125,18 @@ DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded defa
 
 
 def resolve(cfg):
-    """Fill in the settings that depend on others, and refuse those that contradict each other."""
+    """Fill in the settings that depend on others, and refuse those that contradict each other.
+
+    A flag counts most, then --side, then --variant, then the defaults of the task and the method.
+    """
     check(cfg)
     if cfg.side:
         cfg = settings_of_side(cfg)
     else:
         check_used(cfg, METHODS)
     task = cfg.task or ("instruct" if cfg.base else "tiny")
-    variant = settings_of_run(cfg.variant, task)
-    cfg = replace(cfg, **{k: v for k, v in variant.items() if getattr(cfg, k) is None})
-    on_glue = task in glue.FORMS
+    cfg = with_defaults(cfg, settings_of_run(cfg.variant, task))
+    on_glue = TASKS[task] == "tasks.glue"
     contradictions.refuse(cfg, task, on_glue)
     column = 2 if task == "tiny" else 1 if on_glue else 0
     defaults = {name: row[column] for name, row in DEFAULTS.items()}
@@ -155,11 +149,16 @@ def resolve(cfg):
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )
-    missing = {k: v for k, v in defaults.items() if getattr(cfg, k) is None}
-    cfg = replace(cfg, **missing)
+    cfg = with_defaults(cfg, defaults)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
     return replace(cfg, **vars(side_config(cfg)))  # which fills in what is still None
+
+
+def with_defaults(cfg, defaults):
+    """The settings, with defaults in place of None."""
+    missing = {name: value for name, value in defaults.items() if getattr(cfg, name) is None}
+    return replace(cfg, **missing)
 
 
 def settings_of_side(cfg):
@@ -176,31 +175,102 @@ def settings_of_side(cfg):
 
 
 # --------------------------------------------------------------------------------------
-# A step
+# Training
 
 
-def train_step(learners, batches, iteration):
-    """One iteration of all that learn beside one base: accumulate gradients, clip, step.
+def train_step(models, runs, batches, iteration):
+    """One iteration of all runs: accumulate gradients, clip, step.
 
-    learners: `data.run.runs.Learner`s, or one alone
-    batches: [(idx, targets, share), ...], as `data.iteration_batches` yields them
-    returns of each the mean loss of a token, and whether the step was taken, as `Learner.step` does
+    models: a `Beside` of the runs' models
+    batches: [(idx, targets, share), ...], as `iteration_batches` yields them
+    returns for each run the mean loss of a token, and whether the step was taken; see `Run.step`
     """
-    first, *others = learners
-    hidden = beside(learners).hidden if others else lambda idx: [first.hidden(idx)]
     for idx, targets, share in batches:
-        states = hidden(to_device(idx, first.device))
-        for one in learners:  # whose graph is gone after its turn
-            one.learn(states.pop(0), targets, share)
-    return [one.step(learning_rate_at(iteration - 1, one.cfg)) for one in learners]
+        states = models.compute(to_device(idx, models.device))
+        for run in runs:  # a run's graph is freed after its turn
+            run.backward(states.pop(0), targets, share)
+    return [run.step(learning_rate_at(iteration - 1, run.cfg)) for run in runs]
+
+
+def fit(runs, task, cfg):
+    """Train the runs side by side. Each keeps its best side network, and loads it at the end.
+
+    The state for --resume is saved with every evaluation, and when the runs are stopped. A run
+    whose saved state is ahead of another's waits for it.
+    """
+    held_out = task.held_out[: cfg.eval_examples]
+
+    def evaluate(some):
+        losses = mean_loss(beside(some), held_out, cfg.batch_size, "held out") if some else []
+        for run, loss in zip(some, losses):
+            run.record_evaluation(loss)
+
+    resumed = [run for run in runs if cfg.resume and resume(run, cfg)]
+    evaluate([run for run in runs if run not in resumed and "error" not in run.result])
+    start = min((run.log.iteration for run in runs if not run.error), default=cfg.max_iters)
+    steps, models, iteration = cfg.gradient_accumulation_steps, None, start
+    rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
+    with ExitStack() as files, stop_signals() as stop_requests:
+        for run in runs:
+            if not run.error:
+                run.begin(files)
+        for iteration in range(start + 1, cfg.max_iters + 1):
+            batches = next(rows)
+            active = [run for run in runs if run.log.iteration < iteration and not run.error]
+            if active and (models is None or models.models != [run.model for run in active]):
+                models = beside(active, cfg.compile)
+            for run in active:
+                run.log.begin()
+            results = train_step(models, active, batches, iteration) if active else []
+            must_evaluate = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
+            must_show = cfg.samples_interval and iteration % cfg.samples_interval == 0
+            # Whether the losses have been read back from the device: not in every iteration.
+            read_back = [run.record_step(*result, batches, must_evaluate or must_show)
+                         for run, result in zip(active, results)]
+            if must_evaluate:
+                evaluate(active)
+            if must_show:
+                for run in active:
+                    run.log.show(task.samples(run.model))
+            must_stop = any(read_back) and any(distributed.join([bool(stop_requests)]))
+            for run in active if any(read_back) else []:
+                run.write(save=must_evaluate or must_stop)
+            if must_stop or all(run.error for run in runs):
+                break
+    for run in runs:
+        run.end()
+    if any(not run.error and run.interrupted for run in runs):
+        print(f"Stopped after iteration {iteration}: continue with --resume.", flush=True)
+
+
+def resume(run, cfg):
+    """Continue a run from the state in its out_dir; returns whether there is one."""
+    with errors_in(run.result, cfg):
+        return run.state.load()
+
+
+@contextmanager
+def errors_in(result, cfg):
+    """In a sweep, put an error into a run's result, so that the other runs go on."""
+    try:
+        yield
+    except InputError as error:
+        if not cfg.sweep:
+            raise
+        result["error"] = str(error)
+
+
+def beside(runs, compiled=False):
+    return Beside([run.model for run in runs], compiled)
 
 
 # --------------------------------------------------------------------------------------
-# A run
+# A run: base, task, model
 
 
 def train_tiny_base(tokenizer):
     """Train a LLaMA of a million weights on the stories of data/tasks/tiny.py, on the CPU."""
+    tiny = leaf("tiny")
     cfg = TrainConfig(**tiny.BASE_RUN)
     torch.manual_seed(cfg.seed)
     config = ModelConfig(
@@ -211,17 +281,17 @@ def train_tiny_base(tokenizer):
         if parameter.dim() == 2:
             torch.nn.init.normal_(parameter, std=0.04)
     rows = iteration_batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, 1, cfg.seed)
-    learner = Learner(model, cfg)
+    run = Run(model, cfg)
     bar = progress(range(1, cfg.max_iters + 1), "base model, once")
     for iteration in bar:
-        ((loss, _),) = train_step([learner], next(rows), iteration)
+        ((loss, _),) = train_step(beside([run]), [run], next(rows), iteration)
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     return model
 
 
-def load_task(cfg, tokenizer, template, config):
-    """Read the data: `data.Task`."""
-    task = TASKS[cfg.task](cfg, tokenizer, template)
+def load_task(cfg, tokenizer, config):
+    """Read the data: a `Task`."""
+    task = leaf(cfg.task).load(cfg, tokenizer)
     check_length(config, cfg.sequence_len, "lower --sequence_len")
     for note in task.notes:
         print(note)
@@ -233,15 +303,30 @@ def load_task(cfg, tokenizer, template, config):
     return task
 
 
-def make_model(cfg, base, task):
-    """The base with a new side network, or with that of --side; or the base alone."""
+def make_model(cfg, base, task, measure=channel_statistics):
+    """The base with a new side network, or with that of --side; or the base alone.
+
+    measure: see `QST.calibrate`
+    """
     if cfg.eval_only and not cfg.side:
         return base
-    if not cfg.side:
+    if cfg.side:
+        model = load_model_of_side(cfg, base, task)
+    else:
         new = dict(n_labels=task.n_labels, task=cfg.task if task.n_labels else "")
         model = tune(base, replace(side_config(cfg), **new))
-        model.calibrate([ids for ids, _ in task.train[:64]])
-        return prepare(model, cfg)
+        model.calibrate(tuple(tuple(ids) for ids, _ in task.train[:64]), measure)
+    if cfg.devices:
+        leaf("placement").follow(model)
+    model.chunk_loss = cfg.chunk_loss
+    if cfg.method in IN_BASE_METHODS:
+        model.base.checkpoint = cfg.checkpoint
+    else:
+        model.side.save_memory(cfg.checkpoint, cfg.h_f_bits)
+    return model
+
+
+def load_model_of_side(cfg, base, task):
     model = QST.from_side(base, cfg.side)
     model.side.config = side = replace(model.side.config, preamble=cfg.preamble)
     refuse_if(
@@ -251,69 +336,21 @@ def make_model(cfg, base, task):
         (side.n_labels != task.n_labels,
          f"--side {cfg.side} has {side.n_labels} labels, and --task {cfg.task} {task.n_labels}"),
     )
-    return prepare(model, cfg)
-
-
-def prepare(model, cfg):
-    """Set what backward keeps, and put each part where it runs; returns the model."""
-    if cfg.devices:
-        placement.follow(model)
-    model.chunk_loss = cfg.chunk_loss
-    if cfg.method in IN_BASE_METHODS:
-        model.base.checkpoint = cfg.checkpoint
-    else:
-        model.side.save_memory(cfg.checkpoint, cfg.h_f_bits)
     return model
 
 
-def fit(runs, task, cfg):
-    """Train side by side; each run keeps its best side network, and loads it at the end.
-
-    What --resume goes on from is saved with every evaluation, and when the runs are stopped. A run
-    that was saved later than another waits until that one is as far.
-    """
-    held_out = task.held_out[: cfg.eval_examples]
-
-    def evaluate(runs):
-        losses = mean_loss(beside(runs), held_out, cfg.batch_size, "held out") if runs else []
-        for run, loss in zip(runs, losses):
-            run.evaluated(loss)
-
-    evaluate([run for run in runs if not (cfg.resume and run.state.load())])  # never kept
-    start, steps = min(run.log.iteration for run in runs), cfg.gradient_accumulation_steps
-    rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
-    with ExitStack() as files, stop_signals() as stopped:
-        for run in runs:
-            run.begin(files)
-        for iteration in range(start + 1, cfg.max_iters + 1):
-            now = [run for run in runs if run.log.iteration < iteration and not run.error]
-            for run in now:
-                run.log.begin()
-            batches = next(rows)
-            taken = train_step(now, batches, iteration) if now else []
-            due = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
-            shows = cfg.samples_interval and iteration % cfg.samples_interval == 0
-            # Whether the losses have been waited for, and are known.
-            known = [run.stepped(*step, batches, due or shows) for run, step in zip(now, taken)]
-            if due:
-                evaluate(now)
-            if shows:
-                for run in now:
-                    run.log.show(task.samples(run.model))
-            stop = any(known) and any(distributed.join([bool(stopped)]))
-            for run in now if any(known) else []:
-                run.write(due or stop)
-            if stop or all(run.error for run in runs):
-                break
-    for run in runs:
-        run.end()
-    if any(run.interrupted and not run.error for run in runs):
-        print(f"Stopped after iteration {iteration}: go on with --resume.", flush=True)
-
-
 def train(settings, base, task, folder, cfg):
-    """Score, train and score again; return the result of each run. settings: a list of theirs"""
-    runs = [make_run(own, base, task, shown=own is settings[0]) for own in settings]
+    """Score, train and score again; return the result of each run. settings: of each run"""
+    results, runs, measure = [{} for _ in settings], [], cache(channel_statistics)
+    for own, result in zip(settings, results):
+        with errors_in(result, cfg):
+            torch.manual_seed(own.seed)
+            make_writable_folder(own.out_dir, "--out_dir")
+            model = make_model(own, base, task, measure)
+            result |= weights(model)
+            runs.append(Run(model, own).keep_files(task, result, shown=not runs))
+    if not runs:
+        return results
     introduce(folder, runs, task.train)
     # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
     asked = not task.n_labels and not cfg.cache_hidden
@@ -324,7 +361,7 @@ def train(settings, base, task, folder, cfg):
     for (run, old), new in zip(pairs, after):
         new.setdefault("examples", len(task.held_out[: cfg.eval_examples]))
         run.result |= compared(old, new, run.cfg.method.upper())
-    return [run.result for run in runs]
+    return results
 
 
 def compared(before, after, name):
@@ -339,25 +376,14 @@ def compared(before, after, name):
     return found
 
 
-def beside(runs):
-    return Beside([run.model for run in runs])
-
-
-def evaluate(cfg, base, task):
-    """The scores of --side, or of the base, and the loss where it is not one of them."""
-    model = make_model(cfg, base, task)
-    (result,) = task.score(Beside([model]))
-    if task.held_out and "loss" not in result:
-        (result["loss"],) = mean_loss(Beside([model]), task.held_out, cfg.batch_size, "loss")
-    return result | weights(model)
-
-
-def make_run(cfg, base, task, shown):
-    """A run that is about to begin."""
-    torch.manual_seed(cfg.seed)
-    make_writable_folder(cfg.out_dir, "--out_dir")
-    model = make_model(cfg, base, task)
-    return Run(model, cfg, task, weights(model), shown)
+def evaluate(settings, base, task, cfg):
+    """The scores of each --side, or of the base, and the loss where it is not one of them."""
+    models = Beside([make_model(own, base, task) for own in settings])
+    results = task.score(models)
+    if task.held_out and "loss" not in results[0]:
+        losses = mean_loss(models, task.held_out, cfg.batch_size, "loss")
+        results = [result | {"loss": loss} for result, loss in zip(results, losses)]
+    return [result | weights(model) for result, model in zip(results, models.models)]
 
 
 def weights(model):
@@ -371,7 +397,9 @@ def main(cfg):
     cfg: a `TrainConfig`
     """
     started, given, cfg = time.time(), cfg, resolve(cfg)
-    names, settings = zip(*settings_of_runs(given, cfg, resolve).items())
+    runs = leaf("sweep").settings_of_runs(given, cfg, resolve) if cfg.sweep else {"": cfg}
+    settings = list(runs.values())
+    cfg = replace(settings[0], sweep=cfg.sweep, out_dir=cfg.out_dir)  # what all runs share
     make_writable_folder(cfg.out_dir, "--out_dir")
     distributed.start(first_device(cfg)[0])
     if cfg.threads:
@@ -379,24 +407,24 @@ def main(cfg):
 
     with only_run_in(cfg.out_dir):
         folder = Path(cfg.base) if cfg.base else distributed.first_makes(
-            lambda: tiny.base_folder(train_tiny_base, save_pretrained)
+            lambda: leaf("tiny").base_folder(train_tiny_base, leaf("save").save_pretrained)
         )
         config, tokenizer = read_config(folder), load_tokenizer(folder)
-        task = load_task(cfg, tokenizer, chat.load_template(folder), config)
+        task = load_task(cfg, tokenizer, config)
         settings = [replace(own, preamble=task.preamble) for own in settings]
         base = load_base(from_pretrained, cfg, folder, config, task, settings)
-        if cfg.sweep:
+        if cfg.sweep and not cfg.eval_only:
             write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))
-        if cfg.eval_only:
-            results = [evaluate(settings[0], base, task)]
-        else:
-            with memory_advice(cfg):
+        with memory_advice(cfg):
+            if cfg.eval_only:
+                results = evaluate(settings, base, task, cfg)
+            else:
                 results = train(settings, base, task, folder, cfg)
         for own, result in zip(settings, results):
             keep_result(own, result, base.device, time.time() - started)
     if cfg.sweep:
-        return conclude_sweep(given, dict(zip(names, settings)), dict(zip(names, results)))
-    conclude(folder, cfg, results[0])
+        return leaf("sweep").conclude(given, dict(zip(runs, settings)), dict(zip(runs, results)))
+    conclude(folder, cfg, results[0], task.example)
     return results[0]
 
 

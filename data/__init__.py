@@ -1,5 +1,9 @@
 """What comes in and goes out, in rooms: README.md has a line on each. Here is what they all share."""
 
+from importlib import import_module
+
+IGNORE_INDEX = -100  # the target of a token that is not in the loss
+
 
 class InputError(ValueError):
     """What the user gave cannot be used: one sentence that names it and says what to do."""
@@ -9,4 +13,37 @@ class Refused(ValueError):
     """What is wrong with a record or a conversation, in words that follow "it"."""
 
 
-IGNORE_INDEX = -100  # the target of a token that is not in the loss
+# The leaves: modules that a plain run does not need. `leaf` imports one when it is asked for; no
+# file of the core imports one. To remove a leaf, delete its file, its tests and its row.
+TASKS = {  # --task
+    "tiny": "tasks.tiny",
+    "instruct": "tasks.instruct",
+    "text": "tasks.text",
+    "mmlu": "tasks.mmlu",
+    **dict.fromkeys("rte mrpc stsb cola sst2 qnli qqp mnli mnli-mm".split(), "tasks.glue"),
+}
+LEAVES = TASKS | {
+    "sweep": "run.sweep",  # --sweep
+    "muon": "run.muon",  # --optimizer muon
+    "adamw8bit": "run.adamw8bit",  # --optimizer_bits 8
+    "format_1": "run.format_1",  # side checkpoints of older commits
+    "prefix_cache": "frozen.prefix_cache",  # a prefix that all examples share is computed once
+    "hidden_cache": "frozen.hidden_cache",  # --cache_hidden
+    "repair": "frozen.repair",  # --repair
+    "integers": "frozen.integers",  # --quant int4, for PEQA
+    "placement": "devices.placement",  # --devices
+    "stream": "devices.stream",  # --stream
+    "bpe": "tokens.bpe_files",  # tokenizer.json, or vocab.json and merges.txt
+    "chat": "tokens.chat",  # chat templates, for conversations
+    "save": "formats.save",  # writes a model folder: merge, quantize
+    "bnb": "formats.bnb",  # a folder in bitsandbytes' 4 bits
+    "pickled": "formats.pickled",  # pytorch_model.bin
+    "released": "formats.released",  # qst.py import-released
+    "talk": "generate.talk",  # qst.py generate, chat
+    "mt_bench": "tasks.mt_bench",  # qst.py answer
+}
+
+
+def leaf(name):
+    """Import a leaf and return the module."""
+    return import_module(f"data.{LEAVES[name]}")

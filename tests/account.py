@@ -22,17 +22,15 @@ from benchmarks.live import Live, attention_of
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import InputError  # noqa: E402
-from data.devices.choose import pick_dtype  # noqa: E402
-from data.devices.memory import loss_and_kept, model_bytes  # noqa: E402
+from data.devices.device import loss_and_kept, model_bytes, pick_dtype  # noqa: E402
 from data.devices.stream import Stream  # noqa: E402
 from data.formats.files import write_json  # noqa: E402
 from data.frozen.hidden import pack_hidden  # noqa: E402
 from data.run.charts import bar_chart  # noqa: E402
 from data.run.optim import make_optimizer, optimizer_bytes  # noqa: E402
-from data.settings.command_line import Parser, parse_settings, run_main  # noqa: E402
+from data.run.sweep import settings_of_runs  # noqa: E402
+from data.settings.flags import Parser, parse_settings, run_main, setting  # noqa: E402
 from data.settings.methods import METHODS, SIDE_METHODS  # noqa: E402
-from data.settings.setting import setting  # noqa: E402
-from data.settings.variants import settings_of_runs  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import PRESETS, ModelConfig, Transformer, count_weights, read_config  # noqa: E402
 from qst import tune  # noqa: E402

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from data import InputError  # noqa: E402
-from data.settings.command_line import run_main  # noqa: E402
+from data.settings.flags import run_main  # noqa: E402
 
 COMMANDS = {  # the function's name: (its file in tests/benchmarks, its arguments, what it does)
     "load": ("speed", "", "peak memory of `from_pretrained`"),

@@ -25,8 +25,8 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [str(path.parent) for path in sorted(ROOT.glob("tests/*/test_*.py"))]  # tests share samples
 sys.path[:0] = [str(ROOT), *dict.fromkeys(ROOMS)]
 
-from data.run.runs import Learner  # noqa: E402
-from data.settings.variants import FAST, RELEASED  # noqa: E402
+from data.run.run import Learner  # noqa: E402
+from data.settings.methods import FAST, RELEASED  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
 from halves import Halves  # noqa: E402

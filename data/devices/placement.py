@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention.bias import CausalBias
 
 from data import InputError
-from data.devices.choose import pick_device
+from data.devices.device import device_of, pick_device
 
 
 def parse(names):
@@ -58,14 +58,10 @@ def follow(model):
         if hasattr(side, "layers"):
             side.layers[i].to(device_of(layer)).register_forward_pre_hook(move_inputs)
         if hasattr(side, "downsample"):
-            side.downsample[i - len(side.layers)].to(device_of(layer))
+            side.downsample[side.n_first + i].to(device_of(layer))
     if side.classifier is not None:
         side.classifier.register_forward_pre_hook(move_inputs)
     return model
-
-
-def device_of(module):
-    return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))
 
 
 def move_inputs(module, args):

@@ -21,8 +21,7 @@ import torch
 
 from data import InputError
 from data.devices import distributed
-from data.devices.choose import to_device
-from data.devices.memory import show_bytes
+from data.devices.device import show_bytes, to_device
 from data.formats.safetensors import check_values
 from quant import Linear4bit, Quantized4bit
 

@@ -1,10 +1,9 @@
-"""Folders of the Hugging Face Hub, in and out: config.json and the files of tensors.
+"""Folders of the Hugging Face Hub: the files of tensors, read with config.json.
 
     open_files       the files -> {name: function that reads the tensor}; nothing is read yet
     choose_weights   of these, those that a model has, each of its shape
-    save_pretrained  a model -> a folder
 
-Names are "ours", LLaMA's, and "theirs", of a folder; where OPT's differ, OPT_NAMES has them.
+data/formats/save.py writes such a folder. Names are "ours", LLaMA's, and "theirs", of a folder; where OPT's differ, OPT_NAMES has them.
 """
 
 import re
@@ -12,13 +11,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError
-from data.formats import bnb, config_json
+from data import InputError, leaf
 from data.formats.fields import TEXT, field, first_few, shown, table_of
-from data.formats.files import read_json, write_json
-from data.formats.pickled import read_tensors
-from data.formats.safetensors import read_safetensors, write_safetensors
-from quant import Linear4bit, Quantized4bit
+from data.formats.files import read_json
+from data.formats.safetensors import read_safetensors
 
 IN_16_BITS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")  # always
 OPT_NAMES = {  # ours (LLaMA's): OPT's
@@ -74,7 +70,9 @@ def find_files(folder):
 
 
 def read_file(path):
-    return (read_safetensors if path.suffix == ".safetensors" else read_tensors)(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    return leaf("pickled").read_tensors(path)
 
 
 def read_shards(folder, index):
@@ -100,7 +98,8 @@ def choose_weights(folder, config, tensors, shapes, quant):
     config: a `ModelConfig`; tensors: from `open_files`; shapes: {our name: shape}. Every name must
     be among the tensors, and every tensor among the names.
     """
-    fields = {n: tensors.pop(n) for n in list(tensors) if bnb.is_field(n)}
+    # What bitsandbytes stores beside the 4-bit codes of NAME.weight is called NAME.weight.absmax, ...
+    fields = {n: tensors.pop(n) for n in list(tensors) if ".weight." in n}
     theirs = {name: their_name(config.family, name) for name in shapes}
     optional = {"lm_head.weight"} if config.tied else set()  # some folders store the tied head too
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
@@ -126,7 +125,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
             bar.update()
             where, tensor = f"{folder}: {name}", tensors[name]()
             if name in packed:
-                tensor = bnb.read_weight(where, tensor, packed[name], quant)
+                tensor = leaf("bnb").read_weight(where, tensor, packed[name], quant)
             elif not tensor.is_floating_point():
                 raise InputError(f"{where} is {tensor.dtype}, and no scales are with it.")
             if tensor.shape != shape:
@@ -137,28 +136,3 @@ def choose_weights(folder, config, tensors, shapes, quant):
         return read
 
     return {ours: reader(ours) for ours in shapes}, bool(packed)
-
-
-def save_pretrained(model, folder):
-    """Write a model as a Hugging Face folder, in the dtype of its weights; packed weights as
-    bitsandbytes stores them, which transformers reads too."""
-    c, tensors = model.config, {}
-    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
-    written = config_json.to_theirs(c) | dict(torch_dtype=dtype)
-    for path, module in model.named_modules():
-        if isinstance(module, Quantized4bit):
-            continue  # written with its layer
-        prefix = "" if path == "lm_head" else "model."
-        own = dict(module.named_parameters(recurse=False))
-        own |= dict(module.named_buffers(recurse=False))
-        if isinstance(module, Linear4bit):
-            own = {} if module.bias is None else {"bias": module.bias}
-            name = prefix + their_name(c.family, f"{path}.weight")
-            tensors |= bnb.weight_fields(name, module.weight, dtype)
-            written["quantization_config"] = bnb.settings(module.weight.kind, dtype)
-        if path == "lm_head" and c.tied:
-            continue
-        for attribute, tensor in own.items():
-            tensors[prefix + their_name(c.family, f"{path}.{attribute}")] = tensor
-    write_safetensors(Path(folder) / "model.safetensors", tensors)
-    write_json(Path(folder) / "config.json", written)

@@ -11,11 +11,9 @@ compared up to rounding.
 import hashlib
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
-from data.frozen.repair import LowRank
 from quant import Linear4bit, Quantized
 
 SAMPLES = 8  # of each tensor
@@ -35,7 +33,7 @@ def fingerprint(base):
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
     weights = codes.copy()
-    for module in base.modules():
+    for module in modules(base):
         for name, tensor in packed(module):
             part = some(tensor).cpu().numpy().tobytes()
             weights.update(part)
@@ -62,7 +60,12 @@ def packed(module):
 
 def unpacked(module):
     """A module's own tensors that are not quantized."""
-    return [] if isinstance(module, (Quantized, LowRank)) else [*module.buffers(recurse=False)]
+    return [] if isinstance(module, Quantized) else [*module.buffers(recurse=False)]
+
+
+def modules(base):
+    """All modules of a base, without --repair's branches, which belong to the side network."""
+    return [module for path, module in base.named_modules() if not path.endswith(".branch")]
 
 
 def quant_kind(base):
@@ -73,7 +76,7 @@ def quant_kind(base):
 def sample(base):
     """Values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
     found = []
-    for module in base.modules():
+    for module in modules(base):
         for tensor in unpacked(module):
             at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
             found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
@@ -100,17 +103,3 @@ def alike(one, other):
     if len(x) != len(y):
         return False
     return bool(((x - y).abs() <= 2**-7 * torch.maximum(x.abs(), y.abs()) + 2**-23).all())
-
-
-def of_files(folder):
-    """A hash of a model's files: their sizes, and 16 MB of each, evenly spread."""
-    found = hashlib.sha256()
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
-            size = path.stat().st_size
-            found.update(f"{path.name} {size} ".encode())
-            with open(path, "rb") as file:
-                for i in range(4096):
-                    file.seek(size * i // 4096)
-                    found.update(file.read(4096))
-    return found.hexdigest()

@@ -4,10 +4,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from data.tasks.examples import collate
 from quant import BLOCK_SIZE, NF4_CODEBOOK, Quantized4bit, quantize_blockwise
 
-
-PACKED = WeakTensorKeyDictionary()  # what has been packed of a state while it lives, by bits
+# A memo of `pack_hidden` for as long as a hidden state lives: {state: {bits: its packed form}}.
+PACKED = WeakTensorKeyDictionary()
 
 
 def pack_hidden(x, bits):
@@ -58,3 +59,26 @@ class PackedInputFunction(torch.autograd.Function):
     def backward(ctx, grad):
         h_f = unpack_hidden(ctx.saved_tensors, ctx.shape, ctx.bits, grad.dtype)
         return None, (grad.flatten(0, -2).T @ h_f.flatten(0, -2)).to(ctx.dtype), None
+
+
+@torch.no_grad()
+def channel_statistics(base, prompts, every=1, skip=1):
+    """Mean and variance of each channel of a base's hidden states over the tokens of some texts.
+
+    prompts: lists of ids; skip: how many positions at the start of each do not count. The first
+        position has activations a hundred times larger than all others
+    returns two of (N / every + 1, C), in fp64: of the embedding and of each every-th layer's output
+    """
+    n, C = base.config.n_layer // every + 1, base.config.n_embd
+    sums = torch.zeros(2, n, C, dtype=torch.float64)
+    for start in range(0, len(prompts), 4):  # a few at a time, so that little memory is needed
+        rows = prompts[start : start + 4]
+        idx, _ = collate([(list(ids), []) for ids in rows])
+        counts = torch.tensor([[skip <= i < len(ids) for i in range(idx.shape[1])] for ids in rows])
+        states = (base.source or base).states(idx.to(base.device), None, None, every)
+        for i, h in zip(range(n), states):  # not the last, which is normed
+            exact = torch.float32 if h.device.type == "mps" else torch.float64
+            h = h[counts.to(h.device)].to(exact)
+            sums[:, i] += torch.stack([h.sum(dim=0), h.square().sum(dim=0)]).cpu()
+    mean, square = sums / max(1, sum(max(0, len(prompt) - skip) for prompt in prompts))
+    return mean, square - mean.square()

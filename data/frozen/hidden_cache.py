@@ -27,10 +27,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE_INDEX, InputError
-from data.devices.placement import device_of
+from data.devices.device import device_of
 from data.formats.fields import TABLE, field, one_of, whole
 from data.formats.files import make_writable_folder, read_json, write_json
-from data.frozen.fingerprint import fingerprint, of_files
+from data.frozen.fingerprint import fingerprint
 from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
 from data.settings.methods import step_length
 from quant import BLOCK_SIZE, Linear4bit
@@ -39,6 +39,7 @@ POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
+    "repair": "of another --repair",
     "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
 }
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
@@ -77,16 +78,17 @@ class HiddenCache:
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
         pools = not others and form[0] in POOLS and not form[2]
         own = dict(
-            base=of_files(folder), quant=cfg.quant, dtype=str(dtype),
+            base=of_files(folder), quant=cfg.quant, dtype=str(dtype), repair=cfg.repair or None,
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
             pool=[*form[:2]] if pools else None,
             every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else max(run.h_f_bits for run in runs),
         )
-        path = self.folder / "cache.json"
+        path, self.repair_file = self.folder / "cache.json", self.folder / "repair.safetensors"
         self.about = read_json(path, optional=True) or own
         if self.about is own:  # nobody knows what other files here are of
-            (self.folder / "sums.bin").unlink(missing_ok=True)
+            for file in (self.folder / "sums.bin", self.repair_file):
+                file.unlink(missing_ok=True)
         for name, kind in KINDS.items() if self.about is not own else ():
             field(path, self.about, name, kind)
         for name, message in PARTS.items():
@@ -208,7 +210,9 @@ class HiddenCache:
             self.sums[entry.number] = self.sum(entry)
         if self.sums.all() and not self.stay:  # what was loaded again, stays
             for module in self.base.layers.modules():
-                if isinstance(module, (Linear4bit, nn.Linear)):
+                if isinstance(module, Linear4bit):
+                    module.weight.to("meta")
+                elif isinstance(module, nn.Linear):
                     module.to("meta")
             self.absent = True
         yield h
@@ -274,3 +278,17 @@ def targets_by_ids(examples):
         new = [i for i, target in enumerate(targets) if target != IGNORE_INDEX]
         found[key(ids)] = max(tokens, len(ids)), sorted({*at, *new})
     return found
+
+
+def of_files(folder):
+    """A hash of a model's files: their sizes, and 16 MB of each, evenly spread."""
+    found = hashlib.sha256()
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
+            size = path.stat().st_size
+            found.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                for i in range(4096):
+                    file.seek(size * i // 4096)
+                    found.update(file.read(4096))
+    return found.hexdigest()

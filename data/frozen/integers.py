@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from data import InputError
-from quant import Quantized, chunk_size, quantize_4bit
+from quant import Quantized, chunk_size
 
 
 def parse_int(kind):
@@ -95,16 +95,6 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     return QuantizedInt(codes, scales, zeros.to(torch.uint8), weight.shape, bits)
 
 
-def check_kind(kind):
-    """Refuse what is no way to store a base."""
-    if kind not in ("nf4", "fp4", "none") and not parse_int(kind):
-        raise InputError(
-            f"--quant {kind} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
-        )
-
-
-def quantize(weight, kind, name="the weight"):
-    """Quantize a matrix to "nf4" or "fp4", always doubly, or to integers: "int4", "int3-64"."""
-    if numbers := parse_int(kind):
-        return quantize_int(weight, *numbers, name=name)
-    return quantize_4bit(weight, kind, name=name)
+def quantize_kind(weight, kind, name="the weight"):
+    """Quantize a matrix to "int4", "int3-64", ..."""
+    return quantize_int(weight, *parse_int(kind), name=name)

@@ -21,8 +21,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from data import InputError
+from data.devices.device import device_of
 from data.formats import hub
-from data.tokens.padding import pad_left
+from data.formats.safetensors import copy_into, read_safetensors, write_safetensors
+from data.generate.sampling import pad_left
 from quant import Linear4bit
 
 TEXTS, LENGTH = 24, 256  # so many texts, of which the first tokens; more change little
@@ -32,9 +34,9 @@ EXTRA, ITERATIONS = 16, 2  # of the randomized SVD (arXiv 0909.4061): vectors ab
 class LowRank(nn.Module):
     """x (..., in) -> (..., out) through `rank` channels, frozen, kept in 16 bits."""
 
-    def __init__(self, linear, rank):
+    def __init__(self, linear, rank, device):
         super().__init__()
-        zeros = dict(dtype=torch.bfloat16, device=linear.weight.codes.device)
+        zeros = dict(dtype=torch.bfloat16, device=device)
         self.register_buffer("down", torch.zeros(rank, linear.in_features, **zeros))
         self.register_buffer("up", torch.zeros(linear.out_features, rank, **zeros))
 
@@ -43,22 +45,21 @@ class LowRank(nn.Module):
 
 
 def branches(base, rank):
-    """Give every 4-bit layer of a base a branch of this rank, and return them by name, or None.
+    """Give every 4-bit layer of a base a branch of this rank, and return them by name.
 
-    Those that it has stay as they are; a new one is 0; with rank 0 all go.
+    Those that it has stay as they are; a new one is 0.
     """
     found = {path: m for path, m in base.named_modules() if isinstance(m, Linear4bit)}
-    if rank and not found:
+    if not found:
         raise InputError("--repair mends what 4 bits broke: give --quant nf4, or no --repair.")
     for path, linear in found.items():
         if rank > (most := min(linear.in_features, linear.out_features)):
             raise InputError(f"--repair {rank} is more than {path} has, {most}: give less.")
-        if rank == 0:
-            linear.branch = None
-        elif linear.branch is None or len(linear.branch.down) != rank:
-            linear.branch = LowRank(linear, rank)
-    named = {path.replace(".", "/"): linear.branch for path, linear in found.items()}
-    return nn.ModuleDict(named) if rank else None
+        if linear.branch is None or len(linear.branch.down) != rank:
+            # Beside the layer's norms: its matrices may be absent, with --cache_hidden.
+            device = device_of(base.layers[int(path.split(".")[1])])
+            linear.branch = LowRank(linear, rank, device)
+    return nn.ModuleDict({path.replace(".", "/"): m.branch for path, m in found.items()})
 
 
 def low_rank_part(error, size, rank):
@@ -71,15 +72,19 @@ def low_rank_part(error, size, rank):
 
 
 @torch.no_grad()
-def mend(base, folder, prompts, rank):
+def mend(base, folder, prompts, rank, kept=None):
     """Give a 4-bit base branches that mend it, while some texts go through it once: each layer is
     mended as its inputs arrive, and so these have been through mended layers only.
 
     folder: with the weights before they were quantized; prompts: lists of ids
+    kept: a file for the branches, of --cache_hidden. If it is there, they are read from it
     """
     if not prompts:
         raise InputError("--repair learns from training examples: it is not of --eval_only alone.")
-    branches(base, rank)
+    all_branches = branches(base, rank)
+    if kept and kept.exists():
+        tensors = {name: read() for name, read in read_safetensors(kept).items()}
+        return copy_into(all_branches, tensors, kept)
     tensors = hub.open_files(folder, base.config)
     idx, keep = pad_left([ids[:LENGTH] for ids in prompts[:TEXTS]], device=base.device)
     layers = {m: path for path, m in base.named_modules() if isinstance(m, Linear4bit)}
@@ -103,6 +108,8 @@ def mend(base, folder, prompts, rank):
         bar.close()
         for hook in hooks:
             hook.remove()
+    if kept:
+        write_safetensors(kept, all_branches.state_dict())
 
 
 @torch.no_grad()

@@ -1,42 +1,46 @@
 """How the frozen base comes into memory, and where its hidden states come from.
 
-Whatever gives the same states can stand in for the base: `base.source` has `states` like the base's
-own. Layers may come from the disk in turn (--stream), or stand on several devices (--devices).
+Whatever yields the same hidden states can stand in for the base: its attribute `source` names an
+object with a method `states` like the base's own. The layers may come from the disk one by one
+(--stream) or stand on several devices (--devices).
 """
-
-from functools import partial
 
 import torch
 
-from data.devices import placement
-from data.devices.choose import pick_device, pick_dtype
-from data.frozen import prefix_cache, repair
-from data.frozen.hidden_cache import HiddenCache
+from data import leaf
+from data.devices.device import pick_device, pick_dtype
 from data.settings.methods import SIDE_METHODS
 
 
 def first_device(cfg):
-    """Where a batch goes, and the dtype that is computed in."""
-    device = placement.parse(cfg.devices)[0] if cfg.devices else pick_device(cfg.device)
-    return device, pick_dtype(cfg.dtype, device)
+    """The device of a batch, and the dtype that the model computes in."""
+    names = leaf("placement").parse(cfg.devices) if cfg.devices else [pick_device(cfg.device)]
+    return names[0], pick_dtype(cfg.dtype, names[0])
 
 
 def load_base(from_pretrained, cfg, folder, config, task, runs):
-    """The base of a folder, as a run's settings ask for it. runs: the settings of all runs"""
+    """Load the base of a folder as the settings ask for it. runs: the settings of all runs"""
     device, dtype = first_device(cfg)
-    if cfg.devices:  # a function of a tensor's name
-        device = placement.places(placement.parse(cfg.devices), config.n_layer, config.tied)
-    load = partial(from_pretrained, folder, cfg.quant, dtype)
-    whole = partial(load, device, cfg.stream)
-    cache = HiddenCache(cfg, runs, folder, config, dtype, task) if cfg.cache_hidden else None
-    base = load(cache.without_layers(device)) if cache and cache.absent else whole()
-    if cfg.devices:
-        placement.join(base)
+    if cfg.devices:  # a function of a weight's name
+        devices = leaf("placement").parse(cfg.devices)
+        device = leaf("placement").places(devices, config.n_layer, config.tied)
+    cache = None
+    if cfg.cache_hidden:
+        cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
+
+    def load(device):
+        base = from_pretrained(folder, cfg.quant, dtype, device, cfg.stream)
+        if cfg.devices:
+            leaf("placement").join(base)
+        if cfg.repair and not cfg.side:
+            torch.manual_seed(cfg.data_seed)
+            prompts = [ids for ids, _ in task.train]
+            leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
+        return base
+
+    base = load(cache.without_layers(device) if cache and cache.absent else device)
     if cfg.method in SIDE_METHODS and not cfg.compile:
-        prefix_cache.attach(base, task.train + task.held_out)
+        leaf("prefix_cache").attach(base, task.train + task.held_out)
     if cache:
-        cache.attach(base, whole)
-    if cfg.repair and not cfg.side:
-        torch.manual_seed(cfg.data_seed)
-        repair.mend(base, folder, [ids for ids, _ in task.train], cfg.repair)
+        cache.attach(base, lambda: load(device))
     return base

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from data import InputError
-from data.settings.setting import refuse_if
+from data.settings.flags import refuse_if
 
 FLAGS = {  # of every command of qst.py that generates
     "max_new_tokens": dict(type=int, help="default: 128 or less, chat 512, answer 1024"),
@@ -117,3 +117,11 @@ def check_length(config, length, advice):
             f"A sequence of {length} tokens is longer than the model's {config.max_positions} "
             f"positions: {advice}."
         )
+
+
+def pad_left(prompts, pad_id=0, device=None):
+    """Stack prompts of unequal length: list of lists of ids -> idx (B, T) and keep (B, T)."""
+    T = max(map(len, prompts))
+    idx = torch.tensor([[pad_id] * (T - len(p)) + list(p) for p in prompts], device=device)
+    keep = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
+    return idx, keep

@@ -11,9 +11,9 @@ import torch
 from data import InputError, Refused
 from data.formats.files import read_text
 from data.generate import sampling
-from data.settings.setting import refuse_if
-from data.tokens.chat import prompt_that_fits
-from data.tokens.padding import pad_left
+from data.generate.sampling import pad_left
+from data.settings.flags import refuse_if
+from data.tokens.chat import ChatTemplate, load_template, prompt_that_fits
 
 
 def stream_ids(model, ids, max_new_tokens, end_ids, args):
@@ -38,9 +38,16 @@ def check(args):
     )
 
 
-def answer_prompts(model, tokenizer, template, framed, args):
-    """Print the answer to --prompt, or the answers to those of --batch, all made at once; if they
-    are not framed as questions, print their continuations."""
+def answer_prompts(args, load):
+    """Print the answer to --prompt, or the answers to those of --batch, all made at once. Without a
+    chat template and a side network, or with --raw, print continuations instead.
+
+    load: function that returns the model and its tokenizer
+    """
+    check(args)
+    template = ChatTemplate() if args.raw else load_template(args.base)
+    framed = not args.raw and (args.side or template.name != "plain")
+    model, tokenizer = load()
     prompts = {"--prompt": args.prompt}  # where it stands: a prompt
     if args.batch:
         lines = enumerate(read_text(args.batch, "give --batch a file of prompts").splitlines(), 1)
@@ -71,8 +78,14 @@ def prompt_ids(where, prompt, tokenizer, template, framed):
         raise InputError(f"{where} {error}.") from None
 
 
-def start(model, tokenizer, template, args, default_max_new_tokens):
-    """Begin a conversation with a model. args: the flags of `sampling.FLAGS`, perhaps --system"""
+def start(args, load, default_max_new_tokens):
+    """Begin a conversation. args: --base, the flags of `sampling.FLAGS`, perhaps --system
+
+    load: function that returns the model and its tokenizer
+    """
+    check(args)
+    template = load_template(args.base)
+    model, tokenizer = load()
     end_ids, system = template.end_ids(tokenizer), getattr(args, "system", None)
 
     def say(ids, max_new_tokens):

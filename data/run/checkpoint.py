@@ -20,7 +20,7 @@ from data import InputError
 from data.formats.fields import NAME, NEEDED, TABLE, TEXT, Kind, field, one_of
 from data.formats.files import checksum, parse_json, read_json, write_json
 from data.formats.safetensors import read_header, read_safetensors, tensor_bytes, write_safetensors
-from data.settings.setting import from_table
+from data.settings.flags import from_table
 
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"

@@ -1,6 +1,5 @@
 """What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
 
-import math
 import os
 import platform
 import shlex
@@ -13,15 +12,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, leaf
 from data.devices import distributed
-from data.devices.memory import activation_bytes, peak_memory, show_bytes
+from data.devices.device import activation_bytes, peak_memory, show_bytes
 from data.formats.files import write_json
-from data.run.charts import line_chart
 from data.run.optim import optimizer_bytes
 from data.settings.methods import LEARNS, SIDE_METHODS
-from data.tasks import tiny
-from data.tokens.padding import collate
+from data.tasks.examples import collate
 from quant import Linear4bit
 
 SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
@@ -52,33 +49,17 @@ def sizes(model, n_weights):
     return dict(trainable_parameters=trainable, total_parameters=base + trainable)
 
 
-class Copies:
-    """A source of hidden states that are as large as a base's, and take no work. Of a sweep's runs
-    only the first needs more: what is kept of them takes as much memory."""
-
-    def __init__(self, base):
-        self.base = base
-
-    def states(self, idx, keep=None, cache=None, every=1):
-        x = next(self.base.states(idx))
-        for _ in range(len(self.base.layers) // every + 2):  # with the embedding, and the last one
-            yield x.clone()
-
-
 def introduce(folder, runs, examples):
     """Put the memory of a step with the longest examples into each run's `result`, and print what a
     reader wants to know of the first."""
     model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
     longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
-    own = model.base.source
     for run in runs:
-        run.result |= dict(
-            optimizer_bytes=optimizer_bytes(run.optimizer),
-            activations_bytes=activation_bytes(run.model, idx.to(model.device), targets),
-        )
-        model.base.source = Copies(model.base)
-    model.base.source = own
+        # All runs of a sweep but the first are measured without the work of the base.
+        source = None if run is runs[0] else leaf("sweep").Copies(model.base)
+        kept = activation_bytes(run.model, idx.to(model.device), targets, source)
+        run.result |= dict(optimizer_bytes=optimizer_bytes(run.optimizer), activations_bytes=kept)
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""
     if layers:
@@ -153,8 +134,8 @@ def keep_result(cfg, result, device, seconds):
         write_json(Path(cfg.out_dir) / "result.json", result)
 
 
-def conclude(folder, cfg, result):
-    """Print what the run has shown, and what to do next."""
+def conclude(folder, cfg, result, example):
+    """Print what the run has shown, and what to do next. example: a question to ask"""
     if "error" in result:
         raise InputError(result["error"])
     tuned = cfg.method.upper()
@@ -182,40 +163,8 @@ def conclude(folder, cfg, result):
         print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
-    if not cfg.eval_only and cfg.task in ("tiny", "instruct", "mmlu"):  # that answer questions
+    if not cfg.eval_only and example:
         side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
-        prompt = tiny.EXAMPLE if cfg.task == "tiny" else "YOUR QUESTION"
         script = os.path.relpath(Path(__file__).parents[2] / "qst.py")
         print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
-              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(prompt)}")
-
-
-def conclude_sweep(cfg, runs, results):
-    """The table of a sweep: a row for each run, the best first."""
-    rows = []
-    for name, settings in runs.items():
-        result = results[name]
-        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get("loss_after"))
-        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
-        scores = [f"{score}_after" for score in SCORES]
-        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
-    rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
-    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
-    table = dict(runs=rows, best=best, config=asdict(cfg))
-    if all("error" in row for row in rows):
-        raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
-    write_json(Path(cfg.out_dir) / "sweep.json", table)
-    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
-    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
-    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
-    width = max(len(row["settings"]) for row in rows)
-    scores = [score for score in SCORES if f"{score}_after" in rows[0]]
-    print(f"\n      {'':{width}}  held-out loss", *scores)
-    for i, row in enumerate(rows, 1):
-        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
-        loss = row.get("error", loss)
-        values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
-        print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
-    if best:
-        print(f"\nThe best is in {best!r}.")
-    return table
+              f"--side {shlex.quote(str(side))} --prompt {shlex.quote(example)}")

@@ -4,8 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
+from data.settings.flags import SETTINGS_FILE, default_out_dir, refuse_if
 from data.settings.methods import SIDE_METHODS
-from data.settings.setting import SETTINGS_FILE, default_out_dir, refuse_if
 
 
 def refuse(cfg, task, on_glue):
@@ -39,11 +39,12 @@ def refuse(cfg, task, on_glue):
          "--method lst predicts from the side network alone: leave out --mix, --variant"),
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
-        (cfg.sweep and (cfg.eval_only or cfg.compile or not beside),
-         "--sweep is not for --eval_only, --compile and other methods"),
-        (cfg.cache_hidden and (
-            cfg.eval_only or cfg.repair or cfg.compile or not beside),
-         "--cache_hidden is for training side networks, without --repair, --compile"),
+        (cfg.sweep and not beside, "--sweep is for --method qst and lst: train the others alone"),
+        (cfg.cache_hidden and (cfg.eval_only or cfg.compile or not beside),
+         "--cache_hidden is for training side networks, without --compile"),
+        (cfg.cache_hidden and cfg.side and cfg.repair,
+         f"--cache_hidden stores the states of a base with a --repair of its own, and --side "
+         f"{cfg.side} has another: leave out --cache_hidden"),
         (cfg.head == "classifier" and no_classifier,
          "--head classifier: the base has none; give --head lm, or --side"),
         (cfg.eval_only and (Path(out_dir) / SETTINGS_FILE).exists(),

@@ -1,9 +1,10 @@
 """The seven methods: how each needs the base to be stored, and what learns."""
 
+import re
 from functools import partial
 
 from data import InputError
-from data.settings.setting import setting
+from data.settings.flags import setting
 
 # How the base may be stored for each method; the first is the default. "int4" means "int4-64" too.
 METHODS = {
@@ -38,6 +39,14 @@ def step_length(every, N):
     return every
 
 
+def check_kind(kind):
+    """Refuse a --quant that does not exist."""
+    if not re.fullmatch(r"nf4|fp4|none|int[34](-[1-9]\d*)?", kind):
+        raise InputError(
+            f"--quant {kind} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
+        )
+
+
 def check_quant(method, quant, streamed=False):
     """Refuse a base that is not stored as the method needs it."""
     if streamed and method not in SIDE_METHODS:
@@ -46,3 +55,40 @@ def check_quant(method, quant, streamed=False):
     if quant.partition("-")[0] not in METHODS[method]:
         kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
+
+
+# --------------------------------------------------------------------------------------
+# Settings of the side network by name: what the paper, LST and --variant set
+
+# What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel,
+# norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73, so that training
+# does not start at the LLM.
+# differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
+RELEASED = dict(
+    downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
+    final_norm=True,
+)
+
+PAPER = dict(  # QST §3.2; what a `SideConfig` has where nothing else is said
+    every=1, read_embedding=True, downsample="adapter", standardize=False, downsample_norm=False,
+    share_first=False, gate="scalar", mix="alpha", upsample_bias=False, final_norm=False,
+)
+LST = dict(downsample="linear", mix="side")  # arXiv 2206.06522 is the same with these two
+
+# What we found to learn fastest on a real model: see "Why QST learns slowly" in tests/README.md.
+# In the study it was six steps, every fifth layer of 30. Of other models: as few as divide the
+# layers evenly, but at least six; 8 of LLaMA-2-7B's 32 layers and of LLaMA-2-70B's 80.
+FAST = dict(
+    every=0, read_embedding=False, reduction=8, downsample="linear", standardize=True, gate="sum",
+    mix="residual", final_norm=True,
+)
+VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
+
+
+def settings_of_run(variant, task):
+    """What --variant sets in a run: its architecture; and of fast the optimizer and the rate. The
+    embedded default, 128 channels wide, needs a side network of more than 16."""
+    if variant != "fast":
+        return VARIANTS[variant]
+    small = dict(reduction=4) if task == "tiny" else {}
+    return FAST | dict(optimizer="muon", learning_rate=1e-2) | small

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from data import InputError
 from data.formats.files import checksum, write_atomically
-from data.settings.command_line import Parser, run_main
+from data.settings.flags import Parser, run_main
 
 HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
+import torch
 
 from data import IGNORE_INDEX
 from data.devices import distributed
-from data.tokens.padding import collate
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Task:
     notes: list = field(default_factory=list)  # what a user should know of the data
     preamble: str = ""  # what stands before every question, if they are asked in words
     samples: Callable = None  # function of a model: a held-out question or two, with its answers
+    example: str = ""  # a question to ask the trained model, if it answers questions
 
 
 def batches(examples, batch_size, seed):
@@ -107,3 +108,15 @@ def split(examples, fraction, seed, most=0):
 def label(ids, target):
     """An example that asks for one thing, after the last token."""
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
+
+
+def collate(examples, pad_id=0):
+    """Pad examples on the right to one length: idx int64 and targets (int64 or fp32), (B, T).
+
+    Causal attention never looks to the right, so no token sees the padding, and no mask is needed.
+    """
+    T = max(len(ids) for ids, _ in examples)
+    pad = lambda row, value: row + [value] * (T - len(row))
+    idx = torch.tensor([pad(ids, pad_id) for ids, _ in examples])
+    targets = torch.tensor([pad(targets, IGNORE_INDEX) for _, targets in examples])
+    return idx, targets

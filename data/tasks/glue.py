@@ -27,7 +27,6 @@ import torch
 from data import InputError
 from data.formats.fields import shown
 from data.formats.files import read_text, write_atomically
-from data.tasks.download import command_line
 from data.tasks.examples import Task, label, split
 from data.tasks.metrics import METRICS
 from data.tasks.scoring import choice_logits, word_ids
@@ -209,7 +208,7 @@ def metrics(logits, rows, form, choices):
     return {**found, "examples": len(rows)}
 
 
-def load(cfg, tokenizer, template):
+def load(cfg, tokenizer):
     """Read a task's train.tsv and dev.tsv: `Task`."""
     form = FORMS[cfg.task]
     data = files(cfg.data, form)
@@ -265,4 +264,6 @@ def show(folder):
 
 
 if __name__ == "__main__":
+    from data.tasks.download import command_line
+
     command_line(show, "RTE", "MRPC", "STS-B", "CoLA", "SST-2", "QNLI", "QQP", "MNLI")

@@ -28,11 +28,10 @@ from data import IGNORE_INDEX, InputError, Refused
 from data.devices import distributed
 from data.formats.fields import HALF, LIST, TABLE, TEXT
 from data.formats.files import read_records
-from data.tasks.download import command_line
+from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
 from data.tasks.oasst import best_path, check_message, grow_trees
-from data.tokens.chat import prompt_that_fits
-from data.tokens.padding import pad_left
+from data.tokens.chat import load_template, prompt_that_fits
 
 
 # --------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def samples(model, tokenizer, template, conversations):
     ]
 
 
-def make_task(conversations, tokenizer, template, cfg, score):
+def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUESTION"):
     """Split and encode: `Task`. score: function of a model and the held-out conversations"""
     train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
@@ -209,11 +208,13 @@ def make_task(conversations, tokenizer, template, cfg, score):
         lambda models: [score(model, [one for one, _ in held_out]) for model in models.models],
         notes=notes,
         samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
+        example=example,
     )
 
 
-def load(cfg, tokenizer, template):
+def load(cfg, tokenizer):
     """Read a file of instructions: `Task`, which shows three answers and has no metric."""
+    template = load_template(tokenizer.folder)
 
     def score(model, held_out):
         """Three answers, to read; none of a sweep, nor of a base that a token reads whole."""
@@ -242,4 +243,6 @@ def show(path):
 
 
 if __name__ == "__main__":
+    from data.tasks.download import command_line
+
     command_line(show, "Alpaca", "Dolly", "OASST1")

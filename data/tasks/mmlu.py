@@ -34,7 +34,6 @@ from data import InputError
 from data.formats.fields import reason, shown
 from data.formats.files import read_text
 from data.tasks import instruct
-from data.tasks.download import command_line
 from data.tasks.examples import Task
 from data.tasks.scoring import choice_logits
 
@@ -250,7 +249,7 @@ def summary(right):
     )
 
 
-def load(cfg, tokenizer, template):
+def load(cfg, tokenizer):
     """The paper's experiment: learn from --instructions, and answer MMLU: `Task`."""
     read(cfg.data, "test")  # a mistake is better found before hours of training
 
@@ -267,7 +266,7 @@ def load(cfg, tokenizer, template):
             "--task mmlu trains on --instructions, such as Alpaca's alpaca_data.json, and tests on "
             "--data; or give --eval_only."
         )
-    task = instruct.load(replace(cfg, data=cfg.instructions), tokenizer, template)
+    task = instruct.load(replace(cfg, data=cfg.instructions), tokenizer)
     return replace(task, score=score)
 
 
@@ -286,4 +285,6 @@ def show(folder):
 
 
 if __name__ == "__main__":
+    from data.tasks.download import command_line
+
     command_line(show, "MMLU")

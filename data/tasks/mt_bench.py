@@ -21,7 +21,6 @@ from tqdm import tqdm
 from data import InputError, Refused
 from data.formats.fields import TEXT, WORD, either, list_of, shown, whole
 from data.formats.files import checksum, parse_json, read_bytes, read_records
-from data.tasks.download import command_line
 
 TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
@@ -169,4 +168,6 @@ def show(path):
 
 
 if __name__ == "__main__":
+    from data.tasks.download import command_line
+
     command_line(show, "MT-Bench")

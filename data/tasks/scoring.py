@@ -8,8 +8,7 @@ from tqdm import tqdm
 from data import InputError
 from data.devices import distributed
 from data.generate.sampling import check_length
-from data.tasks.examples import count_targets
-from data.tokens.padding import collate
+from data.tasks.examples import collate, count_targets
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ def perplexity(loss):
     return math.exp(loss) if loss < 700 else math.inf
 
 
-def load(cfg, tokenizer, template):
+def load(cfg, tokenizer):
     """Windows of --data: `Task`, scored by the perplexity of those held out, the text's end."""
     windows = read(cfg.data, tokenizer, cfg.sequence_len, cfg.max_examples)
     kept = 0 if cfg.eval_only else len(windows) - max(1, round(len(windows) * cfg.held_out))

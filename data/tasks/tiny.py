@@ -131,7 +131,7 @@ def make_in_child(folder, train, save):
         calls.append(f"import_module({'.'.join(path.parts)!r}).{function.__name__}")
     code = (
         "from importlib import import_module; from pathlib import Path; from data.tasks import tiny"
-        "; from data.settings.command_line import run_main; "
+        "; from data.settings.flags import run_main; "
         f"run_main(lambda: tiny.make_base(Path({str(folder)!r}), {', '.join(calls)}))"
     )
     own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
@@ -201,8 +201,9 @@ def task(n, seed):
     return [{"instruction": question, "output": answer} for question, answer in made.items()]
 
 
-def load(cfg, tokenizer, template):
+def load(cfg, tokenizer):
     """The embedded default: `Task`, scored by the answers that are right in every letter."""
+    template = chat.load_template(tokenizer.folder)
 
     def score(model, held_out):
         found = instruct.samples(model, tokenizer, template, held_out[: cfg.eval_examples])
@@ -210,7 +211,7 @@ def load(cfg, tokenizer, template):
         return dict(exact_match=sum(right) / len(right), examples=len(right), samples=found[:2])
 
     conversations = [instruct.conversation(record) for record in task(2200, cfg.data_seed)]
-    return instruct.make_task(conversations, tokenizer, template, cfg, score)
+    return instruct.make_task(conversations, tokenizer, template, cfg, score, EXAMPLE)
 
 
 def train_tokenizer(path, vocab_size=VOCAB_SIZE):

@@ -1,6 +1,6 @@
 """The files of byte-level BPE: tokenizer.json, or vocab.json and merges.txt.
 
-What the two readers return are the arguments of `tokenizer.ByteLevel`. What we cannot do exactly as
+What the two readers return are the arguments of `ByteLevel`. What we cannot do exactly as
 the library does is refused, in a sentence that names the file and the field.
 """
 
@@ -8,17 +8,42 @@ from dataclasses import replace
 
 from data import InputError
 from data.formats.fields import (
-    LIST, TABLE, TRUE_OR_FALSE, WORD, field, first_few, list_of, one_of, shown, table_of, whole,
+    LIST, TABLE, TRUE_OR_FALSE, WORD, field, first_few, list_of, one_of, shown, table_of,
 )
 from data.formats.files import read_json, read_text
 from data.tokens import bpe
+from data.tokens.tokenizer import ID, Tokenizer, end_ids
 
-ID = whole(0, (1 << 24) - 1)
 REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's: we read no other")
 MODEL = {  # what we read of a model in tokenizer.json is this, or not there
     "type": "BPE", "byte_fallback": False,  # True is sentencepiece in disguise
     "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
 }
+
+
+class ByteLevel(Tokenizer):
+    """BPE on bytes; vocab and options as `bpe.BytePairs` takes them."""
+
+    def __init__(self, folder, vocab, merges, words, special, added, whole_words=False, **options):
+        every = {**vocab, **added, **special}
+        token_bytes = {id: bpe.to_bytes(token) for token, id in vocab.items()}
+        if whole_words:  # but a special token stays out of reach, even if a word is spelled like it
+            taken = set(special.values())
+            whole_words = ((token, id) for id, token in token_bytes.items() if id not in taken)
+        self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole_words or (), **options)
+        token_bytes |= {id: text.encode() for text, id in added.items()}
+        bos_id, *_ = end_ids(folder, "bos", every)
+        eos_ids = end_ids(folder, "eos", every)
+        super().__init__(folder, token_bytes, special, added, bos_id, eos_ids)
+
+    def _encode_plain(self, text):
+        return self.pairs.encode(text)
+
+
+def load(folder):
+    """The tokenizer of a folder with either kind of files."""
+    read = read_tokenizer_json if (folder / "tokenizer.json").exists() else read_vocab_and_merges
+    return ByteLevel(folder, **read(folder))
 
 
 def read_vocab_and_merges(folder):

@@ -17,12 +17,11 @@ import math
 import re
 from pathlib import Path
 
-from data import InputError
-from data.formats.fields import TABLE, WORD, either, field, list_of, shown
+from data import InputError, leaf
+from data.formats.fields import TABLE, WORD, either, field, list_of, shown, whole
 from data.formats.files import read_bytes, read_json, write_atomically
-from data.tokens import bpe, bpe_files
-from data.tokens.bpe_files import ID
 
+ID = whole(0, (1 << 24) - 1)
 MOST_ADDED, LONGEST_ADDED = 1 << 12, 256  # tokens that are looked for in every text, by a regex
 
 
@@ -108,25 +107,6 @@ class SentencePiece(Tokenizer):
         return self.model.encode(text)
 
 
-class ByteLevel(Tokenizer):
-    """BPE on bytes; vocab and options as `bpe.BytePairs` takes them."""
-
-    def __init__(self, folder, vocab, merges, words, special, added, whole_words=False, **options):
-        every = {**vocab, **added, **special}
-        token_bytes = {id: bpe.to_bytes(token) for token, id in vocab.items()}
-        if whole_words:  # but a special token stays out of reach, even if a word is spelled like it
-            taken = set(special.values())
-            whole_words = ((token, id) for id, token in token_bytes.items() if id not in taken)
-        self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole_words or (), **options)
-        token_bytes |= {id: text.encode() for text, id in added.items()}
-        bos_id, *_ = end_ids(folder, "bos", every)
-        eos_ids = end_ids(folder, "eos", every)
-        super().__init__(folder, token_bytes, special, added, bos_id, eos_ids)
-
-    def _encode_plain(self, text):
-        return self.pairs.encode(text)
-
-
 # --------------------------------------------------------------------------------------
 # Reading the files
 
@@ -138,10 +118,8 @@ def load_tokenizer(folder):
         raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
     if (folder / "tokenizer.model").exists():
         tokenizer = SentencePiece(folder / "tokenizer.model")
-    elif (folder / "tokenizer.json").exists():
-        tokenizer = ByteLevel(folder, **bpe_files.read_tokenizer_json(folder))
-    elif (folder / "vocab.json").exists():
-        tokenizer = ByteLevel(folder, **bpe_files.read_vocab_and_merges(folder))
+    elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        tokenizer = leaf("bpe").load(folder)
     else:
         raise InputError(
             f"{folder} has no tokenizer: copy the model's tokenizer.model, its tokenizer.json, or"

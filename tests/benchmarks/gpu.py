@@ -20,7 +20,7 @@ from benchmarks.gpu_common import Sizes
 from data import InputError
 from data.formats.files import make_writable_folder, write_json
 from data.run.report import provenance
-from data.settings.command_line import Parser
+from data.settings.flags import Parser
 
 PARTS = {  # name: (a function of the sizes that yields rows, its columns, seconds at most)
     "kernels": (gpu_kernels.kernels, "what shape rows us GB_per_s of_a_copy theirs_us", 90),

@@ -20,7 +20,7 @@ from benchmarks.gpu_common import (
 )
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from data.run.optim import make_optimizer
-from data.run.runs import Learner
+from data.run.run import Learner
 from qst import tune
 from train import prepare, side_config, train_step
 

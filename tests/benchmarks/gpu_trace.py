@@ -24,7 +24,7 @@ from benchmarks.common import ROOT
 from benchmarks.gpu_common import target, wait
 from benchmarks.gpu_steps import our_model, parse, random_ids
 from data.formats.hub import save_pretrained
-from data.run.runs import Learner
+from data.run.run import Learner
 from data.tasks import tiny
 from model import ModelConfig, Transformer
 from train import train_step, train_tiny_base

@@ -14,7 +14,7 @@ from benchmarks.common import ROOT, print_row, print_table
 from data import InputError
 from data.run import report
 from data.run.charts import COLOURS, bar_chart, line_chart
-from data.settings.command_line import Parser
+from data.settings.flags import Parser
 
 RUNS = {  # name: flags of train.py
     "qst": "", "alpha x 1": "--alpha_lr_factor 1", "released": "--variant released",

@@ -5,9 +5,9 @@ from itertools import islice
 import torch
 
 from benchmarks.common import print_row, print_table
-from data.frozen.channels import channel_statistics
+from data.frozen.hidden import channel_statistics
+from data.tasks.examples import collate
 from data.tokens.chat import load_template
-from data.tokens.padding import collate
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from train import load_task, parse_args, resolve

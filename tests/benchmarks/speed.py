@@ -8,7 +8,7 @@ import torch
 from benchmarks.common import (
     ROOT, alone, forget_peak, medians, print_row, print_table, resident, write_model,
 )
-from data.devices.memory import model_bytes
+from data.devices.device import model_bytes
 from model import PRESETS, ModelConfig, from_pretrained, quantize_folder
 from quant import quantize_4bit
 

@@ -9,8 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError
-from data.devices.choose import pick_dtype
-from data.devices.memory import activation_bytes, model_bytes
+from data.devices.device import activation_bytes, model_bytes, pick_dtype
 from data.run.optim import make_optimizer
 from data.settings.methods import METHODS, SIDE_METHODS
 from data.tasks import tiny

@@ -11,8 +11,7 @@ from conftest import shaken, small_base, small_config
 import train
 from data import InputError
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors
-from data.settings.methods import step_length
-from data.settings.variants import FAST
+from data.settings.methods import FAST, step_length
 from model import PRESETS, positions_and_mask, rotary_table
 from qst import QST
 from side import SideConfig, SideNetwork

@@ -10,11 +10,11 @@ from conftest import FAMILIES, each_family, shaken, small_base
 import qst
 import train
 from data import InputError
-from data.devices.memory import activation_bytes
+from data.devices.device import activation_bytes
+from data.generate.sampling import pad_left
 from data.run.optim import make_optimizer
-from data.run.runs import Learner
+from data.run.run import Learner
 from data.tasks import tiny
-from data.tokens.padding import pad_left
 from model import PRESETS, Transformer, count_weights, from_pretrained
 from qst import QST, tune
 from side import IN_BASE_METHODS, METHODS, SideConfig

@@ -9,7 +9,7 @@ from test_resume import METHODS, settings_of_a_short_run
 
 import train
 from data import InputError
-from data.tokens.padding import collate
+from data.tasks.examples import collate
 from train import TrainConfig
 
 

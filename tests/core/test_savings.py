@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from data import IGNORE_INDEX
-from data.devices.memory import activation_bytes
+from data.devices.device import activation_bytes
 from data.frozen.hidden import PackedInputFunction, pack_hidden, unpack_hidden
 from model import PRESETS, Transformer, _ChunkedLoss, token_loss
 from qst import QST

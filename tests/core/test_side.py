@@ -8,7 +8,7 @@ from conftest import shaken, small_base, small_config
 from torch.nn import functional as F
 
 from data import InputError
-from data.settings.variants import RELEASED
+from data.settings.methods import RELEASED
 from model import PRESETS, LayerNorm, count_weights, positions_and_mask, rotary_table
 from qst import QST
 from side import DOWNSAMPLERS, SideConfig, SideNetwork

@@ -14,9 +14,9 @@ import torch
 import qst
 import train
 from data import InputError
-from data.frozen.channels import channel_statistics
+from data.frozen.hidden import channel_statistics
+from data.run.log import TrainingLog
 from data.run.state import stop_signals
-from data.run.training_log import TrainingLog
 from data.tasks import tiny
 from data.tasks.examples import Task
 from data.tokens.chat import ChatTemplate

@@ -16,8 +16,8 @@ from test_resume import SETTINGS
 
 import train
 from data.devices import distributed
+from data.run.log import TrainingLog
 from data.run.state import RunState
-from data.run.training_log import TrainingLog
 from data.tasks import tiny
 from data.tasks.examples import count_targets, iteration_batches
 from qst import QST

@@ -12,7 +12,7 @@ from conftest import small_base
 from data.formats.hub import save_pretrained
 from data.frozen import prefix_cache
 from data.frozen.integers import quantize
-from data.tokens.padding import collate
+from data.tasks.examples import collate
 from model import from_pretrained
 from qst import QST
 from quant import BLOCK_SIZE, CODEBOOKS, Quantized4bit, plain_dequantize, quantize_4bit

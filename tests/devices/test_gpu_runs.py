@@ -11,10 +11,10 @@ from conftest import ROOT, shaken, short_run, small_base
 from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa: F401
 
 import train
-from data.devices.choose import to_device
-from data.run.runs import Learner
-from data.run.training_log import TrainingLog
-from data.tokens.padding import collate
+from data.devices.device import to_device
+from data.run.log import TrainingLog
+from data.run.run import Learner
+from data.tasks.examples import collate
 from model import from_pretrained
 from qst import QST, tune
 from side import SideConfig

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import train
 from data import InputError
-from data.devices.choose import pick_device, pick_dtype
+from data.devices.device import pick_device, pick_dtype
 from data.formats.files import write_json
 from data.formats.hub import save_pretrained
 from data.run import report

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import qst
 from data import InputError
 from data.devices import placement
-from data.frozen.channels import channel_statistics
+from data.frozen.hidden import channel_statistics
 from model import Transformer
 from qst import tune
 from quant import unpack_buffers

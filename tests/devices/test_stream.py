@@ -17,7 +17,7 @@ from conftest import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import InputError
-from data.devices.memory import model_bytes
+from data.devices.device import model_bytes
 from data.formats.hub import save_pretrained
 from model import Transformer, from_pretrained
 from qst import QST

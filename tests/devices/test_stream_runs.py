@@ -11,7 +11,7 @@ import qst
 import train
 from data import InputError
 from data.formats.safetensors import read_safetensors, write_safetensors
-from data.settings.command_line import run_main
+from data.settings.flags import run_main
 from data.tasks.scoring import choice_logits
 from model import from_pretrained
 from qst import QST, Beside

@@ -6,7 +6,7 @@ from conftest import small_base
 from torch.nn import functional as F
 
 from data import InputError
-from data.settings.variants import RELEASED
+from data.settings.methods import RELEASED
 from model import rotary_table
 from qst import QST, import_released
 from side import SideConfig

@@ -10,7 +10,7 @@ from test_resume import cfg, one_thread  # noqa: F401
 import train
 from data import IGNORE_INDEX
 from data.frozen import prefix_cache
-from data.tokens.padding import collate
+from data.tasks.examples import collate
 from model import quantize_folder
 from qst import tune
 from quant import Linear4bit

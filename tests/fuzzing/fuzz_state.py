@@ -9,7 +9,7 @@ from conftest import small_config
 from data import InputError
 from data.formats.safetensors import read_header
 from data.run import state
-from data.run.training_log import TrainingLog
+from data.run.log import TrainingLog
 from side import SideConfig, SideNetwork
 from train import TrainConfig
 

@@ -5,8 +5,7 @@ import torch
 from conftest import FAMILIES, VARIANTS, each_family, shaken, small_base
 
 from data import InputError
-from data.generate.sampling import KVCache, sample
-from data.tokens.padding import pad_left
+from data.generate.sampling import KVCache, pad_left, sample
 from model import positions_and_mask
 from qst import QST
 from side import SideConfig

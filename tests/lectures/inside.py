@@ -20,15 +20,14 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from data import InputError  # noqa: E402
-from data.devices.memory import activation_bytes  # noqa: E402
+from data.devices.device import activation_bytes  # noqa: E402
 from data.formats.files import make_writable_folder  # noqa: E402
 from data.formats.hub import save_pretrained  # noqa: E402
 from data.run.charts import bar_chart, line_chart  # noqa: E402
-from data.run.runs import Learner  # noqa: E402
-from data.settings.command_line import run_main  # noqa: E402
+from data.run.run import Learner  # noqa: E402
+from data.settings.flags import run_main  # noqa: E402
 from data.tasks import tiny  # noqa: E402
-from data.tasks.examples import iteration_batches  # noqa: E402
-from data.tokens.padding import collate  # noqa: E402
+from data.tasks.examples import collate, iteration_batches  # noqa: E402
 from side import DOWNSAMPLERS  # noqa: E402
 
 LANES = "inside of the base", "h_f, for a downsampler", "inside of the side network"

@@ -18,7 +18,7 @@ from account import (  # noqa: E402
     Live, about, config_of, memory_report, parse_args, settings_of_step,
 )
 from data.run.charts import line_chart  # noqa: E402
-from data.settings.command_line import run_main  # noqa: E402
+from data.settings.flags import run_main  # noqa: E402
 from data.settings.methods import METHODS  # noqa: E402
 from model import count_weights  # noqa: E402
 

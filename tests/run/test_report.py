@@ -8,7 +8,7 @@ from conftest import small_config
 
 from data.run import report
 from data.run.charts import line_chart
-from data.run.training_log import TrainingLog, mixing
+from data.run.log import TrainingLog, mixing
 from side import SideConfig, SideNetwork
 from train import TrainConfig
 

@@ -18,7 +18,7 @@ from conftest import ROOT
 import train
 from data import InputError
 from data.run import state
-from data.run.training_log import TrainingLog
+from data.run.log import TrainingLog
 from data.tasks import tiny
 from train import TrainConfig
 

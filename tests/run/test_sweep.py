@@ -14,7 +14,7 @@ from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
 from data import InputError
-from data.devices.memory import activation_bytes
+from data.devices.device import activation_bytes
 from data.tasks.scoring import choice_logits
 from model import PRESETS, quantize_folder
 from qst import Beside, read_side, tune

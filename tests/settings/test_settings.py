@@ -10,8 +10,8 @@ import qst
 import train
 from data import InputError
 from data.formats.files import write_json
-from data.settings.command_line import run_main
-from data.settings.variants import RELEASED
+from data.settings.flags import run_main
+from data.settings.methods import RELEASED
 from side import METHODS, SideConfig
 from train import TrainConfig
 

@@ -8,10 +8,9 @@ import torch
 from conftest import FAMILIES, shaken, small_base
 
 from data import IGNORE_INDEX, InputError
-from data.tasks.examples import batches, iteration_batches, label, prefetch, split
+from data.tasks.examples import batches, collate, iteration_batches, label, prefetch, split
 from data.tasks.glue import ANSWER, FORMS
 from data.tasks.scoring import choice_logits, mean_loss, word_ids
-from data.tokens.padding import collate
 from data.tokens.tokenizer import load_tokenizer
 from model import token_loss
 from qst import QST, Beside

@@ -1,4 +1,4 @@
-"""What a run of train.py has: what learns, how, and what it leaves. A sweep has several at once."""
+"""A run of train.py: a model, the optimizer that trains it, and what it leaves in --out_dir."""
 
 import math
 from dataclasses import asdict
@@ -7,37 +7,40 @@ from pathlib import Path
 import torch
 
 from data.devices import distributed
-from data.devices.memory import peak_memory
+from data.devices.device import peak_memory
 from data.formats.files import write_json
+from data.run.log import TrainingLog
 from data.run.optim import make_optimizer
 from data.run.state import RunState, remove_earlier_run
-from data.run.training_log import TrainingLog
-from data.settings.setting import SETTINGS_FILE
+from data.settings.flags import SETTINGS_FILE
 from data.tasks.examples import examples_fingerprint
 
 
-class Learner:
-    """A model with the optimizer that steps it, and the scaler of fp16."""
+class Run:
+    """A model with its optimizer, and from `keep_files` on with the files of its out_dir.
+
+    A sweep has several runs, with one base. result: what result.json will contain
+    """
 
     def __init__(self, model, cfg):
         self.model, self.cfg, self.optimizer = model, cfg, make_optimizer(model, cfg)
-        self.hidden, self.loss_of, self.device = model.hidden, model.loss_of, model.device
-        if cfg.compile:  # up to the loss, which takes as many tokens as have a target
-            self.hidden = torch.compile(model.hidden, dynamic=True)
         half = getattr(model, "base", model).embed_tokens.weight.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
         self.losses = []  # of the batches since the last step
 
-    def learn(self, h, targets, share):
-        """Add the gradient of a batch, with its share of the loss. h: what `hidden` made of it"""
-        loss = self.loss_of(h, targets) * share
+    # A step
+
+    def backward(self, h, targets, share):
+        """Add the gradient of a batch. h: what `hidden` returned; share: of the step's targets"""
+        loss = self.model.loss_of(h, targets) * share
         self.scaler.scale(loss).backward()
         self.losses.append(loss.detach())
 
     def step(self, learning_rate):
-        """Clip, and step. A step with a NaN or infinity is left out.
+        """Clip the gradients and step. A step with a NaN or an infinite value is left out.
 
-        returns the mean loss of a token, and whether the step was taken: tensors, not waited for
+        returns the mean loss of a token, and whether the step was taken. Both are tensors on the
+        device: nothing waits for their values.
         """
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
@@ -52,40 +55,34 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.cfg.grad_clip or math.inf)
         taken = (total + norm).isfinite()
         if not self.scaler.is_enabled():
-            # An optimizer skips its step where found_inf is 1 (in fp16 the scaler tells it).
+            # An optimizer skips its step where found_inf is 1. In fp16 the scaler sets it.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, 1 - taken.float()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, taken
 
+    # The files
 
-class Run(Learner):
-    """A `Learner` that leaves files in its out_dir, and goes on from them.
+    def keep_files(self, task, result, shown):
+        """Name the files of out_dir. Nothing is written yet.
 
-    result: what result.json is to have
-    shown: whether it has a progress bar, which of several runs the first alone has
-    """
-
-    def __init__(self, model, cfg, task, result, shown):
-        super().__init__(model, cfg)
-        self.out_dir, self.result = Path(cfg.out_dir), result
+        shown: whether the run has a progress bar; of several runs only the first one has
+        """
+        self.out_dir, self.result = Path(self.cfg.out_dir), result
         self.first = distributed.rank() == 0  # the process that writes
-        self.log = TrainingLog(self.out_dir if self.first else None, cfg, model.device, shown)
-        about = dict(base=model.fingerprint, data=examples_fingerprint(task.train + task.held_out))
-        self.state = RunState(
-            self.out_dir, asdict(cfg) | about, model.side, self.optimizer, self.scaler, self.log
-        )
-
-    def evaluated(self, held_out_loss):
-        """Note a loss on the held-out examples; keep the best side network that has learned."""
-        if self.log.evaluated(held_out_loss) and self.first:
-            self.model.save_side(self.out_dir)
+        folder = self.out_dir if self.first else None
+        self.log = TrainingLog(folder, self.cfg, self.model.device, shown)
+        examples = examples_fingerprint(task.train + task.held_out)
+        about = asdict(self.cfg) | dict(base=self.model.fingerprint, data=examples)
+        parts = self.model.side, self.optimizer, self.scaler, self.log
+        self.state = RunState(self.out_dir, about, *parts)
+        return self
 
     def begin(self, files):
-        """Make room in out_dir, unless the run goes on, and leave the settings for --resume.
+        """Make room in out_dir, unless the run continues, and write the settings for --resume.
 
-        files: an `ExitStack`, which closes the log's
+        files: an `ExitStack`, which closes the log's files
         """
         if self.first and not self.log.iteration:
             remove_earlier_run(self.out_dir)
@@ -93,35 +90,43 @@ class Run(Learner):
             write_json(self.out_dir / SETTINGS_FILE, asdict(self.cfg))
         files.enter_context(self.log)
 
-    def stepped(self, loss, taken, batches, wait):
+    def record_evaluation(self, held_out_loss):
+        """Note a held-out loss. Save the side network if it is the best one so far."""
+        if self.log.evaluated(held_out_loss) and self.first:
+            self.model.save_side(self.out_dir)
+
+    def record_step(self, loss, taken, batches, wait):
         """Note an iteration; see `TrainingLog.stepped`."""
         tokens = distributed.size() * sum(idx.numel() for idx, *_ in batches)
-        cached = getattr(self.model.base.source, "is_read", False)  # from --cache_hidden
+        cached = getattr(self.model.base.source, "is_read", False)  # by --cache_hidden
         return self.log.stepped(loss, taken, tokens, wait, cached)
 
     def write(self, save):
-        """Show the iteration, and write it down; save: whether to go on from it, too"""
+        """Show the iteration and write it to the log. save: write the state for --resume, too"""
         self.log.write(self.learning_rate, self.model.side)
         if save and not self.error:
             self.state.save()
 
     @property
     def error(self):
-        return self.log.error
+        """Why the run has ended before its last iteration; None while all is well."""
+        return self.result.get("error") or self.log.error
 
     @property
     def interrupted(self):
         return self.log.iteration < self.cfg.max_iters
 
     def end(self):
-        """Keep the last side network, load the best one, and fill in `result`."""
+        """Save the last side network, load the best one, and fill in `result`."""
         log = self.log
         if self.error:
-            self.result = dict(error=self.error)
+            error = self.error
+            self.result.clear()
+            self.result["error"] = error
             return
         if self.first:
             self.model.save_side(self.out_dir / "last")
-        distributed.join([None])  # the others wait for the files
+        distributed.join([None])  # the other processes wait for the files
         if log.best_iteration:
             self.model.load_side(self.out_dir)
         self.result |= log.speed() | dict(

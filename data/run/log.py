@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from data.devices.memory import peak_memory, show_bytes
+from data.devices.device import peak_memory, show_bytes
 from data.formats.fields import TEXT, Kind, either, list_of, whole
 from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name

@@ -1,0 +1,112 @@
+"""Which device and dtype to compute with, and how many bytes a model, a step and a run take."""
+
+import os
+import sys
+import weakref
+
+import torch
+
+from data import InputError
+from data.formats.fields import shown
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+def device_of(module):
+    return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))
+
+
+def to_device(tensor, device):
+    """Copy a tensor; from a CPU to a GPU without a wait, which takes pinned memory."""
+    if device.type == "cuda" and tensor.is_cpu:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def pick_device(name):
+    """A flag's value -> a torch device; "auto" is a GPU where there is one, and of processes that
+    torchrun has started each takes its own."""
+    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if gpus else "mps" if mps else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
+        known = "auto, cuda, cuda:1, mps or cpu"
+        raise InputError(f"--device {shown(name)} is unknown: choose {known}.")
+    if kind == "cuda" and not gpus or kind == "mps" and not mps:
+        raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
+    if kind == "cuda" and int(number or 0) >= gpus:
+        raise InputError(f"--device {name}: there are {gpus} GPUs here, from cuda:0 on.")
+    if name == "cuda":
+        name = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % gpus}"
+    return torch.device(name)
+
+
+def pick_dtype(name, device):
+    """A flag's value -> a torch dtype; "auto" is bf16 on an NVIDIA GPU, and fp32 elsewhere."""
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if name == "auto":
+        return torch.bfloat16 if device.type in ("cuda", "meta") else torch.float32
+    if name not in names:
+        raise InputError(f"--dtype {shown(name)} is unknown: choose auto, {', '.join(names)}.")
+    if device.type == "mps" and name == "bf16":
+        raise InputError("--dtype bf16 is not for an Apple GPU here: give fp16 or fp32.")
+    return names[name]
+
+
+# --------------------------------------------------------------------------------------
+# Memory
+
+
+def show_bytes(n):
+    """1.2 GB, 3.4 MB, ... (powers of ten)"""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n >= size:
+            return f"{n / size:.1f} {unit}"
+    return f"{n} bytes"
+
+
+def peak_memory(device):
+    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU; 0 where
+    neither is known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def model_bytes(module):
+    """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
+    tensors = [*module.parameters(), *module.buffers()]
+    return sum({id(t): t.nbytes for t in tensors}.values())
+
+
+def activation_bytes(model, idx, targets, source=None):
+    """Bytes that a forward pass keeps for the backward pass, each storage counted once.
+
+    The model's own weights are not counted, nor what it makes and drops again.
+    source: of the base's hidden states, for a `QST`
+    """
+    return loss_and_kept(model, idx, targets, source)[1]
+
+
+def loss_and_kept(model, idx, targets, source=None):
+    """The loss, and its `activation_bytes`."""
+    options = {"source": source} if source else {}
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model.loss_of(model.hidden(idx, **options), targets)
+    return loss, sum(storage.nbytes() for storage in kept.values())

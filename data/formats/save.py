@@ -1,0 +1,35 @@
+"""Write a model as a folder of the Hugging Face Hub: config.json and model.safetensors."""
+
+from pathlib import Path
+
+from data import leaf
+from data.formats import config_json
+from data.formats.files import write_json
+from data.formats.hub import their_name
+from data.formats.safetensors import write_safetensors
+from quant import Linear4bit, Quantized4bit
+
+
+def save_pretrained(model, folder):
+    """Write a model as a Hugging Face folder, in the dtype of its weights; packed weights as
+    bitsandbytes stores them, which transformers reads too."""
+    c, tensors = model.config, {}
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    written = config_json.to_theirs(c) | dict(torch_dtype=dtype)
+    for path, module in model.named_modules():
+        if isinstance(module, Quantized4bit):
+            continue  # written with its layer
+        prefix = "" if path == "lm_head" else "model."
+        own = dict(module.named_parameters(recurse=False))
+        own |= dict(module.named_buffers(recurse=False))
+        if isinstance(module, Linear4bit):
+            own = {} if module.bias is None else {"bias": module.bias}
+            name = prefix + their_name(c.family, f"{path}.weight")
+            tensors |= leaf("bnb").weight_fields(name, module.weight, dtype)
+            written["quantization_config"] = leaf("bnb").settings(module.weight.kind, dtype)
+        if path == "lm_head" and c.tied:
+            continue
+        for attribute, tensor in own.items():
+            tensors[prefix + their_name(c.family, f"{path}.{attribute}")] = tensor
+    write_safetensors(Path(folder) / "model.safetensors", tensors)
+    write_json(Path(folder) / "config.json", written)

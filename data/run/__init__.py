@@ -1,2 +1,0 @@
-"""What happens in a run and what it leaves: optimizer, log, pictures, checkpoint, state, sweep,
-report."""

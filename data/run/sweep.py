@@ -1,0 +1,156 @@
+"""--sweep: train or evaluate several side networks with one pass of the frozen base.
+
+    settings_of_runs   the settings of each run
+    SideNetworks       several side networks that read one stream of hidden states, as one
+    conclude           the table of the runs, the best first
+"""
+
+import itertools
+import math
+from dataclasses import asdict, fields, replace
+from itertools import accumulate
+from pathlib import Path
+
+from data import InputError
+from data.formats.files import write_json
+from data.run.charts import line_chart
+from data.run.report import SCORES
+from data.settings.flags import refuse_if, true_or_false
+from data.settings.methods import SIDE_METHODS
+
+# What --sweep may vary beside the settings of the side network. What changes the base, the batches
+# or when to evaluate may not vary.
+ALSO = (
+    "rank learning_rate alpha_lr_factor lr_schedule warmup_iters weight_decay beta1 beta2"
+    " grad_clip optimizer optimizer_bits checkpoint seed"
+).split()
+
+
+def settings_of_runs(given, cfg, resolve):
+    """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
+
+    given, cfg: settings before and after `resolve`
+    """
+    own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
+    if cfg.eval_only:
+        own = [f for f in fields(cfg) if f.name == "side"]
+    kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
+    axes = []
+    for word in cfg.sweep.split():
+        name, _, values = word.partition("=")
+        if name not in kinds or not values:
+            raise InputError(
+                f"--sweep {word}: it takes NAME=VALUE,VALUE ..., apart by spaces. What leaves the "
+                f"base and the batches as they are can be a NAME: {', '.join(kinds)}."
+            )
+        try:
+            axes.append([(name, kinds[name](value)) for value in values.split(",")])
+        except ValueError:
+            message = f"not all of these are values of {name}; after a comma comes no space"
+            raise InputError(f"--sweep {word}: {message}.") from None
+    runs = {}
+    for row in itertools.product(*axes):
+        name = ",".join(f"{name}={value}" for name, value in row)
+        if name in runs:
+            raise InputError(f"--sweep has {name} twice.")
+        out_dir = str(Path(cfg.out_dir) / name.replace("/", "_"))
+        same = dict(sweep="", data_seed=cfg.data_seed, out_dir=out_dir)
+        runs[name] = resolve(replace(given, **same | dict(row)))
+    if cfg.eval_only:
+        check_sides(list(runs.values()))
+    return runs
+
+
+def check_sides(runs):
+    """Refuse side checkpoints that cannot read one stream of the same base and the same prompts."""
+    first = runs[0]
+    for run in runs:
+        differ = [n for n in ("quant", "head", "n_labels", "shots", "preamble")
+                  if getattr(run, n) != getattr(first, n)]
+        refuse_if(
+            (run.method not in SIDE_METHODS or run.repair,
+             f"--side {run.side} changes the base (--method {run.method}, --repair {run.repair}): "
+             "evaluate it alone, without --sweep"),
+            (differ, f"--side {run.side} has another {', '.join(differ)} than {first.side}: "
+             "evaluate each alone, without --sweep"),
+        )
+
+
+class SideNetworks:
+    """Side networks that read one stream of hidden states, with the methods of one `SideNetwork`.
+    What is a tensor of one side network is a list here."""
+
+    def __init__(self, sides):
+        self.sides = sides
+        self.every = math.gcd(*(side.every for side in sides))
+        self.n_layer = sides[0].n_layer * sides[0].every // self.every
+        self.starts = [0, *accumulate(side.n_layer for side in sides)]  # of each one's caches
+
+    def new_cache(self, max_len):
+        return [cache for side in self.sides for cache in side.new_cache(max_len)]
+
+    def rotary_table(self, positions, dtype):
+        return [side.rotary_table(positions, dtype) for side in self.sides]
+
+    def start(self, h_f):
+        return [side.start(h_f) for side in self.sides]
+
+    def step(self, i, h_f, h_g, mask, rope, caches=None):
+        """Side networks with a larger `every` leave out some of the steps."""
+        for k, side in enumerate(self.sides):
+            own_step, rest = divmod(i * self.every, side.every)
+            if not rest:
+                own = caches and caches[self.starts[k] : self.starts[k + 1]]
+                h_g[k] = side.step(own_step, h_f, h_g[k], mask, rope[k], own)
+        return h_g
+
+    def mix(self, h_f, h_g):
+        return [side.mix(h_f, h) for side, h in zip(self.sides, h_g)]
+
+
+class Copies:
+    """A source of hidden states that have a base's sizes and take no work. What a step keeps does
+    not depend on their values."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def states(self, idx, keep=None, cache=None, every=1):
+        x = next(self.base.states(idx))
+        for _ in range(self.base.config.n_layer // every + 2):  # with the embedding and the last
+            yield x.clone()
+
+
+def conclude(cfg, runs, results):
+    """Print and return the table of a sweep: a row for each run, the best first.
+
+    runs, results: {name: settings}, {name: result}
+    """
+    rows, end = [], "" if cfg.eval_only else "_after"
+    for name, settings in runs.items():
+        result = results[name]
+        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get(f"loss{end}"))
+        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
+        scores = [f"{score}{end}" for score in SCORES]
+        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
+    rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
+    best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
+    table = dict(runs=rows, best=best, config=asdict(cfg))
+    if all("error" in row for row in rows):
+        raise InputError(f"No run of the sweep has ended well. The first: {rows[0]['error']}")
+    write_json(Path(cfg.out_dir) / "sweep.json", table)
+    curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
+    curves = {str(place): curve for place, curve in enumerate(curves, 1)}
+    if not cfg.eval_only:
+        line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
+    width = max(len(row["settings"]) for row in rows)
+    scores = [score for score in SCORES if f"{score}{end}" in rows[0]]
+    print(f"\n      {'':{width}}  held-out loss", *scores)
+    for i, row in enumerate(rows, 1):
+        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
+        loss = row.get("error", loss)
+        values = [f"{row.get(f'{score}{end}', math.nan):>{len(score)}.1%}" for score in scores]
+        print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
+    if best:
+        print(f"\nThe best is in {best!r}.")
+    return table

@@ -1,0 +1,186 @@
+"""Settings: a dataclass whose fields say what they are and what they may be, and become flags.
+
+    setting         make a field: its default, its help text, its choices and bounds
+    check           refuse values that the fields do not allow
+    from_table      make the dataclass from a table in a file, strictly
+    parse_settings  make the dataclass from the command line, --config and --resume
+    run_main        run a program, and print a user's mistake in one line
+"""
+
+import argparse
+import operator
+import re
+import sys
+from dataclasses import field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import torch
+
+from data import InputError
+from data.devices import distributed
+from data.formats.fields import (
+    NAME, NEEDED, TABLE, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole,
+)
+from data.formats.fields import field as field_of_file
+from data.formats.files import read_json
+
+BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
+
+
+def setting(default, help, choices=(), of=None, flag=True, text=None, **bounds):
+    """A field of a dataclass of settings: its default, its line in --help, and what it may be.
+
+    of: the only methods that read it, if not all do; flag: whether it is one
+    text: what it may be in a file (formats/fields.py), if that is more than others may be there
+    bounds: names of BOUNDS
+    """
+    if choices:
+        help += f" ({', '.join(map(str, choices))})"
+    metadata = dict(help=help, choices=choices, of=of, flag=flag, text=text, bounds=bounds)
+    return field(default=default, metadata=metadata)
+
+
+def check(settings):
+    """Refuse values that their fields do not allow; None is a default that is not filled in yet."""
+    for f in fields(settings):
+        value, choices = getattr(settings, f.name), f.metadata["choices"]
+        bounds = f.metadata["bounds"]
+        if value is not None and choices and value not in choices:
+            known = ", ".join(map(str, choices))
+            raise InputError(f"--{f.name} {shown(value)} is unknown: choose {known}.")
+        if value == "" and f.default is None:
+            raise InputError(f"--{f.name} is empty: give a value, or leave it out.")
+        for bound, limit in bounds.items() if value is not None else ():
+            if not BOUNDS[bound](value, limit):
+                raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
+
+
+def default_out_dir(eval_only=False):
+    """Where a run of train.py leaves its files, if --out_dir does not say."""
+    return "out-eval" if eval_only else "out"
+
+
+def from_table(kind, where, table, optional=(), text=NAME):
+    """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
+    bounds; only those that are optional may be left out. text: what a text may be"""
+    own = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(table) - set(own)):
+        names = first_few(unknown)
+        raise InputError(f"{where}: config has {names}, which this code does not know: update it.")
+    absent = lambda f: f.default if f.name in optional else NEEDED
+    read = lambda f: field_of_file(where, table, f"config.{f.name}", kind_of(f, text), absent(f))
+    return kind(**{name: read(f) for name, f in own.items()})
+
+
+def kind_of(f, text=NAME):
+    """What a setting may be, in a file."""
+    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
+    if choices:
+        return one_of(*choices)
+    numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
+    text = f.metadata["text"] or text
+    kinds = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}
+    return kinds[f.type]
+
+
+def check_used(settings, methods):
+    """Refuse flags that the chosen method ignores. methods: the names of all"""
+    for f in fields(settings):
+        readers = f.metadata["of"] or methods
+        if settings.method not in readers and getattr(settings, f.name) != f.default:
+            readers = " and ".join(readers)
+            raise InputError(f"--{f.name} is of --method {readers}, and not of {settings.method}.")
+
+
+def refuse_if(*rows):
+    """Raise the sentence of the first (is it so?, sentence) that is so."""
+    for so, sentence in rows:
+        if so:
+            raise InputError(sentence + ".")
+
+
+SETTINGS_FILE = "settings.json"  # which a run leaves in its --out_dir when it begins
+
+
+def true_or_false(text):
+    return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
+
+
+# --------------------------------------------------------------------------------------
+# The command line
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags in full, and a mistake in one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--\w+)", message)
+        near = unknown and get_close_matches(unknown[1], self._option_string_actions, 1)
+        message += f" (did you mean {near[0]}?)" if near else ""
+        message = message if len(message) < 300 else message[:300] + "..."
+        sys.exit(f"error: {message}; --help lists the flags")
+
+
+def run_main(main):
+    """Run a command line's `main`; the user's mistake is one line, ours a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        if number := distributed.rank():  # whose own output is off
+            print(f"error in process {number}: {error}", file=sys.__stderr__)
+            sys.exit(1)
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: The GPU has no more memory: give a shorter text, or --quant nf4.")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # a CPU has no exception of its own for it
+            raise
+        advice = "lower --batch_size, or leave the layers of a 4-bit folder on disk (--stream)"
+        sys.exit(f"error: The machine has no more memory: {advice}.")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+
+
+def add_flags(parser, settings, shown_defaults=()):
+    """Add a flag for each field of a dataclass of settings.
+
+    shown_defaults: {field: default to show in --help} for those that depend on something
+    """
+    for f in fields(settings):
+        if not f.metadata["flag"]:
+            continue
+        flag = dict(type=true_or_false, nargs="?", const=True)
+        kind = flag if f.type is bool else dict(type=f.type)
+        default = dict(shown_defaults).get(f.name, f.default)
+        known = "" if default in (None, "") else f" (default: {default})"  # else the help has it
+        help = (f.metadata["help"] + known).replace("%", "%%")
+        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+
+
+def parse_settings(parser, kind, argv, shown_defaults=()):
+    """The command line as a dataclass of settings. --config FILE gives them too, as a table or in a
+    run's result.json, and --resume those of the run in --out_dir; flags count more, and what the
+    method does not read is left out."""
+    add_flags(parser, kind, shown_defaults)
+    parser.add_argument("--config", help="a file of settings, such as a run's result.json; flags "
+        "on the command line count more")
+    given = parser.parse_args(argv)
+    path = given.config
+    if path is None and vars(given).get("resume"):
+        path = Path(given.out_dir or default_out_dir()) / SETTINGS_FILE
+        path = path if path.exists() else None
+    if path is not None:
+        table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")
+        own = {f.name: f for f in fields(kind)}
+        table = field_of_file(path, table, "config", TABLE, table)
+        found = vars(from_table(kind, path, table, own, TEXT))
+        parser.set_defaults(method=found["method"])
+        method = parser.parse_args(argv).method
+        readers = lambda name: own[name].metadata["of"] or (method,)
+        parser.set_defaults(**{n: v for n, v in found.items() if method in readers(n)})
+    args = vars(parser.parse_args(argv))
+    return kind(**{name: value for name, value in args.items() if name != "config"})

@@ -1,1 +1,0 @@
-"""What a model learns and is scored by: one file a task, and what they share."""
