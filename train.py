@@ -22,13 +22,15 @@ import torch
 
 from data import TASKS, InputError, leaf
 from data.devices import distributed
-from data.devices.device import model_bytes, to_device
+from data.devices.device import to_device
 from data.formats.files import make_writable_folder, write_json
 from data.frozen.hidden import channel_statistics
 from data.frozen.sources import first_device, load_base
 from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
-from data.run.report import conclude, introduce, keep_result, memory_advice, progress, sizes
+from data.run.report import (
+    compared, conclude, introduce, keep_result, memory_advice, progress, sizes,
+)
 from data.run.run import Run
 from data.run.state import only_run_in, stop_signals
 from data.settings import contradictions
@@ -178,13 +180,14 @@ def settings_of_side(cfg):
 # Training
 
 
-def train_step(models, runs, batches, iteration):
+def train_step(runs, batches, iteration, models=None):
     """One iteration of all runs: accumulate gradients, clip, step.
 
-    models: a `Beside` of the runs' models
     batches: [(idx, targets, share), ...], as `iteration_batches` yields them
+    models: a `Beside` of the runs' models, if there is one already
     returns for each run the mean loss of a token, and whether the step was taken; see `Run.step`
     """
+    models = models or beside(runs)
     for idx, targets, share in batches:
         states = models.compute(to_device(idx, models.device))
         for run in runs:  # a run's graph is freed after its turn
@@ -221,7 +224,7 @@ def fit(runs, task, cfg):
                 models = beside(active, cfg.compile)
             for run in active:
                 run.log.begin()
-            results = train_step(models, active, batches, iteration) if active else []
+            results = train_step(active, batches, iteration, models) if active else []
             must_evaluate = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             must_show = cfg.samples_interval and iteration % cfg.samples_interval == 0
             # Whether the losses have been read back from the device: not in every iteration.
@@ -268,25 +271,25 @@ def beside(runs, compiled=False):
 # A run: base, task, model
 
 
-def train_tiny_base(tokenizer):
+def make_tiny_base(folder):
     """Train a LLaMA of a million weights on the stories of data/tasks/tiny.py, on the CPU."""
     tiny = leaf("tiny")
     cfg = TrainConfig(**tiny.BASE_RUN)
-    torch.manual_seed(cfg.seed)
-    config = ModelConfig(
-        tokenizer.vocab_size, **tiny.BASE, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id
-    )
-    model = Transformer(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            torch.nn.init.normal_(parameter, std=0.04)
-    rows = iteration_batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, 1, cfg.seed)
-    run = Run(model, cfg)
-    bar = progress(range(1, cfg.max_iters + 1), "base model, once")
-    for iteration in bar:
-        ((loss, _),) = train_step(beside([run]), [run], next(rows), iteration)
-        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-    return model
+    with tiny.new_base(folder) as unfinished:
+        tokenizer = load_tokenizer(unfinished)
+        ids = dict(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+        torch.manual_seed(cfg.seed)
+        model = Transformer(ModelConfig(tokenizer.vocab_size, **tiny.BASE, **ids))
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.04)
+        rows = iteration_batches(tiny.pretraining_examples(tokenizer), cfg.batch_size, 1, cfg.seed)
+        run = Run(model, cfg)
+        bar = progress(range(1, cfg.max_iters + 1), "base model, once")
+        for iteration in bar:
+            ((loss, _),) = train_step([run], next(rows), iteration)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        leaf("save").save_pretrained(model, unfinished)
 
 
 def load_task(cfg, tokenizer, config):
@@ -316,6 +319,11 @@ def make_model(cfg, base, task, measure=channel_statistics):
         new = dict(n_labels=task.n_labels, task=cfg.task if task.n_labels else "")
         model = tune(base, replace(side_config(cfg), **new))
         model.calibrate(tuple(tuple(ids) for ids, _ in task.train[:64]), measure)
+    return prepare(model, cfg)
+
+
+def prepare(model, cfg):
+    """Set what backward keeps, and put each part where it runs; returns the model."""
     if cfg.devices:
         leaf("placement").follow(model)
     model.chunk_loss = cfg.chunk_loss
@@ -347,7 +355,7 @@ def train(settings, base, task, folder, cfg):
             torch.manual_seed(own.seed)
             make_writable_folder(own.out_dir, "--out_dir")
             model = make_model(own, base, task, measure)
-            result |= weights(model)
+            result |= sizes(model, count_weights(model.config))
             runs.append(Run(model, own).keep_files(task, result, shown=not runs))
     if not runs:
         return results
@@ -364,18 +372,6 @@ def train(settings, base, task, folder, cfg):
     return results
 
 
-def compared(before, after, name):
-    """The scores before and after training, as result.json has them."""
-    old, new = (score.pop("samples", []) for score in (before, after))
-    old = old or [sample | {"answer": None} for sample in new]  # no base to ask
-    samples = [one | {name: other["answer"]} for one, other in zip(old, new)]
-    found = dict(examples=after.pop("examples"), samples=samples)
-    before.pop("examples", None)
-    for end, score in ("_before", before), ("_after", after):
-        found |= {metric + end: value for metric, value in score.items()}
-    return found
-
-
 def evaluate(settings, base, task, cfg):
     """The scores of each --side, or of the base, and the loss where it is not one of them."""
     models = Beside([make_model(own, base, task) for own in settings])
@@ -383,11 +379,7 @@ def evaluate(settings, base, task, cfg):
     if task.held_out and "loss" not in results[0]:
         losses = mean_loss(models, task.held_out, cfg.batch_size, "loss")
         results = [result | {"loss": loss} for result, loss in zip(results, losses)]
-    return [result | weights(model) for result, model in zip(results, models.models)]
-
-
-def weights(model):
-    return sizes(model, count_weights(model.config)) | dict(weights_bytes=model_bytes(model))
+    return [result | sizes(model, count_weights(model.config)) for result, model in zip(results, models.models)]
 
 
 def main(cfg):
@@ -406,9 +398,8 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in(cfg.out_dir):
-        folder = Path(cfg.base) if cfg.base else distributed.first_makes(
-            lambda: leaf("tiny").base_folder(train_tiny_base, leaf("save").save_pretrained)
-        )
+        made = cfg.base or distributed.first_makes(leaf("tiny").base_folder)
+        folder = Path(made)
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         settings = [replace(own, preamble=task.preamble) for own in settings]

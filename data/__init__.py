@@ -26,7 +26,6 @@ LEAVES = TASKS | {
     "sweep": "run.sweep",  # --sweep
     "muon": "run.muon",  # --optimizer muon
     "adamw8bit": "run.adamw8bit",  # --optimizer_bits 8
-    "format_1": "run.format_1",  # side checkpoints of older commits
     "prefix_cache": "frozen.prefix_cache",  # a prefix that all examples share is computed once
     "hidden_cache": "frozen.hidden_cache",  # --cache_hidden
     "repair": "frozen.repair",  # --repair

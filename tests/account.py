@@ -26,7 +26,7 @@ from data.devices.device import loss_and_kept, model_bytes, pick_dtype  # noqa: 
 from data.devices.stream import Stream  # noqa: E402
 from data.formats.files import write_json  # noqa: E402
 from data.frozen.hidden import pack_hidden  # noqa: E402
-from data.run.charts import bar_chart  # noqa: E402
+from benchmarks.charts import bar_chart  # noqa: E402
 from data.run.optim import make_optimizer, optimizer_bytes  # noqa: E402
 from data.run.sweep import settings_of_runs  # noqa: E402
 from data.settings.flags import Parser, parse_settings, run_main, setting  # noqa: E402

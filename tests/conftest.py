@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 # Of models this small two threads compute no faster, and where there is other work they wait for
 # each other; set before torch is loaded, here and in the processes that tests start.
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [str(path.parent) for path in sorted(ROOT.glob("tests/*/test_*.py"))]  # tests share samples
 sys.path[:0] = [str(ROOT), *dict.fromkeys(ROOMS)]
 
-from data.run.run import Learner  # noqa: E402
+from data.run.run import Run  # noqa: E402
 from data.settings.methods import FAST, RELEASED  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import ModelConfig, Transformer, quantize_folder  # noqa: E402
@@ -84,14 +85,16 @@ def shaken(model, seed=1):
     return model
 
 
-def learner_of(loss_of, optimizer, scaler, cfg, rate):
-    """A `Learner` with a function of (idx, targets) in place of a model, and a constant rate."""
-    one = Learner.__new__(Learner)
-    one.hidden, one.loss_of, one.losses = (lambda idx: idx), loss_of, []
-    one.optimizer, one.scaler, one.device = optimizer, scaler, torch.device("cpu")
-    one.cfg = replace(cfg, learning_rate=rate, warmup_iters=0, max_iters=9,
-                      lr_schedule="constant")
-    return one
+def run_of(loss_of, optimizer, scaler, cfg, rate):
+    """A `Beside` and a `Run` with a function of (idx, targets) in place of a model, and a constant
+    learning rate."""
+    models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"))
+    run = Run.__new__(Run)
+    run.model, run.losses = SimpleNamespace(loss_of=loss_of), []
+    run.optimizer, run.scaler = optimizer, scaler
+    constant = dict(warmup_iters=0, max_iters=9, lr_schedule="constant")
+    run.cfg = replace(cfg, learning_rate=rate, **constant)
+    return models, run
 
 
 def say(*lines):
@@ -174,7 +177,7 @@ def no_answers(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """A folder as from the Hub: an untrained LLaMA and the embedded default's tokenizer."""
-    from data.formats.hub import save_pretrained
+    from data.formats.save import save_pretrained
     from data.tokens.tokenizer import load_tokenizer
 
     folder = tmp_path_factory.mktemp("model")

@@ -25,8 +25,7 @@ def fingerprint(base):
 
     The hashes are of some 1,000 values of every tensor, so that a 70B model takes a moment: the
     codes of packed weights, and the signs of the rest, which are the same in every dtype.
-    "weights", all that older files have, is of the scales too, in which a sum may be rounded in
-    another way on another device.
+    "weights" is of the scales too, in which a sum may be rounded in another way on another device.
     """
     if hasattr(base, "known_fingerprint"):  # where only a part of the base is in memory
         return base.known_fingerprint
@@ -84,14 +83,11 @@ def sample(base):
 
 
 def differences(theirs, ours):
-    """In what two bases differ, in words: what `fingerprint` returns, of a file and of a base.
-
-    Side checkpoints of older commits have neither codes nor values.
-    """
-    keys = {"quant": "quant", "weights": "codes" if theirs.get("codes") else "weights"}
+    """In what two bases differ, in words: what `fingerprint` returns, of a file and of a base."""
+    keys = {"quant": "quant", "weights": "codes"}
     found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
              if theirs[key] != ours[key]]
-    if theirs.get("values") and not alike(theirs["values"], ours["values"]):
+    if not alike(theirs["values"], ours["values"]):
         found.append("other weights in what is not quantized")
     return found
 

@@ -4,10 +4,9 @@
                        and "sha256", of that text and of the tensors
     side.json          {"format": 2, "config", "base", "sha256"}, a copy, with the sum of the file
 
-A file takes its name whole or not at all. So a crash at any moment leaves the checkpoint that was
-there, or the new one, and never the weights of one with the settings of the other; side.json may
-then be of the old one, and does not count. Format 1, of older commits, has its settings in
-side.json alone.
+A file takes its name whole or not at all. So a crash at any moment leaves the old checkpoint or the
+new one, and never the weights of one with the settings of the other. side.json may then still be
+the old one; nothing is read from it.
 """
 
 import hashlib
@@ -17,23 +16,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data import InputError
-from data.formats.fields import NAME, NEEDED, TABLE, TEXT, Kind, field, one_of
+from data.formats.fields import NAME, TABLE, Kind, field, one_of
 from data.formats.files import checksum, parse_json, read_json, write_json
 from data.formats.safetensors import read_header, read_safetensors, tensor_bytes, write_safetensors
 from data.settings.flags import from_table
 
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"
-ADDED = (  # settings that older files do not have,
-    "method", "standardize", "n_labels", "task", "every", "read_embedding", "repair", "shots",
-    "preamble",
-)
-REMOVED = {"attention": "own"}  # and those that only they have, and what they must be
 LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))
-BASE = {
-    "quant": (NAME, NEEDED), "codes": (NAME, None), "weights": (NAME, NEEDED), "values": (HEX, None)
-}
+BASE = {"quant": NAME, "codes": NAME, "weights": NAME, "values": HEX}
 
 
 def write(folder, tensors, config, base):
@@ -58,44 +50,30 @@ def read(folder, kind):
 
     The tensors are not read, but their shapes must be those of the settings that size modules.
     """
-    path, weights = Path(folder) / COPY, Path(folder) / WEIGHTS
-    if not weights.exists() and not path.exists():
+    weights = Path(folder) / WEIGHTS
+    if not weights.exists():
         last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
         advice = f"give {last}" if (last / WEIGHTS).exists() else ADVICE
         if (Path(folder) / "sweep.json").exists():
             advice = f"{folder} is of a sweep: give the folder of one of its runs"
-        raise InputError(f"{path} is missing: {advice}.")
+        raise InputError(f"{weights} is missing: {advice}.")
     entries, metadata = read_header(weights)
-    if "side" in metadata:
-        where, about = f"{weights}, its settings", settings_inside(weights, metadata["side"], path)
-    else:
-        where, about = path, read_json(path, advice=ADVICE)
-        if field(path, about, "sha256", TEXT, None) not in (None, checksum(weights)):
-            raise InputError(f"{path} is of another side.safetensors than {weights}: {ADVICE}.")
-    field(where, about, "format", one_of(1, 2))
-    own, base = field(where, about, "config", TABLE), field(where, about, "base", TABLE)
-    for name, known in REMOVED.items():
-        field(where, own, f"config.{name}", one_of(known), known)
-    own = {name: value for name, value in own.items() if name not in REMOVED}
-    config = from_table(kind, where, own, ADDED)
-    check_sizes(where, config, {name: shape for name, (_, shape, *_) in entries.items()})
-    base = {name: field(where, base, f"base.{name}", *what) for name, what in BASE.items()}
-    return config, base
-
-
-def settings_inside(weights, text, path):
-    """The settings in side.safetensors; a side.json of the same weights must have the same."""
     try:
-        about = parse_json(text)
+        about = parse_json(metadata.get("side", "null"))
     except ValueError as error:
         raise InputError(f"{weights}: its settings are no JSON ({error}): {ADVICE}.") from None
     if not TABLE.fits(about):
-        raise InputError(f"{weights}: its settings are no table: {ADVICE}.")
-    copy = read_json(path, optional=True)
-    of = copy.pop("sha256", None)
-    if copy and copy != about and of == checksum(weights):
-        raise InputError(f"{path} has other settings than {weights} itself: remove {path.name}.")
-    return about
+        raise InputError(f"{weights} has no table of settings: {ADVICE}.")
+    copy = read_json(Path(folder) / COPY, optional=True)
+    if copy.pop("sha256", None) == checksum(weights) and copy != about:
+        message = f"{Path(folder) / COPY} has other settings than {weights} itself: remove {COPY}."
+        raise InputError(message)
+    where = f"{weights}, its settings"
+    field(where, about, "format", one_of(2))
+    own, base = field(where, about, "config", TABLE), field(where, about, "base", TABLE)
+    config = from_table(kind, where, own)
+    check_sizes(where, config, {name: shape for name, (_, shape, *_) in entries.items()})
+    return config, {name: field(where, base, f"base.{name}", k) for name, k in BASE.items()}
 
 
 def check_sizes(where, config, shapes):
@@ -121,6 +99,6 @@ def load(folder):
     path = Path(folder) / WEIGHTS
     tensors = {name: read() for name, read in read_safetensors(path).items()}
     metadata = read_header(path)[1]
-    if "side" in metadata and digest(metadata["side"], tensors) != metadata.get("sha256"):
+    if digest(metadata.get("side", ""), tensors) != metadata.get("sha256"):
         raise InputError(f"{path} is damaged, its bytes are not those that were saved: {ADVICE}.")
     return tensors

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data import InputError, leaf
 from data.devices import distributed
-from data.devices.device import activation_bytes, peak_memory, show_bytes
+from data.devices.device import activation_bytes, model_bytes, peak_memory, show_bytes
 from data.formats.files import write_json
 from data.run.optim import optimizer_bytes
 from data.settings.methods import LEARNS, SIDE_METHODS
@@ -43,10 +43,12 @@ def provenance():
 
 
 def sizes(model, n_weights):
-    """How many parameters learn, and how many there are with the `n_weights` of the base."""
+    """How many parameters are trainable, how many there are with the `n_weights` of the base, and
+    the bytes of all weights."""
     trainable = sum(p.numel() for p in model.parameters())
-    base = 0 if trainable >= n_weights else n_weights  # in full finetuning the base itself learns
-    return dict(trainable_parameters=trainable, total_parameters=base + trainable)
+    frozen = 0 if trainable >= n_weights else n_weights  # full finetuning trains the base itself
+    counts = dict(trainable_parameters=trainable, total_parameters=frozen + trainable)
+    return counts | dict(weights_bytes=model_bytes(model))
 
 
 def introduce(folder, runs, examples):
@@ -124,6 +126,18 @@ def show_sample(sample, who):
     said = {one: sample.get(one, sample["answer"]) for one in who}  # not all were asked
     lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
     return "\n".join(lines)
+
+
+def compared(before, after, name):
+    """The scores before and after training, as result.json has them."""
+    old, new = (score.pop("samples", []) for score in (before, after))
+    old = old or [sample | {"answer": None} for sample in new]  # no base to ask
+    samples = [one | {name: other["answer"]} for one, other in zip(old, new)]
+    found = dict(examples=after.pop("examples"), samples=samples)
+    before.pop("examples", None)
+    for end, score in ("_before", before), ("_after", after):
+        found |= {metric + end: value for metric, value in score.items()}
+    return found
 
 
 def keep_result(cfg, result, device, seconds):

@@ -6,6 +6,7 @@ answer English stories in French. The base never does that; but what the answer 
 its hidden states already, so that there is something for a side network to read.
 """
 
+import contextlib
 import getpass
 import hashlib
 import os
@@ -24,7 +25,6 @@ from data.formats.files import make_writable_folder
 from data.tasks import instruct
 from data.tokens import chat
 from data.tokens.chat import frame
-from data.tokens.tokenizer import load_tokenizer
 
 CACHE = Path(os.path.relpath(Path(__file__).parents[1] / "cache"))  # git-ignored
 # The base model, and how train.py trains it.
@@ -120,39 +120,34 @@ def pretraining_examples(tokenizer):
     return examples
 
 
-def make_in_child(folder, train, save):
-    """`make_base` in a process of its own: what it takes is not in this one's peak memory.
+def make_in_child(folder, module="train"):
+    """Make the base in a process of its own, whose memory is not in this one's peak.
 
     Not by multiprocessing, which would run a reader's script once more, from its top.
     """
-    root, calls = Path(__file__).resolve().parents[2], []
-    for function in (train, save):
-        path = Path(function.__code__.co_filename).resolve().relative_to(root).with_suffix("")
-        calls.append(f"import_module({'.'.join(path.parts)!r}).{function.__name__}")
+    root = Path(__file__).resolve().parents[2]
     code = (
-        "from importlib import import_module; from pathlib import Path; from data.tasks import tiny"
-        "; from data.settings.flags import run_main; "
-        f"run_main(lambda: tiny.make_base(Path({str(folder)!r}), {', '.join(calls)}))"
+        f"import {module}; from data.settings.flags import run_main; "
+        f"run_main(lambda: {module}.make_tiny_base({str(folder)!r}))"
     )
-    own = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    own = {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    own |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
         raise InputError("The embedded default's base could not be made: see what is said above.")
-    return folder
 
 
-def base_folder(train, save, make=make_in_child):
+def base_folder(make=make_in_child):
     """Return the folder of the embedded default's base model; make it if it is not there yet.
 
-    train: function of a tokenizer that returns the trained model; save: of the model and a folder
-    make: of the folder and both, in this process or in another
+    make: function of the folder, which calls `train.make_tiny_base` in this process or in another
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     for cache in caches():
         folder = cache / f"tiny-{recipe}"
+        if not folder.is_dir() and can_write(cache):
+            make(folder)
         if folder.is_dir():
             return folder
-        if can_write(cache):
-            return make(folder, train, save)
     raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
 
 
@@ -172,8 +167,11 @@ def can_write(folder):
     return True
 
 
-def make_base(folder, train, save):
-    """Make the base in a folder of this process, which takes its name when it is whole."""
+@contextlib.contextmanager
+def new_base(folder):
+    """Give the body a temporary folder with a tokenizer, to save the base there. Afterwards the
+    folder gets its name, so that nobody sees half a base."""
+    folder = Path(folder)
     for other in folder.parent.glob(f"{folder.name}.*"):  # of a process that was killed
         if time.time() - other.stat().st_mtime > 24 * 3600:
             shutil.rmtree(other, ignore_errors=True)
@@ -181,7 +179,7 @@ def make_base(folder, train, save):
     try:
         unfinished.mkdir(parents=True)
         train_tokenizer(unfinished / "tokenizer.model")
-        save(train(load_tokenizer(unfinished)), unfinished)
+        yield unfinished
         os.rename(unfinished, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same
@@ -189,7 +187,6 @@ def make_base(folder, train, save):
             raise InputError(f"{message}: name another folder in the variable QST_CACHE.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
 
 
 def task(n, seed):

@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from model import Transformer
 
 ROOT = Path(__file__).parents[2]

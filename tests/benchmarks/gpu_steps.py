@@ -11,6 +11,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import torch
 
@@ -20,7 +21,7 @@ from benchmarks.gpu_common import (
 )
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from data.run.optim import make_optimizer
-from data.run.run import Learner
+from data.run.run import Run
 from qst import tune
 from train import prepare, side_config, train_step
 
@@ -137,14 +138,15 @@ def their_step(sizes, config, cfg):
     return costs(sizes, model, loss_of, config, cfg)
 
 
-class LossAlone(Learner):
-    """Of any model, with a loss that is a function of idx and targets."""
+class LossAlone(Run):
+    """A run of any model, with a loss that is a function of idx and targets."""
 
     def __init__(self, model, loss_of, cfg):
+        self.model, self.losses = SimpleNamespace(loss_of=loss_of), []
         self.optimizer, self.cfg = make_optimizer(model, cfg), cfg
-        self.hidden, self.loss_of, self.losses = (lambda idx: idx), loss_of, []
-        self.device = next(model.parameters()).device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)
+        self.models = SimpleNamespace(compute=lambda idx: [idx], device=device)
 
 
 def costs(sizes, model, loss_of, config, cfg, seconds=3.0):
@@ -152,8 +154,9 @@ def costs(sizes, model, loss_of, config, cfg, seconds=3.0):
 
     loss_of: function of idx on the device and targets on the CPU
     """
-    learner, idx = LossAlone(model, loss_of, cfg), random_ids(config, cfg)
-    step = lambda shares: train_step([learner], [(idx, idx, share) for share in shares], 1)
+    run, idx = LossAlone(model, loss_of, cfg), random_ids(config, cfg)
+    batches = lambda shares: [(idx, idx, share) for share in shares]
+    step = lambda shares: train_step([run], batches(shares), 1, run.models)
     seconds = timed(lambda: step([1.0]), sizes.device, seconds)
     peak = peak_of(lambda: step([0.5, 0.5]), sizes.device)
     return dict(ms=1000 * seconds, tokens_per_s=idx.numel() / seconds, peak_GB=peak / 1e9)

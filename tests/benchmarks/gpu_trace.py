@@ -23,11 +23,11 @@ from account import settings_of_step
 from benchmarks.common import ROOT
 from benchmarks.gpu_common import target, wait
 from benchmarks.gpu_steps import our_model, parse, random_ids
-from data.formats.hub import save_pretrained
-from data.run.run import Learner
+from data.formats.save import save_pretrained
+from data.run.run import Run
 from data.tasks import tiny
 from model import ModelConfig, Transformer
-from train import train_step, train_tiny_base
+from train import load_tokenizer, train_step
 
 PARTS = ("base", "side", "loss", "backward", "step")  # in the trace, the inner one counts
 PRODUCTS = ("gemm", "cutlass", "nvjet", "xmma", "gemv", "splitk", "::mm", "::addmm", "::bmm")
@@ -60,11 +60,11 @@ def trace(sizes):
     """A step of QST: milliseconds of kernels in each part, their share, and the gaps."""
     cfg = settings_of_step(parse(sizes, sizes.steps[0], "--method qst"))
     model = our_model(sizes, sizes.large, cfg)
-    learner, idx = Learner(model, cfg), random_ids(sizes.large, cfg)
+    run, idx = Run(model, cfg), random_ids(sizes.large, cfg)
 
     def step():
         with record_function("step"):
-            train_step([learner], [(idx, idx, 1.0)], 1)
+            train_step([run], [(idx, idx, 1.0)], 1)
 
     activities = [ProfilerActivity.CPU]
     activities += [ProfilerActivity.CUDA] * (sizes.device.type == "cuda")
@@ -159,8 +159,10 @@ def busy_and_gaps(kernels):
 # The embedded default
 
 
-def untrained(tokenizer):
-    return Transformer(ModelConfig(tokenizer.vocab_size, **tiny.BASE))
+def make_untrained(folder):
+    with tiny.new_base(folder) as unfinished:
+        vocab_size = load_tokenizer(unfinished).vocab_size
+        save_pretrained(Transformer(ModelConfig(vocab_size, **tiny.BASE)), unfinished)
 
 
 def default(sizes):
@@ -172,8 +174,7 @@ def default(sizes):
         with patch.dict(os.environ, cache):
             start = time.time()
             # On a CPU a base that has learned nothing, which is made in a moment.
-            learn = (untrained, save_pretrained, tiny.make_base)
-            tiny.base_folder(*learn if small else (train_tiny_base, save_pretrained))
+            tiny.base_folder(make_untrained if small else tiny.make_in_child)
             yield dict(what="the base, once, on the CPU", seconds=time.time() - start)
             for dtype in ("fp32",) if small else ("bf16", "fp16"):
                 own = f"--dtype {dtype} --device {sizes.device.type} {flags}".split()

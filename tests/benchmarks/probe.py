@@ -7,7 +7,6 @@ import torch
 from benchmarks.common import print_row, print_table
 from data.frozen.hidden import channel_statistics
 from data.tasks.examples import collate
-from data.tokens.chat import load_template
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from train import load_task, parse_args, resolve
@@ -25,7 +24,7 @@ def probe(*flags):
     """
     cfg = resolve(parse_args(flags))
     tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
-    task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), EXAMPLES[0]
+    task, n = load_task(cfg, tokenizer, base.config), EXAMPLES[0]
     states, y = last_states(base, (task.train + task.held_out)[: sum(EXAMPLES)])
     print_table("Reading the base", "layer", "largest mean", "median std", "100 steps: raw",
                 "standardized", "ridge")
@@ -47,7 +46,7 @@ def reader(*flags):
     """
     cfg = resolve(parse_args(flags))
     tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
-    task, n = load_task(cfg, tokenizer, load_template(cfg.base), base.config), cfg.eval_examples
+    task, n = load_task(cfg, tokenizer, base.config), cfg.eval_examples
     states, y = last_states(base, task.train + task.held_out)
     end = len(task.train)
     tried = end - end // 8  # the others choose the weight of the penalty
@@ -135,7 +134,7 @@ def channels(*flags):
     """
     cfg = resolve(parse_args(flags))
     tokenizer, base = load_tokenizer(cfg.base), from_pretrained(cfg.base, cfg.quant, torch.float32)
-    task = load_task(cfg, tokenizer, load_template(cfg.base), base.config)
+    task = load_task(cfg, tokenizer, base.config)
     texts = [ids for ids, _ in task.train]
     half = len(texts) // 2
     std = lambda texts, skip=1: channel_statistics(base, texts, skip)[1].clamp(min=1e-12).sqrt()

@@ -9,7 +9,6 @@ from benchmarks.common import print_row, print_table
 from data.frozen import repair as repair_py
 from data.tasks import text
 from data.tasks.scoring import mean_loss
-from data.tokens.chat import load_template
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from qst import Beside
@@ -36,7 +35,7 @@ def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
     print_table("Repair", "base", "perplexity", "MB added", "seconds")
     base = from_pretrained(folder, "none", torch.float32)
     print_row("fp32", perplexity(base), "", "")
-    task = load_task(cfg, tokenizer, load_template(folder), base.config)
+    task = load_task(cfg, tokenizer, base.config)
     base = from_pretrained(folder, "nf4", torch.float32)
     print_row("NF4", perplexity(base), "", "")
     for rank in map(int, ranks.split(",")):

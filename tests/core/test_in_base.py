@@ -6,8 +6,9 @@ from conftest import FAMILIES, each_family, small_base
 from test_methods import KINDS, make, moved
 from torch.nn import functional as F
 
-from data.formats.hub import OPT_NAMES, save_pretrained
+from data.formats.hub import OPT_NAMES
 from data.formats.safetensors import read_safetensors
+from data.formats.save import save_pretrained
 from model import count_weights, from_pretrained
 from qst import QST, tune
 from side import SideConfig

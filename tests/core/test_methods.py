@@ -13,7 +13,7 @@ from data import InputError
 from data.devices.device import activation_bytes
 from data.generate.sampling import pad_left
 from data.run.optim import make_optimizer
-from data.run.run import Learner
+from data.run.run import Run
 from data.tasks import tiny
 from model import PRESETS, Transformer, count_weights, from_pretrained
 from qst import QST, tune
@@ -94,10 +94,10 @@ def test_a_method_learns(method, idx):
     model = make(method)
     rate = 3e-3 if method in ("peqa", "full") else 1e-2
     cfg = train.resolve(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
-    learner = Learner(model, cfg)
+    run = Run(model, cfg)
     before = model.loss(idx, idx).item()
     for _ in range(20):
-        train.train_step([learner], [(idx, idx, 1.0)], 1)
+        train.train_step([run], [(idx, idx, 1.0)], 1)
     assert model.loss(idx, idx).item() < 0.9 * before
 
 

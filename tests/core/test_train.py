@@ -19,7 +19,6 @@ from data.run.log import TrainingLog
 from data.run.state import stop_signals
 from data.tasks import tiny
 from data.tasks.examples import Task
-from data.tokens.chat import ChatTemplate
 from model import from_pretrained
 from qst import QST, Beside
 from side import PackedInputLinear, SideConfig
@@ -113,7 +112,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     settings = train.resolve(TrainConfig(**cfg))
     tokenizer = train.load_tokenizer(cfg["base"])
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
-    task = train.load_task(settings, tokenizer, ChatTemplate(), base.config)
+    task = train.load_task(settings, tokenizer, base.config)
     untrained, trained = QST(base, SideConfig(reduction=4)), QST.from_side(base, cfg["out_dir"])
     for model, name in ((untrained, "loss_before"), (trained, "loss_after")):
         (loss,) = train.mean_loss(Beside([model]), task.held_out, 3)

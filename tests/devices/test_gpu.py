@@ -9,11 +9,10 @@ from torch.nn import functional as F
 
 import quant
 from conftest import small_base
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from data.frozen import prefix_cache
-from data.frozen.integers import quantize
 from data.tasks.examples import collate
-from model import from_pretrained
+from model import from_pretrained, quantize
 from qst import QST
 from quant import BLOCK_SIZE, CODEBOOKS, Quantized4bit, plain_dequantize, quantize_4bit
 from side import SideConfig

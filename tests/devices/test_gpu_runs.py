@@ -13,7 +13,7 @@ from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa
 import train
 from data.devices.device import to_device
 from data.run.log import TrainingLog
-from data.run.run import Learner
+from data.run.run import Run
 from data.tasks.examples import collate
 from model import from_pretrained
 from qst import QST, tune
@@ -55,13 +55,13 @@ def small_step(changes, dtype):
             if buffer.is_floating_point() and name in ("weight", "bias"):
                 setattr(module, name, buffer.to(dtype))
     model = train.prepare(tune(base, train.side_config(cfg)), cfg)
-    learner = Learner(model, cfg)
+    run = Run(model, cfg)
     enabled = dtype == torch.float16
-    learner.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=16.0, enabled=enabled)
+    run.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=16.0, enabled=enabled)
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(3, 61, (4, 24), generator=generator)
     targets = idx.masked_fill(idx % 5 == 0, -100)
-    step = lambda: train.train_step([learner], [(idx, targets, 1.0)], 1)[0]
+    step = lambda: train.train_step([run], [(idx, targets, 1.0)], 1)[0]
     return model, step
 
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from data import InputError
 from data.devices.device import model_bytes
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from model import Transformer, from_pretrained
 from qst import QST
 from quant import Linear4bit

@@ -5,8 +5,8 @@ Spreadsheets leave files of this kind, in which a cell in quotes may hold commas
     question,answer
     "What is 2 + 2?",4
 
-Write a file in data/ with a function `load(cfg, tokenizer, template)` that returns a `Task`, and
-name it "csv" in TASKS of train.py. It learns to answer as --task instruct does, for which
+Write a file in data/ with a function `load(cfg, tokenizer)` that returns a `Task`, and
+name it "csv" in TASKS of data/__init__.py. It learns to answer as --task instruct does, for which
 `instruct.make_task` does most, and its score is `exact_match`, the fraction of held-out answers
 that are right in every letter, as of the embedded default. A file without one of the two columns is
 refused with an `InputError` that names the file and the column. Try it with a table of your own:
@@ -21,11 +21,10 @@ import pytest
 import torch
 
 import train
-from data import InputError
+from data import TASKS, InputError, leaf
 from data.tasks import tiny
-from data.tokens.chat import ChatTemplate
 from model import from_pretrained
-from train import TASKS, TrainConfig
+from train import TrainConfig
 
 pytestmark = pytest.mark.skipif("csv" not in TASKS, reason='TASKS has no "csv" yet')
 RECORDS = [dict(question=r["instruction"], answer=r["output"]) for r in tiny.task(30, seed=3)]
@@ -45,7 +44,7 @@ def path(tmp_path):
 def load(task, path, tiny_model, **changes):
     settings = dict(base=str(tiny_model), data=str(path), task=task, sequence_len=100, reduction=4)
     cfg = train.resolve(TrainConfig(**settings | changes))
-    return TASKS[task](cfg, train.load_tokenizer(tiny_model), ChatTemplate())
+    return leaf(task).load(cfg, train.load_tokenizer(tiny_model))
 
 
 def test_it_learns_from_the_same_examples(path, tiny_model, tmp_path):

@@ -9,8 +9,8 @@ from test_model import oracle
 from torch import nn
 
 from data import InputError
-from data.formats.hub import save_pretrained
 from data.formats.safetensors import read_safetensors, write_safetensors
+from data.formats.save import save_pretrained
 from data.frozen.fingerprint import fingerprint
 from model import Transformer, from_pretrained, quantize_folder
 from quant import Linear4bit

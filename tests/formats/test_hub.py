@@ -8,7 +8,7 @@ import torch
 from conftest import FIXTURES, copy_folder, small_config
 
 from data import InputError
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from model import Transformer, from_pretrained
 
 

@@ -12,9 +12,9 @@ import torch
 from conftest import FIXTURES, small_config
 from test_readers import change, copy, refused
 
-from data.formats.hub import save_pretrained
 from data.formats.pickled import read_tensors
 from data.formats.safetensors import read_safetensors, write_safetensors
+from data.formats.save import save_pretrained
 from model import Transformer, from_pretrained
 
 

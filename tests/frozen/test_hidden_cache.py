@@ -12,7 +12,7 @@ from test_resume import cfg, left, one_thread  # noqa: F401
 
 import train
 from data import InputError
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from data.tasks.scoring import choice_logits
 from model import Transformer, quantize_folder, read_config
 from quant import Linear4bit

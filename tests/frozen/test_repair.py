@@ -7,8 +7,8 @@ from conftest import FIXTURES, each_family, shaken, small_config
 
 import train
 from data import InputError
-from data.formats.hub import save_pretrained
 from data.formats.safetensors import read_header
+from data.formats.save import save_pretrained
 from data.frozen import repair
 from data.frozen.fingerprint import differences, fingerprint
 from model import Transformer, from_pretrained

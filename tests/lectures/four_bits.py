@@ -11,10 +11,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.formats.files import make_writable_folder  # noqa: E402
-from data.frozen.integers import quantize  # noqa: E402
-from data.run.charts import histogram, line_chart  # noqa: E402
+from data.run.charts import line_chart  # noqa: E402
 from data.settings.flags import Parser, run_main  # noqa: E402
+from model import quantize  # noqa: E402
 from quant import BLOCK_SIZE, CODEBOOKS, nearest, quantize_4bit  # noqa: E402
+from tests.benchmarks.charts import histogram  # noqa: E402
 
 BLOCK_SIZES = [2**i for i in range(4, 13)]  # 16 to 4096
 

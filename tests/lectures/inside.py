@@ -22,9 +22,9 @@ import train  # noqa: E402
 from data import InputError  # noqa: E402
 from data.devices.device import activation_bytes  # noqa: E402
 from data.formats.files import make_writable_folder  # noqa: E402
-from data.formats.hub import save_pretrained  # noqa: E402
-from data.run.charts import bar_chart, line_chart  # noqa: E402
-from data.run.run import Learner  # noqa: E402
+from data.run.charts import line_chart  # noqa: E402
+from tests.benchmarks.charts import bar_chart  # noqa: E402
+from data.run.run import Run  # noqa: E402
 from data.settings.flags import run_main  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from data.tasks.examples import collate, iteration_batches  # noqa: E402
@@ -39,20 +39,20 @@ def start(cfg):
         raise InputError("This is of the embedded default: leave out --base and --side.")
     cfg = train.resolve(cfg)
     make_writable_folder(cfg.out_dir, "--out_dir")
-    folder = tiny.base_folder(train.train_tiny_base, save_pretrained)
+    folder = tiny.base_folder()
     tokenizer = train.load_tokenizer(folder)
     base = train.from_pretrained(folder, cfg.quant, torch.float32)
-    task = train.load_task(cfg, tokenizer, train.chat.ChatTemplate(), base.config)
+    task = train.load_task(cfg, tokenizer, base.config)
     torch.manual_seed(cfg.seed)
     return cfg, train.make_model(cfg, base, task), task
 
 
 def steps(cfg, model, task):
     """Train; yield each iteration's number and loss before its optimizer steps on."""
-    learner = Learner(model, cfg)
+    run = Run(model, cfg)
     rows = iteration_batches(task.train, cfg.batch_size, 1, cfg.seed)
     for i, batches in enumerate(islice(rows, cfg.max_iters)):
-        ((loss, _),) = train.train_step([learner], batches, i + 1)
+        ((loss, _),) = train.train_step([run], batches, i + 1)
         yield i + 1, loss.item()
 
 

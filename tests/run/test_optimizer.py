@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from conftest import learner_of, small_base
+from conftest import run_of, small_base
 
 import train
-from data.run.optim import AdamW8bit, Muon, load_moments, make_optimizer, orthogonalize
+from data.run.adamw8bit import AdamW8bit
+from data.run.muon import Muon, orthogonalize
+from data.run.optim import load_moments, make_optimizer
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
@@ -65,8 +67,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         batches = [(part, part, len(part) / 8) for part in idx.split(sizes)]
         for _ in range(3):
-            one = learner_of(model.loss, optimizer, scaler, cfg, 1e-3)
-            ((loss, taken),) = train.train_step([one], batches, 1)
+            models, run = run_of(model.loss, optimizer, scaler, cfg, 1e-3)
+            ((loss, taken),) = train.train_step([run], batches, 1, models)
             assert taken
         after.append([loss, *[p.detach().clone() for p in model.parameters()]])
     for one, two in zip(*after):
@@ -83,8 +85,8 @@ def test_the_gradient_is_clipped_to_its_own_norm(grad_clip, scaled):
     scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     cfg = TrainConfig(grad_clip=grad_clip)
     for steps in (1, 2):
-        one = learner_of(lambda x, _: (p * x).sum(), optimizer, scaler, cfg, 0.1)
-        train.train_step([one], [(x, x, 1.0)], 1)
+        models, run = run_of(lambda x, _: (p * x).sum(), optimizer, scaler, cfg, 0.1)
+        train.train_step([run], [(x, x, 1.0)], 1, models)
         expected = -0.1 * 2 * x * min(1, (grad_clip or 5) / 5)
         assert torch.allclose(p, steps * expected, rtol=1e-4)
 
@@ -98,8 +100,8 @@ def test_a_step_needs_a_finite_loss_and_a_finite_gradient(loss_of):
     optimizer = torch.optim.AdamW([dict(params=[p], factor=1.0)], lr=1.0, fused=True)
     scaler, cfg = torch.amp.GradScaler("cpu", enabled=False), TrainConfig()
     for loss, good in ((loss_of, False), (torch.sum, True)):
-        one = learner_of(lambda *_: loss(p), optimizer, scaler, cfg, 0.1)
-        ((_, taken),) = train.train_step([one], [(x, x, 1.0)], 1)
+        models, run = run_of(lambda *_: loss(p), optimizer, scaler, cfg, 0.1)
+        ((_, taken),) = train.train_step([run], [(x, x, 1.0)], 1, models)
         assert bool(taken) == good and p.ne(0).all() == good and p.grad is None
 
 

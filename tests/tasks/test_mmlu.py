@@ -16,7 +16,7 @@ from conftest import (
 
 import train
 from data import InputError
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from data.tasks import mmlu
 from data.tokens.tokenizer import load_tokenizer
 from model import Transformer, from_pretrained

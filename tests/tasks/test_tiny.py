@@ -9,7 +9,6 @@ import torch
 
 import train
 from data import InputError
-from data.formats.hub import save_pretrained
 from data.tasks import tiny
 from model import from_pretrained
 from train import TrainConfig
@@ -34,16 +33,18 @@ def test_the_task_follows_from_the_story():
 
 def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     """The base is a folder like any other; a run that fails leaves none."""
+    monkeypatch.delenv("QST_CACHE", raising=False)  # which is the user's own
     monkeypatch.setattr(tiny, "CACHE", tmp_path)
     monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
-    here = tiny.make_base  # and not in a process without these patches
-    make = lambda save=save_pretrained: tiny.base_folder(train.train_tiny_base, save, here)
+    # Made here, and not in a process without these patches.
+    make = lambda: tiny.base_folder(train.make_tiny_base)
 
     def interrupted(model, folder):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        make(interrupted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("data.formats.save.save_pretrained", interrupted)
+        make()
     assert not list(tmp_path.iterdir())
     folder = make()
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]
@@ -55,30 +56,28 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
 def test_the_sizes_that_are_written_down(tiny_model):
     """Of the vocabulary, and of the longest example, which the memory account takes."""
     tokenizer = train.load_tokenizer(tiny_model)
-    task = tiny.load(train.resolve(TrainConfig()), tokenizer, train.chat.ChatTemplate())
+    task = tiny.load(train.resolve(TrainConfig()), tokenizer)
     assert tokenizer.vocab_size == tiny.VOCAB_SIZE
     assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
 
 
-def made_here(tokenizer):
-    """Stands for a training, and says where it has run."""
-    return f"{os.getpid()}, {torch.get_num_threads()} threads"
-
-
-def save_name(model, folder):
-    (folder / "made").write_text(model)
+def make_tiny_base(folder):
+    """Stands for the training in train.py, and says where it has run."""
+    with tiny.new_base(folder) as unfinished:
+        (unfinished / "made").write_text(f"{os.getpid()}, {torch.get_num_threads()} threads")
 
 
 def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
     """So that a run's peak memory is its own, the first time too; with as many threads. A reader's
     script is not run again for it; and what goes wrong there is a sentence here."""
     monkeypatch.setenv("QST_CACHE", str(tmp_path / "cache"))
-    folder = tiny.base_folder(made_here, save_name)
+    make = lambda folder: tiny.make_in_child(folder, __name__)
+    folder = tiny.base_folder(make)
     process, _, threads = (folder / "made").read_text().partition(", ")
     assert int(process) != os.getpid() and threads == f"{torch.get_num_threads()} threads"
-    assert tiny.base_folder(None, None) == folder
+    assert tiny.base_folder(None) == folder
     with pytest.raises(InputError, match="could not be made: see what is said above"):
-        tiny.make_in_child(Path("/proc/nowhere"), made_here, save_name)
+        make(Path("/proc/nowhere"))
     assert "error: /proc/nowhere" in capfd.readouterr().err
 
 

@@ -12,7 +12,7 @@ from test_mmlu import ROW
 import model
 import qst
 import train
-from data.formats.hub import save_pretrained
+from data.formats.save import save_pretrained
 from data.tokens.tokenizer import load_tokenizer
 from model import Transformer, from_pretrained
 from train import TrainConfig
