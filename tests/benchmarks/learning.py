@@ -13,7 +13,8 @@ import numpy as np
 from benchmarks.common import ROOT, print_row, print_table
 from data import InputError
 from data.run import report
-from data.run.charts import COLOURS, bar_chart, line_chart
+from benchmarks.charts import bar_chart
+from data.run.charts import COLOURS, line_chart
 from data.settings.flags import Parser
 
 RUNS = {  # name: flags of train.py
