@@ -432,7 +432,7 @@ class Transformer(LanguageModel):
         return self.eval()
 
 
-def quantize(weight, kind, name):
+def quantize(weight, kind, name="the weight"):
     """Quantize a matrix, with double quantization, or to integers (data/frozen/integers.py)."""
     if kind.startswith("int"):
         return leaf("integers").quantize_kind(weight, kind, name)

@@ -145,17 +145,15 @@ def copy_folder(name, tmp_path, **config):
     return folder
 
 
-def as_of_an_older_commit(folder, **changes):
-    """Rewrite a side checkpoint as older commits wrote it: its settings in side.json alone."""
-    from data.formats.safetensors import read_safetensors, write_safetensors
+def sign_again(folder, tensors=None, **changes):
+    """Rewrite a side checkpoint with other tensors or settings, and with the right checksum."""
+    from data.formats.safetensors import read_header, read_safetensors, write_safetensors
+    from data.run.checkpoint import digest
 
     path = folder / "side.safetensors"
-    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
-    write_safetensors(path, tensors)
-    about = json.loads((folder / "side.json").read_text())
-    about.pop("sha256", None)
-    about["base"].pop("values", None)
-    (folder / "side.json").write_text(json.dumps(about | {"format": 1} | changes))
+    text = json.dumps(json.loads(read_header(path)[1]["side"]) | changes)
+    tensors = tensors or {name: read().clone() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, tensors, {"side": text, "sha256": digest(text, tensors)})
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
     if cfg.cache_hidden:
         cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
 
-    def load(device):
-        base = from_pretrained(folder, cfg.quant, dtype, device, cfg.stream)
+    def load(device, stream):
+        base = from_pretrained(folder, cfg.quant, dtype, device, stream)
         if cfg.devices:
             leaf("placement").join(base)
         if cfg.repair and not cfg.side:
@@ -38,9 +38,12 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
         return base
 
-    base = load(cache.without_layers(device) if cache and cache.absent else device)
+    if cache and cache.absent:
+        base = load(cache.without_layers(device), stream=False)
+    else:
+        base = load(device, cfg.stream)
     if cfg.method in SIDE_METHODS and not cfg.compile:
         leaf("prefix_cache").attach(base, task.train + task.held_out)
     if cache:
-        cache.attach(base, lambda: load(device))
+        cache.attach(base, lambda: load(device, cfg.stream))
     return base

@@ -1,6 +1,5 @@
 """--every: a side network that reads every k-th layer of the base; --variant fast."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,7 +9,6 @@ from conftest import shaken, small_base, small_config
 
 import train
 from data import InputError
-from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 from data.settings.methods import FAST, step_length
 from model import PRESETS, positions_and_mask, rotary_table
 from qst import QST
@@ -89,21 +87,6 @@ def test_the_recipe_has_the_parameters_of_the_study():
         side = SideNetwork(PRESETS["smollm2-135m"], SideConfig(**FAST))
         large = SideNetwork(PRESETS["llama-2-70b"], SideConfig(**FAST))
     assert sum(p.numel() for p in side.parameters()) == 623_016 and len(large.layers) == 8
-
-
-def test_older_checkpoints_are_the_papers(tmp_path, idx):
-    """Settings that their file does not have are as they were when there was no choice."""
-    base, path = small_base(), tmp_path / "side.safetensors"
-    model = shaken(QST(base, SideConfig(reduction=4)))
-    model.save_side(tmp_path)
-    about = json.loads(read_header(path)[1]["side"])
-    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
-    old = {k: v for k, v in about["config"].items() if k not in ("every", "read_embedding")}
-    assert len(old) == len(about["config"]) - 2
-    write_safetensors(path, tensors)
-    (tmp_path / "side.json").write_text(json.dumps(about | {"format": 1, "config": old}))
-    again = QST.from_side(base, tmp_path)
-    assert again.side.config == model.side.config and torch.equal(again(idx)[0], model(idx)[0])
 
 
 def test_fast_is_the_recipe():

@@ -22,11 +22,14 @@ def broken_step(iterations, value=math.nan):
     """`train_step` whose loss is no number in some iterations, counted from 1."""
     original = train.train_step
 
-    def step(learners, *args):
+    def step(runs, *args):
         step.count += 1
-        factor, (one,) = value if step.count in iterations else 1, learners
-        one.loss_of = lambda *batch: one.model.loss_of(*batch) * factor
-        return original(learners, *args)
+        (run,) = runs
+        with pytest.MonkeyPatch.context() as patch:
+            if step.count in iterations:
+                right = run.model.loss_of
+                patch.setattr(run.model, "loss_of", lambda *batch: right(*batch) * value)
+            return original(runs, *args)
 
     step.count = 0
     return step

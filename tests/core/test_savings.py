@@ -222,8 +222,10 @@ def test_activation_bytes_counts_each_storage_once():
             super().__init__()
             self.weight = weight
 
-        def loss(self, idx, targets):
-            h = idx @ self.weight
+        def hidden(self, idx):
+            return idx @ self.weight
+
+        def loss_of(self, h, targets):
             return (h * h).sum() + (h * 2).sin().sum()
 
     x = torch.randn(4, 8, requires_grad=True)  # for whose gradient the weight is kept

@@ -119,7 +119,7 @@ def test_mixes_and_gates(base):
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
     assert torch.allclose(side.mix(h_f, h_g), h_f + h_g @ side.upsample.weight.T, atol=1e-6)
     expected = side.layers[2](side.downsample[3](h_f) + h_g)
-    assert torch.equal(side.step(2, h_f, h_g), expected)
+    assert torch.equal(side.step(3, h_f, h_g), expected)
 
 
 def test_a_factor_near_0_is_not_lost_in_bf16():
@@ -172,8 +172,8 @@ def test_each_state_is_standardized_by_its_own_channels(base):
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
     read = lambda i: side.downsample[i]((h_f - side.mean[i]) * side.scale[i])
     assert torch.equal(side.start(h_f), read(0))
-    for i in range(3):
-        assert torch.equal(side.step(i, h_f, h_g), side.layers[i](read(i + 1) + h_g))
+    for i in (1, 2, 3):
+        assert torch.equal(side.step(i, h_f, h_g), side.layers[i - 1](read(i) + h_g))
 
 
 def test_a_channel_that_never_changes_has_a_finite_scale(base):

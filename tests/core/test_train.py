@@ -206,10 +206,10 @@ def test_what_a_run_counts(dtype, cfg, monkeypatch):
     of them are in a row. In fp16 alone the loss is scaled."""
     sent, counted, stepped = [], [], TrainingLog.stepped
 
-    def step(learners, batches, iteration):
-        assert learners[0].scaler.is_enabled() == (dtype == "fp16")
+    def step(runs, batches, iteration, models):
+        assert runs[0].scaler.is_enabled() == (dtype == "fp16")
         sent.append(sum(idx.numel() for idx, *_ in batches))
-        learners[0].learning_rate = 1.0
+        runs[0].learning_rate = 1.0
         return [(torch.tensor(1.0), torch.tensor(len(sent) % 9 == 0))]
 
     def count(log, loss, taken, tokens, *more):
@@ -250,7 +250,7 @@ def test_ctrl_c_saves(cfg, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert result["interrupted"] and result["iterations"] == 4 and result["best_iteration"] == 3
     assert result["loss_after"] == result["loss_last"] < result["loss_before"]
-    assert "Stopped after iteration 4: go on with --resume." in capsys.readouterr().out
+    assert "Stopped after iteration 4: continue with --resume." in capsys.readouterr().out
     base = from_pretrained(cfg["base"], "nf4", torch.float32)
     for folder in (out, out / "last"):
         QST.from_side(base, folder)

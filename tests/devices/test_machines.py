@@ -69,9 +69,9 @@ def test_without_what_windows_lacks():
         "missing = ('resource', 'fcntl', 'readline', 'pwd', 'termios')\n"
         "sys.modules |= dict.fromkeys(missing)\n"
         "import train, qst\n"
-        "from data.devices import memory\n"
+        "from data.devices import device\n"
         "from data.run import state\n"
-        "assert memory.peak_memory(train.torch.device('cpu')) == 0\n"
+        "assert device.peak_memory(train.torch.device('cpu')) == 0\n"
         "with state.only_run_in('/nowhere'): pass\n"
     )
     done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)

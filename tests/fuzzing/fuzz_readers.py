@@ -7,7 +7,7 @@ import functools
 import json
 
 import torch
-from conftest import FIXTURES, as_of_an_older_commit, small_base
+from conftest import FIXTURES, small_base
 from fuzz_state import read_state, states
 from test_instruct import flat, oasst_tree
 from test_glue import LINES
@@ -191,15 +191,13 @@ def settings(work):
 
 
 def sides(work):
-    """Side checkpoints of three kinds, as they are written now and were by older commits."""
+    """Side checkpoints of three kinds."""
     found = []
     for changes in (dict(), dict(method="lst"), dict(n_labels=3, task="mnli", standardize=True)):
         torch.manual_seed(0)
         QST(base(), SideConfig(reduction=4, rank=4, **changes)).save_side(work)
         found.append(folder_of(work))
-    QST(base(), SideConfig(reduction=4, rank=4)).save_side(work)
-    as_of_an_older_commit(work)
-    return [*found, folder_of(work)]
+    return found
 
 
 def released(family):

@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import as_of_an_older_commit, small_base, small_config
+from conftest import sign_again, small_base, small_config
 from mutants import VALUES, dump
 from test_readers import change, refused
 
@@ -94,26 +94,24 @@ def test_a_copy_that_says_otherwise(tmp_path):
     assert "other settings" in refused(read_side, tmp_path, named=str(path))
 
 
-def test_checkpoints_of_older_commits(tmp_path):
-    """With settings in side.json alone they load; a sum there, if any, is that of the weights."""
-    model, idx = saved(tmp_path, gate="channel"), torch.arange(5).unsqueeze(0)
-    as_of_an_older_commit(tmp_path)
-    assert torch.equal(QST.from_side(small_base(), tmp_path)(idx)[0], model(idx)[0])
-    change(tmp_path / "side.json", sha256="0" * 64)
-    assert "another side.safetensors" in refused(read_side, tmp_path, named="side.json")
+def write_settings(folder, text):
+    """Put other settings, bytes of JSON, into a side checkpoint; its tensors stay as they are."""
+    path = folder / "side.safetensors"
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    write_safetensors(path, tensors, {"side": text.decode()})
 
 
 def test_every_field_of_the_settings_by_every_type(tmp_path):
     """A value of any type, in the place of any setting, loads or is refused by the file's name."""
     saved(tmp_path)
-    as_of_an_older_commit(tmp_path)
-    path = tmp_path / "side.json"
-    good, loaded = json.loads(path.read_text()), []
+    path, loaded = tmp_path / "side.json", []
+    good = json.loads(path.read_text())
+    path.unlink()
     for table in (good, good["config"], good["base"]):
         for name, before in list(table.items()):
             for value in VALUES:
                 table[name] = value
-                path.write_bytes(dump(good))
+                write_settings(tmp_path, dump(good))
                 try:
                     read_side(tmp_path)
                     loaded.append((name, value))
@@ -135,20 +133,18 @@ def test_every_field_of_the_settings_by_every_type(tmp_path):
 def test_modules_are_not_larger_than_their_file(settings, tmp_path):
     """Settings that would need more memory than the tensors are refused before any is made."""
     saved(tmp_path)
-    as_of_an_older_commit(tmp_path)
     config = json.loads((tmp_path / "side.json").read_text())["config"]
-    change(tmp_path / "side.json", config=config | settings)
+    sign_again(tmp_path, config=config | settings)
     assert "not that of the tensors" in refused(read_side, tmp_path, named=str(tmp_path))
 
 
 def test_weights_that_are_no_numbers(tmp_path):
     """A NaN in a side network, or bytes for floats, are refused by the tensor's name."""
     saved(tmp_path)
-    as_of_an_older_commit(tmp_path)
     path = tmp_path / "side.safetensors"
     good = {name: read().clone() for name, read in read_safetensors(path).items()}
     for bad in (good["gamma"] * torch.nan, good["gamma"].byte(), good["gamma"] + torch.inf):
-        write_safetensors(path, good | {"gamma": bad})
+        sign_again(tmp_path, good | {"gamma": bad})
         assert "gamma" in refused(QST.from_side, small_base(), tmp_path, named=str(path))
 
 

@@ -121,9 +121,10 @@ def test_a_chart_of_any_numbers(low, top, tmp_path):
     assert 3 <= drawn.count("<line ") <= 13 and "nan" not in drawn
 
 
-@pytest.mark.parametrize("task, asked", [("instruct", True), ("sst2", False), ("text", False)])
-def test_a_command_to_ask_it(task, asked, capsys):
+@pytest.mark.parametrize("task, example", [("instruct", "Why?"), ("sst2", "")])
+def test_a_command_to_ask_it(task, example, capsys):
     """Where what was trained answers questions; a label is scored with --eval_only."""
     cfg = TrainConfig(task=task, head="lm", out_dir="out")
-    report.conclude("base", cfg, dict(best_iteration=1, peak_memory_bytes=1, seconds=1.0))
-    assert ("Ask it yourself" in capsys.readouterr().out) == asked
+    report.conclude("base", cfg, dict(best_iteration=1, peak_memory_bytes=1, seconds=1.0),
+                    example)
+    assert ("Ask it yourself" in capsys.readouterr().out) == bool(example)

@@ -205,7 +205,7 @@ def test_a_signal_from_outside(cfg):
         time.sleep(0.05)
     run.terminate()
     printed, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "go on with --resume" in printed
+    assert run.returncode == 0 and "continue with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
     assert result["interrupted"] and 4 <= result["iterations"] < 100000
     assert state.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]

@@ -82,8 +82,8 @@ def test_the_base_computes_once(cfg, tmp_path, monkeypatch):  # noqa: F811
             for when in ("before", "after"):
                 for what in ("scored", "said"):
                     assert alone[f"{what}_{when}"] == result[f"{what}_{when}"]
-    looks = 8 * 3 * 7  # one for each of the two
-    assert counts[1] == counts[0] == counts[2] - 2 * looks
+    look = 8 * 3 * 7  # at the channels of 64 texts, once for both
+    assert counts[1] == counts[0] == counts[2] - look
 
 
 def test_a_run_that_fails_leaves_the_others(cfg, monkeypatch):  # noqa: F811
@@ -161,7 +161,7 @@ def test_mistakes(words, message, cfg):  # noqa: F811
     with pytest.raises(InputError, match=re.escape(message)):
         train.main(TrainConfig(**cfg, sweep=words))
     assert not Path(cfg["out_dir"]).exists()
-    with pytest.raises(InputError, match="--sweep is not for"):
+    with pytest.raises(InputError, match="--sweep is for --method qst and lst"):
         train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
 
 
@@ -188,8 +188,10 @@ class Summed(torch.nn.Module):
         super().__init__()
         self.models = torch.nn.ModuleList(models)
 
-    def loss(self, idx, targets):
-        states = Beside(self.models).hidden(idx)
+    def hidden(self, idx):
+        return Beside(self.models).hidden(idx)
+
+    def loss_of(self, states, targets):
         return sum(model.loss_of(h, targets) for model, h in zip(self.models, states))
 
 

@@ -106,7 +106,7 @@ def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
                 ask(*side, *flags)
         assert path.read_bytes() == before
         path.unlink()
-    with pytest.raises(InputError, match="nowhere/side.json is missing"):
+    with pytest.raises(InputError, match="nowhere/side.safetensors is missing"):
         ask("--side", tmp_path / "nowhere")
 
 
