@@ -106,6 +106,7 @@ def test_every_field_of_the_settings_by_every_type(tmp_path):
     saved(tmp_path)
     path, loaded = tmp_path / "side.json", []
     good = json.loads(path.read_text())
+    del good["sha256"]
     path.unlink()
     for table in (good, good["config"], good["base"]):
         for name, before in list(table.items()):
@@ -121,7 +122,7 @@ def test_every_field_of_the_settings_by_every_type(tmp_path):
     settings = SideConfig(reduction=4, rank=4)
     for name, value in loaded:
         right = type(value) is type(getattr(settings, name, "text"))
-        assert right or value is None or name == "format", (name, value)
+        assert right or name == "format", (name, value)
 
 
 @pytest.mark.parametrize("settings", [
