@@ -249,7 +249,7 @@ def fit(runs, task, cfg):
 def resume(run, cfg):
     """Continue a run from the state in its out_dir; returns whether there is one."""
     with errors_in(run.result, cfg):
-        return run.state.load()
+        return leaf("resume").load(run)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ TASKS = {  # --task
 }
 LEAVES = TASKS | {
     "sweep": "run.sweep",  # --sweep
+    "resume": "run.resume",  # --resume
     "muon": "run.muon",  # --optimizer muon
     "adamw8bit": "run.adamw8bit",  # --optimizer_bits 8
     "prefix_cache": "frozen.prefix_cache",  # a prefix that all examples share is computed once

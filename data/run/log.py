@@ -9,19 +9,10 @@ import time
 import torch
 
 from data.devices.device import peak_memory, show_bytes
-from data.formats.fields import TEXT, Kind, either, list_of, whole
 from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name
 
-COUNT = whole(0, 1 << 50)
-REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
-POINTS = list_of(list_of(REAL, 2, 2), 1)
 NAMES = "training", "held out", "alpha", "gate"  # of the curves: two losses, and what mixes
-CURVES = Kind(
-    f"the curves {', '.join(NAMES)}",
-    lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
-    and all(line == [] or POINTS.fits(line) for line in v.values()),
-)
 
 
 def mixing(side):
@@ -43,13 +34,10 @@ class TrainingLog:
         "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms",
         "alpha", "gate",
     )
-    STATE = {  # what a run that goes on needs of the one before it, and what each may be in a file
-        "iteration": COUNT, "loss": REAL, "held_out_loss": REAL, "loss_before": REAL,
-        "best_loss": REAL, "best_iteration": COUNT, "skipped": COUNT, "failures": COUNT,
-        "tokens": COUNT, "seconds": REAL, "step_ms": list_of(REAL), "curves": CURVES,
-        "cached_iterations": COUNT, "cached_tokens": COUNT, "cached_seconds": REAL,
-        "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
-    }
+    STATE = (  # what a run that continues needs of the one before it
+        "iteration loss held_out_loss loss_before best_loss best_iteration skipped failures tokens"
+        " seconds step_ms curves cached_iterations cached_tokens cached_seconds rows"
+    ).split()
 
     def __init__(self, out_dir, cfg, device, shown=True):
         self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
@@ -64,9 +52,6 @@ class TrainingLog:
 
     def state(self):
         return {name: getattr(self, name) for name in self.STATE}
-
-    def go_on(self, state):
-        vars(self).update(state)
 
     def __enter__(self):
         counts = dict(initial=self.iteration, total=self.cfg.max_iters)

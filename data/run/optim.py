@@ -4,11 +4,7 @@ import math
 
 import torch
 
-from data import InputError, leaf
-from data.formats.fields import Kind, field, first_few, whole
-
-COUNT = whole(0, 1 << 50)
-MOMENT = Kind("a tensor or a count", lambda v: isinstance(v, torch.Tensor) or COUNT.fits(v))
+from data import leaf
 
 
 def learning_rate_at(iteration, cfg):
@@ -74,33 +70,3 @@ def optimizer_bytes(optimizer):
                 size = 1 if in_8_bits else 4 if shape != p.shape else p.element_size()
                 total += size * shape.numel()
     return total
-
-
-def load_moments(optimizer, moments, where):
-    """Load an optimizer's state strictly. Its groups, and so the learning rates, stay as they are.
-
-    `Optimizer.load_state_dict` would convert 8-bit moments into the parameters' dtype.
-    moments: {number of a parameter, as a text: {name: tensor}}; "step" is a number for 8 bits
-    """
-    parameters = [(g, p) for g in optimizer.param_groups for p in g["params"]]
-    numbers = {str(i) for i in range(len(parameters))}
-    if unknown := sorted(set(moments) - numbers):
-        raise InputError(f"{where}: the optimizer has no parameter {first_few(unknown)}.")
-    for number, own in moments.items():
-        group, p = parameters[int(number)]
-        own = {name: field(where, own, name, MOMENT) for name in own}
-        expected = kept_state(optimizer, group, p)
-        step = {"step": own.pop("step")} if COUNT.fits(own.get("step")) else {}
-        if "exp_avg" in expected:  # torch's AdamW counts its steps in a tensor
-            expected = expected | {"step": (torch.Size([]), False)}
-        counted = "mean" in expected
-        fits = set(own) == set(expected) and bool(step) == counted and all(
-            isinstance(own[name], torch.Tensor) and own[name].shape == shape
-            and (own[name].dtype == torch.uint8) == in_8_bits
-            for name, (shape, in_8_bits) in expected.items()
-        )
-        if not fits:
-            message = f"the moments of parameter {number} are not of this optimizer"
-            raise InputError(f"{where}: {message}: leave out --resume.")
-        tensors = {name: tensor.to(p.device, copy=True) for name, tensor in own.items()}
-        optimizer.state[p] = step | tensors

@@ -11,7 +11,7 @@ from data.devices.device import peak_memory
 from data.formats.files import write_json
 from data.run.log import TrainingLog
 from data.run.optim import make_optimizer
-from data.run.state import RunState, remove_earlier_run
+from data.run.state import remove_earlier_run, save_state
 from data.settings.flags import SETTINGS_FILE
 from data.tasks.examples import examples_fingerprint
 
@@ -74,9 +74,8 @@ class Run:
         folder = self.out_dir if self.first else None
         self.log = TrainingLog(folder, self.cfg, self.model.device, shown)
         examples = examples_fingerprint(task.train + task.held_out)
-        about = asdict(self.cfg) | dict(base=self.model.fingerprint, data=examples)
-        parts = self.model.side, self.optimizer, self.scaler, self.log
-        self.state = RunState(self.out_dir, about, *parts)
+        # Settings and data, which must be the same when the run continues.
+        self.about = asdict(self.cfg) | dict(base=self.model.fingerprint, data=examples)
         return self
 
     def begin(self, files):
@@ -104,8 +103,15 @@ class Run:
     def write(self, save):
         """Show the iteration and write it to the log. save: write the state for --resume, too"""
         self.log.write(self.learning_rate, self.model.side)
-        if save and not self.error:
-            self.state.save()
+        if save and not self.error and self.first:
+            self.save()
+
+    def save(self):
+        """Write all that --resume needs."""
+        save_state(self.out_dir, dict(
+            side=self.model.side.state_dict(), moments=self.optimizer.state_dict()["state"],
+            scaler=self.scaler.state_dict(), about=self.about, log=self.log.state(),
+        ))
 
     @property
     def error(self):

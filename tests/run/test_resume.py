@@ -120,11 +120,11 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, ca
         stop_after(patch, 5)
         stopped = train.main(TrainConfig(**again))
     assert stopped["interrupted"] and stopped["iterations"] == 5
-    kept, _ = state.load_state(tmp_path / "again")
+    kept, _ = resume.load_state(tmp_path / "again")
     assert kept["log"]["iteration"] == 5  # none is computed twice
     result = train.main(TrainConfig(**again))
     assert not result["interrupted"] and result["iterations"] == 8
-    assert "again goes on after iteration 5." in capsys.readouterr().out
+    assert "again continues after iteration 5." in capsys.readouterr().out
     assert left(again["out_dir"]) == expected
 
 
@@ -208,7 +208,7 @@ def test_a_signal_from_outside(cfg):
     assert run.returncode == 0 and "continue with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
     assert result["interrupted"] and 4 <= result["iterations"] < 100000
-    assert state.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
+    assert resume.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
 
 
 def test_a_damaged_state(cfg, tmp_path, capsys):
@@ -220,15 +220,15 @@ def test_a_damaged_state(cfg, tmp_path, capsys):
         for path in (out_dir / name for name in names):
             path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
 
-    damage(state.NAMES[:1])
-    whole, _ = state.load_state(out_dir)
+    damage(state.FILES[:1])
+    whole, _ = resume.load_state(out_dir)
     assert whole and "state.safetensors is damaged, and removed" in capsys.readouterr().out
     train.main(TrainConfig(**cfg | dict(resume=True)))
     assert left(out_dir) == expected
-    damage(state.NAMES)
+    damage(state.FILES)
     with pytest.raises(InputError, match="state.safetensors is damaged, and there is no other"):
         train.main(TrainConfig(**cfg | dict(resume=True)))
-    assert left(out_dir) == expected and (out_dir / state.NAMES[0]).exists()
+    assert left(out_dir) == expected and (out_dir / state.FILES[0]).exists()
 
 
 def test_a_state_holds_all_that_a_run_needs(tmp_path):

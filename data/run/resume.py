@@ -1,0 +1,148 @@
+"""--resume: continue a run from the state in its out_dir.
+
+The state may come from a stranger: it is no pickle, and every value in it is checked.
+"""
+
+import json
+
+import torch
+
+from data import InputError
+from data.formats.fields import (
+    TABLE, TEXT, Kind, either, field, first_few, list_of, number, shown, table_of, whole,
+)
+from data.formats.files import file_size
+from data.formats.safetensors import copy_into, read_header, read_safetensors, tensor_bytes
+from data.run.checkpoint import digest
+from data.run.log import NAMES
+from data.run.optim import kept_state
+from data.run.state import FILES
+
+TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
+COUNT = whole(0, 1 << 50)
+MOMENT = Kind("a tensor or a count", lambda v: isinstance(v, torch.Tensor) or COUNT.fits(v))
+REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
+POINTS = list_of(list_of(REAL, 2, 2), 1)
+CURVES = Kind(
+    f"the curves {', '.join(NAMES)}",
+    lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
+    and all(line == [] or POINTS.fits(line) for line in v.values()),
+)
+LOG = {  # what is neither a count nor a number in the log
+    "step_ms": list_of(REAL), "curves": CURVES, "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
+}
+SCALER = {  # what fp16's GradScaler keeps
+    "scale": number(1e-30, 1e30), "growth_factor": number(1, 1e3), "backoff_factor": number(0, 1),
+    "growth_interval": whole(1, 1 << 31), "_growth_tracker": whole(0, 1 << 31),
+}
+MAY_DIFFER = (
+    "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
+    "samples_interval", "preamble",  # which belongs to the data
+)
+
+
+def load(run):
+    """Load the newest state in a `Run`'s out_dir into it; returns whether there is one."""
+    state, path = load_state(run.out_dir)
+    if state is None:
+        print(f"{run.out_dir} has no state to continue from: the run begins.")
+        return False
+    parts = ("about", "side", "moments", "scaler", "log")
+    about, side, moments, scaler, log = (field(path, state, part, TABLE) for part in parts)
+    for name, value in run.about.items():
+        if name not in MAY_DIFFER and (old := about.get(name)) != value:
+            raise InputError(
+                f"--resume: {run.out_dir} was begun with another --{name}, {shown(old)} and "
+                f"not {shown(value)}: give the same, or another --out_dir."
+            )
+    kinds = {int: COUNT, float: REAL}
+    log = {name: field(path, log, f"log.{name}", LOG.get(name) or kinds[type(value)])
+           for name, value in run.log.state().items()}
+    if run.scaler.is_enabled():
+        scaler = {name: field(path, scaler, f"scaler.{name}", k) for name, k in SCALER.items()}
+    field(path, state, "side", table_of(TENSOR))
+    field(path, state, "moments", table_of(TABLE))
+    copy_into(run.model.side, side, path)
+    load_moments(run.optimizer, moments, path)
+    run.scaler.load_state_dict(scaler)
+    vars(run.log).update(log)
+    if run.interrupted:
+        print(f"{run.out_dir} continues after iteration {run.log.iteration}.")
+    else:
+        iteration = run.log.iteration
+        print(f"{run.out_dir} had ended with iteration {iteration}, and is scored again.")
+    return True
+
+
+def load_moments(optimizer, moments, where):
+    """Load an optimizer's state strictly. Its groups, and so the learning rates, stay as they are.
+
+    `Optimizer.load_state_dict` would convert 8-bit moments into the parameters' dtype.
+    moments: {number of a parameter, as a text: {name: tensor}}; "step" is a number for 8 bits
+    """
+    parameters = [(g, p) for g in optimizer.param_groups for p in g["params"]]
+    numbers = {str(i) for i in range(len(parameters))}
+    if unknown := sorted(set(moments) - numbers):
+        raise InputError(f"{where}: the optimizer has no parameter {first_few(unknown)}.")
+    for index, own in moments.items():
+        group, p = parameters[int(index)]
+        own = {name: field(where, own, name, MOMENT) for name in own}
+        expected = kept_state(optimizer, group, p)
+        step = {"step": own.pop("step")} if COUNT.fits(own.get("step")) else {}
+        if "exp_avg" in expected:  # torch's AdamW counts its steps in a tensor
+            expected = expected | {"step": (torch.Size([]), False)}
+        counted = "mean" in expected
+        fits = set(own) == set(expected) and bool(step) == counted and all(
+            isinstance(own[name], torch.Tensor) and own[name].shape == shape
+            and (own[name].dtype == torch.uint8) == in_8_bits
+            for name, (shape, in_8_bits) in expected.items()
+        )
+        if not fits:
+            message = f"the moments of parameter {index} are not of this optimizer"
+            raise InputError(f"{where}: {message}: leave out --resume.")
+        tensors = {name: tensor.to(p.device, copy=True) for name, tensor in own.items()}
+        optimizer.state[p] = step | tensors
+
+
+def load_state(out_dir):
+    """The newest whole state that there is, and its path; None, None without any. Damaged ones go
+    where one is whole; where none is, they are refused, and all that lies there stays."""
+    damaged = []
+    for path in [out_dir / name for name in FILES if (out_dir / name).exists()]:
+        file_size(path, "remove it")  # no folder, device or pipe
+        try:
+            state = read_state(path)
+        except (InputError, ValueError, KeyError, RecursionError):
+            damaged.append(path)
+            continue
+        for other in damaged:
+            print(f"{other} is damaged, and removed.")
+            other.unlink()
+        return state, path
+    if damaged:
+        raise InputError(
+            f"{damaged[0]} is damaged, and there is no other state: without --resume the run "
+            "begins anew, and replaces what it left."
+        )
+    return None, None
+
+
+def read_state(path):
+    tensors = {name: read() for name, read in read_safetensors(path).items()}
+    if digest("", tensors) != read_header(path)[1]["sha256"]:
+        raise InputError(f"{path} is damaged.")
+    tree = json.loads(bytes(tensor_bytes(tensors.pop("tree"))))
+    if not TABLE.fits(tree):
+        raise InputError(f"{path} is damaged.")
+    return with_tensors(tree, tensors)
+
+
+def with_tensors(tree, tensors, depth=6):
+    """Undo `without_tensors`; a KeyError where a tensor is missing or the tree too deep."""
+    if not isinstance(tree, dict):
+        return tree
+    if [*tree] == ["tensor"] and isinstance(tree["tensor"], str):
+        return tensors[tree["tensor"]]
+    if depth == 0:
+        raise KeyError("depth")
+    return {name: with_tensors(part, tensors, depth - 1) for name, part in tree.items()}
