@@ -11,15 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, small_base
 from test_resume import SETTINGS
 
 import train
 from data.devices import distributed
-from data.run.log import TrainingLog
-from data.run.state import RunState
+from data.run.run import Run
 from data.tasks import tiny
-from data.tasks.examples import count_targets, iteration_batches
+from data.tasks.examples import Task, count_targets, iteration_batches
 from qst import QST
 from side import SideConfig
 from train import TrainConfig
@@ -129,13 +128,14 @@ def test_what_travels_is_summed(monkeypatch):
 
 def test_the_first_process_alone_writes_the_state(tmp_path, monkeypatch):
     """Two that replace one file could leave the state of neither."""
-    side = torch.nn.Linear(2, 2)
-    optimizer, scaler = torch.optim.AdamW(side.parameters()), torch.amp.GradScaler("cpu")
-    log = TrainingLog(None, TrainConfig(), torch.device("cpu"))
-    run = RunState(tmp_path, {}, side, optimizer, scaler, log)
+    cfg = train.resolve(TrainConfig(out_dir=str(tmp_path)))
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
-        run.save()
+        run = Run(QST(small_base(), SideConfig(reduction=4)), cfg)
+        run.keep_files(Task([], []), {}, shown=False)
+        run.log.held_out_loss, run.learning_rate = 1.0, 1e-3
+        monkeypatch.setattr(run.log, "write", lambda *args: None)
+        run.write(save=True)
         assert (tmp_path / "state.safetensors").exists() == (rank == 0)
 
 

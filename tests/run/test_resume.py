@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from conftest import ROOT
 
 import train
 from data import InputError
-from data.run import state
+from data.run import resume, state
 from data.run.log import TrainingLog
+from data.run.run import Run
 from data.tasks import tiny
 from train import TrainConfig
 
@@ -240,15 +242,18 @@ def test_a_state_holds_all_that_a_run_needs(tmp_path):
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         log = TrainingLog(None, TrainConfig(max_iters=9), torch.device("cpu"))
         log.evaluated(9.0)
-        runs.append(state.RunState(tmp_path, {}, side, optimizer, scaler, log))
+        runs.append(SimpleNamespace(
+            out_dir=tmp_path, about={}, model=SimpleNamespace(side=side), optimizer=optimizer,
+            scaler=scaler, log=log, interrupted=True,
+        ))
     one, two = runs
-    assert not two.load()
-    one.side(torch.ones(3)).sum().backward()
+    assert not resume.load(two)
+    one.model.side(torch.ones(3)).sum().backward()
     one.optimizer.step()
     one.log.iteration = 7
-    one.save()
-    assert two.load() and two.log.iteration == 7 and two.scaler.get_scale() == 8
-    for ours, theirs in zip(one.side.parameters(), two.side.parameters()):
+    Run.save(one)
+    assert resume.load(two) and two.log.iteration == 7 and two.scaler.get_scale() == 8
+    for ours, theirs in zip(one.model.side.parameters(), two.model.side.parameters()):
         assert torch.equal(ours, theirs)
         moments = one.optimizer.state[ours], two.optimizer.state[theirs]
         assert len(moments[1]) == 3 and all(map(torch.equal, *(m.values() for m in moments)))
