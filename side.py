@@ -10,11 +10,10 @@ QST (arXiv 2401.07159 §3.2), with N layers in both networks:
             with beta_i = sigmoid(gamma_i): a beta near 1 keeps h_g
     h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)     to the frozen LM head
 
-Other gates, mixes and downsamplers are settings of the same `SideNetwork`; with `every` = k it has
-N / k layers, and reads only every k-th of the base. The second half of this file has what the
-other methods train: modules inside the base.
-
-Run `python side.py` to see what each downsampler costs on LLaMA-2-7B.
+Other gates, mixes and downsamplers are settings of the same `SideNetwork`. With `every` = k it has
+N / k layers, and takes as input only every k-th hidden state. The second half of this file has what
+the other methods train: modules inside the base. `python side.py` prints the trainable parameters
+of each downsampler for LLaMA-2-7B.
 """
 
 from collections import OrderedDict
@@ -90,8 +89,8 @@ def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
 
 
 class PackedInputLinear(Linear):
-    """The first matrix of a downsampler, the only module that reads h_f. It keeps h_f for backward
-    in `bits` bits: 4, 8, or 16, which means unchanged."""
+    """The first matrix of a downsampler, the only module that takes h_f as input. For backward it
+    stores h_f in `bits` bits: 4, 8, or 16, which means unchanged."""
 
     bits = 16
 
@@ -102,8 +101,8 @@ class PackedInputLinear(Linear):
 
 
 def make_downsample(config, n_in, n_out):
-    """One of the paper's five ways from the base's width to the side's (QST §3.2, Table 6): a
-    sequence in which only the first module reads h_f."""
+    """One of the paper's five downsamplers (QST §3.2, Table 6), from the base's width to the side
+    network's. Only its first module takes h_f as input."""
     if config.downsample in ("lora", "adapter"):
         act = nn.SiLU if config.downsample == "adapter" else nn.Identity
         modules = low_rank(n_in, n_out, config.rank, act, PackedInputLinear)
@@ -123,30 +122,29 @@ def make_downsample(config, n_in, n_out):
 
 def side_model_config(config, reduction):
     """The base's `ModelConfig` -> the side network's: as many heads, narrower."""
-    rotary = config.family != "opt"  # rotary turns channels in pairs
+    C, heads = config.n_embd, config.n_head
+    rotary = config.family != "opt"  # rotary positions turn channels in pairs
 
     def fits(r):
-        head_dim, rest = divmod(config.n_embd, r * config.n_head)
-        return rest == 0 and not (rotary and head_dim % 2) and config.n_ffn >= r
+        return C % (r * heads) == 0 and not (rotary and C // r // heads % 2) and config.n_ffn >= r
 
     if not fits(reduction):
-        choices = ", ".join(str(r) for r in range(1, config.n_embd + 1) if fits(r))
+        choices = ", ".join(str(r) for r in range(1, C + 1) if fits(r))
+        even = ", an even number each (rotary pairs)" * rotary
         raise InputError(
-            f"--reduction {reduction} does not divide n_embd = {config.n_embd} into "
-            f"{config.n_head} heads{', an even number each (rotary pairs)' * rotary}: "
+            f"--reduction {reduction} does not divide n_embd = {C} into {heads} heads{even}: "
             f"choose one of {choices}."
         )
-    c = config.n_embd // reduction
+    c = C // reduction
     return replace(
-        config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, head_dim=c // config.n_head
+        config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, head_dim=c // heads
     )
 
 
 class SideNetwork(nn.Module):
-    """The network that learns. Its modules are named like the symbols at the top of this file.
+    """The side network g. Its modules are named like the symbols at the top of this file.
 
-    n_layer: how many layers it has, N / every of the base's N
-    checkpoint: whether backward recomputes each layer from the few numbers that enter it
+    n_layer: number of its layers, N / every; checkpoint: whether backward recomputes them
     """
 
     checkpoint = False
@@ -177,14 +175,14 @@ class SideNetwork(nn.Module):
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
 
     def save_memory(self, checkpoint, h_f_bits):
-        """Recompute the steps in backward, and keep h_f for it in 16 (unchanged), 8 or 4 bits."""
+        """Set what backward stores: recompute the layers, and h_f in 16 (unchanged), 8 or 4 bits."""
         self.checkpoint = checkpoint
         for module in self.modules():
             if isinstance(module, PackedInputLinear):
                 module.bits = h_f_bits
 
     def standardized(self, i, h_f):
-        """The i-th h_f that is read, if asked for with channels of mean 0 and variance 1."""
+        """h_f_i, with --standardize with channels of mean 0 and variance 1."""
         if self.mean is None:
             return h_f
         mean, scale = self.mean[i].to(h_f.device), self.scale[i].to(h_f.device)
@@ -231,10 +229,9 @@ class SideNetwork(nn.Module):
     def mix(self, h_f, h_g):
         """The hidden state for the LM head: (B, T, C).
 
-        With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2), while LST
-        predicts from the side network alone and starts far away. At alpha = 1 the side network's
-        gradient is 0, so the first step trains alpha alone. The residual mix starts at the LLM too,
-        because its upsampler starts at 0; and that receives a gradient from the first step.
+        With alpha = 1 this is h_f, bit for bit: training starts at the LLM (QST §3.2). LST starts
+        far from it. At alpha = 1 the side network's gradient is 0, so the first step trains only
+        alpha. The residual mix starts at the LLM too, because its upsampler starts at 0.
         """
         up = self.upsample(self.norm(h_g))
         if self.alpha is None:
@@ -306,13 +303,13 @@ class InsertedModules(nn.Module):
 
 
 class Unfrozen(nn.Module):
-    """Tensors of the base itself that learn: all of them in full finetuning; in PEQA (arXiv
-    2305.14152 §3) the scales of its integer layers, whose integers stay as they are."""
+    """Tensors of the base itself that are trained: all in full finetuning; in PEQA (arXiv 2305.14152
+    §3) the scales of its integer layers."""
 
     def __init__(self, base, config):
         super().__init__()
         self.config, self.weights = config, nn.ParameterDict()
-        parameters = {}  # {id of a buffer: the Parameter in its place}; a tied head stays tied
+        parameters = {}  # {id of a buffer: its Parameter}, so that a tied head stays tied
         for path, module in base.named_modules():
             unused = path == "lm_head" and config.n_labels and not base.config.tied
             for name, buffer in list(module.named_buffers(recurse=False)):

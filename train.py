@@ -13,7 +13,7 @@ state.safetensors, for --resume.
 
 import math
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ from data.frozen.sources import first_device, load_base
 from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
 from data.run.report import (
-    compared, conclude, introduce, keep_result, memory_advice, progress, sizes,
+    compared, conclude, errors_in, introduce, keep_result, memory_advice, progress, sizes,
 )
 from data.run.run import Run
 from data.run.state import only_run_in, stop_signals
@@ -250,17 +250,6 @@ def resume(run, cfg):
     """Continue a run from the state in its out_dir; returns whether there is one."""
     with errors_in(run.result, cfg):
         return leaf("resume").load(run)
-
-
-@contextmanager
-def errors_in(result, cfg):
-    """In a sweep, put an error into a run's result, so that the other runs go on."""
-    try:
-        yield
-    except InputError as error:
-        if not cfg.sweep:
-            raise
-        result["error"] = str(error)
 
 
 def beside(runs, compiled=False):

@@ -1,16 +1,15 @@
-"""What the frozen base says of each example, on disk: `--cache_hidden FOLDER`.
+"""The base's hidden states of each example, on disk: --cache_hidden FOLDER.
 
-The base never changes, and so neither does what it makes of an example. The first epoch writes the
-hidden states of its layers down, and the last one where there is a target. Every later epoch, and
-every later run with another side network, reads them, and the base's layers are not in memory.
+The base never changes, and so its hidden states of an example do not either. The first epoch writes
+them. Every later epoch, and every later run with another side network, reads them, and the base's
+layers are not in memory.
 
-A `HiddenCache` is a source of hidden states like the base. An example is known by its ids, whatever
-batch it is in. The files are memory-mapped:
-    states.bin  a record for each token of each example: what `pack_hidden` makes of its states
-                after layers 1 to N, or each --every-th; or what a pooling downsampler does, in 16
-                bits
+A `HiddenCache` yields hidden states like the base. It knows an example by its ids. Its files are
+memory-mapped:
+    states.bin  for each token of each example its states after layers 1 to N, or each --every-th,
+                packed by `pack_hidden`; or pooled by a pooling downsampler, in 16 bits
     last.bin    the last state at each target, in 16 bits
-    sums.bin    a checksum of each example; a missing or damaged one is computed again
+    sums.bin    a checksum of each example; a missing or damaged example is computed again
 """
 
 import hashlib
@@ -54,18 +53,10 @@ class Entry(NamedTuple):
     at: list
 
 
-class Batch(NamedTuple):
-    """Examples of the cache, as rows of a batch."""
-
-    entries: list
-    tokens: tuple  # rows of states.bin, and where they belong: see `places`
-    targets: tuple  # the same of last.bin
-
-
 class HiddenCache:
-    """The cache of what the base in a folder says of a task's examples, in --cache_hidden.
+    """The hidden states of the base in a folder, for the examples of a task.
 
-    runs: settings of all the side networks that are to read it; the rest is the same for all
+    runs: settings of all side networks that will read it; the rest is the same for all
     """
 
     is_read = False  # whether the last states came from the disk
@@ -120,32 +111,28 @@ class HiddenCache:
 
     def check_room(self, nbytes, limit):
         there = [path.stat().st_blocks * 512 for path in self.folder.glob("*.bin")]
-        free = shutil.disk_usage(self.folder).free + sum(there)
-        if nbytes > min(free, 1e9 * limit):
-            whose = "the disk has" if free < 1e9 * limit else "--cache_limit_gb is"
+        free = (shutil.disk_usage(self.folder).free + sum(there)) / 1e9
+        if nbytes / 1e9 > (room := min(free, limit)):
+            whose = "the disk has" if free < limit else "--cache_limit_gb is"
             raise InputError(
-                f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} "
-                f"{min(free / 1e9, limit):.3g}: --h_f_bits 4, a pooling --downsample or fewer "
-                "--max_examples need less."
+                f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} {room:.3g}: --h_f_bits 4,"
+                " a pooling --downsample or fewer --max_examples need less."
             )
 
     def map(self, name, dtype, n):
-        """A file as an array of n; what is new in it are zeros, which take no room yet."""
+        """Map a file as an array of n. New records are zeros, which take no room yet."""
         with open(self.folder / name, "ab") as file:
             file.truncate(n * dtype.itemsize)
         return np.memmap(self.folder / name, dtype, "r+", shape=(n,))
 
     def without_layers(self, device):
-        """A function of a tensor's name: its device, or none for the layers' matrices."""
+        """A function of a weight's name: its device, or "meta" for the layers' matrices."""
         large = re.compile(r"layers\..*proj\.weight")
         place = device if callable(device) else lambda name: device
         return lambda name: "meta" if large.fullmatch(name) else place(name)
 
     def attach(self, base, load):
-        """Become the source of a base, which is without its layers where `absent` says so.
-
-        load: function that loads it with them
-        """
+        """Become the source of a base. load: function that loads it with its layers"""
         n, size = (self.sums > 0).sum(), (self.tokens.nbytes + self.last.nbytes) / 1e9
         n, bits = f"{n:,} of {len(self.sums):,}", self.bits
         print(f"cache       {self.folder}: {n} examples in {bits} bits, {size:.2f} GB")
@@ -156,10 +143,10 @@ class HiddenCache:
         self.base, self.load, self.computed, base.source = base, load, base.source or base, self
 
     def states(self, idx, keep=None, cache=None, every=1):
-        """The states of a batch: read; or computed and, of known examples, written."""
+        """Read the states of a batch; or compute them, and write those of known examples."""
         step, rest = divmod(every, self.every)
         batch = None if keep is not None or cache or rest else self.look_up(idx)
-        self.is_read = bool(batch) and all(map(self.whole, batch.entries))
+        self.is_read = bool(batch) and all(map(self.whole, batch[0]))
         if self.is_read:
             yield from self.read(batch, idx, step)
             return
@@ -172,41 +159,40 @@ class HiddenCache:
             yield from self.computed.states(idx, keep, cache, every)
 
     def look_up(self, idx):
-        """The examples that are the rows of a batch; None if one is unknown."""
+        """The examples in a batch's rows, and the `places` of their states and of their last states;
+        None if one is unknown."""
         entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
-        if all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
-            return Batch(
-                entries,
-                places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx),
-                places([e.targets for e in entries], [e.at for e in entries], idx),
-            )
+        if not all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
+            return None
+        tokens = places([e.tokens for e in entries], [range(len(e.tokens)) for e in entries], idx)
+        return entries, tokens, places([e.targets for e in entries], [e.at for e in entries], idx)
 
     def read(self, batch, idx, step):
-        """The states from the disk. The embedding itself is no work, and not kept."""
+        """Yield the states from the disk; the embedding is computed."""
         x = next(self.base.states(idx))
         yield x
         for i in range(step - 1, self.n, step):
             device = device_of(self.base.layers[(i + 1) * self.every - 1])
-            yield self.read_state(i, batch, x.shape, x.dtype, device)
-        rows, at = batch.targets
+            yield self.read_state(i, batch[1], x.shape, x.dtype, device)
+        rows, at = batch[2]
         h = x.new_zeros(x.shape, device=device)  # where there is no target
         last = torch.from_numpy(self.last[rows]).to(device).view(self.half)
         h.view(-1, x.shape[-1])[at.to(device)] = last.to(x.dtype)
         yield h
 
     def written(self, batch, idx, step):
-        """The states from the base, each written before it goes on."""
+        """Yield the states from the base, each after it is written."""
+        entries, tokens, (rows, at) = batch
         states = self.computed.states(idx, None, None, self.every)
         yield next(states)
         for i in range(self.n):
             h = next(states)
-            self.write(i, h, batch)
+            self.write(i, h, tokens)
             if (i + 1) % step == 0:
                 yield h
         h = next(states)
-        rows, at = batch.targets
         self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
-        for entry in batch.entries:
+        for entry in entries:
             self.sums[entry.number] = self.sum(entry)
         if self.sums.all() and not self.stay:  # what was loaded again, stays
             for module in self.base.layers.modules():
@@ -217,18 +203,18 @@ class HiddenCache:
             self.absent = True
         yield h
 
-    def write(self, i, h, batch):
-        """Keep the i-th state of a batch, h (B, T, C)."""
-        rows, at = batch.tokens
+    def write(self, i, h, tokens):
+        """Write the i-th state of a batch, h (B, T, C). tokens: its `places`"""
+        rows, at = tokens
         state = h.flatten(0, 1)[at]
         state = self.pool(state, self.about["pool"][1]) if self.pool else state
         state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
         for name, part in zip(self.tokens.dtype.names, pack_hidden(state, self.bits)):
             self.tokens[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
 
-    def read_state(self, i, batch, shape, dtype, device):
-        """The i-th state that is kept, (B, T, C), with zeros where a row is padded."""
-        (rows, at), (B, T, C), packed = batch.tokens, shape, []
+    def read_state(self, i, tokens, shape, dtype, device):
+        """The i-th state that is stored, (B, T, C), with zeros where a row is padded."""
+        (rows, at), (B, T, C), packed = tokens, shape, []
         for name, (kind, form) in zip(self.tokens.dtype.names, self.forms):
             part = torch.from_numpy(self.tokens[name][rows, i]).to(device)
             padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
@@ -244,19 +230,19 @@ class HiddenCache:
         return h
 
     def sum(self, entry):
-        """An example's checksum; 0 is for one that is not there."""
+        """An example's checksum; 0 means that it is not there."""
         return zlib.crc32(self.last[entry.targets], zlib.crc32(self.tokens[entry.tokens])) or 1
 
     def whole(self, entry):
-        """Whether an example is in the cache, undamaged; if so, looked at once."""
+        """Whether an example is in the cache and undamaged. It is checked once."""
         if entry.number not in self.checked and self.sums[entry.number] == self.sum(entry):
             self.checked.add(entry.number)
         return entry.number in self.checked
 
 
 def places(rows, at, idx):
-    """For each row of a batch idx (B, T), rows of a file and where in it they belong -> all rows of
-    the file, and their places in the flat batch, (n,) each."""
+    """All rows of a file that a batch idx (B, T) needs, and their places in the flat batch: (n,)
+    each. rows, at: for each row of the batch its rows of the file, and their positions in it"""
     at = [i * idx.shape[1] + np.array(some, int) for i, some in enumerate(at)]
     return np.concatenate(rows).astype(int), torch.tensor(np.concatenate(at), device=idx.device)
 
@@ -266,7 +252,7 @@ def as_bytes(tensor):
 
 
 def key(ids):
-    """What an example is known by: its ids as bytes, without the zeros that padding adds."""
+    """An example's ids as bytes, without the zeros that padding adds."""
     return np.trim_zeros(np.asarray(ids, np.int64), "b").tobytes()
 
 

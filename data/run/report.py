@@ -106,6 +106,17 @@ def memory_advice(cfg):
         raise InputError(out_of_memory(cfg)) from None
 
 
+@contextmanager
+def errors_in(result, cfg):
+    """In a sweep, put an error into a run's result, so that the other runs continue."""
+    try:
+        yield
+    except InputError as error:
+        if not cfg.sweep:
+            raise
+        result["error"] = str(error)
+
+
 def start_name(cfg):
     """What a run starts at: --side, the base, or a network that predicts without having learned."""
     return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")

@@ -7,7 +7,8 @@ from conftest import run_of, small_base
 import train
 from data.run.adamw8bit import AdamW8bit
 from data.run.muon import Muon, orthogonalize
-from data.run.optim import load_moments, make_optimizer
+from data.run.optim import make_optimizer
+from data.run.resume import load_moments
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
