@@ -1,16 +1,15 @@
-"""The frozen LLM: one `DecoderLayer` for LLaMA and OPT, its weights buffers; `from_pretrained`.
+"""The frozen LLM: one `DecoderLayer` for LLaMA and OPT, and `from_pretrained`.
 
-Reading order: the config, the layer, the model with its loss, and how the weights get in: one
-tensor at a time, quantized on the way.
+Read it from top to bottom: the config, the layer, the model with its loss, and how the weights are
+loaded, one tensor at a time, and quantized. The side network in side.py has the same layers.
 
     B, T  batch and length        C = n_embd        V = vocab_size        D = head_dim
 
-Modules are named like the tensors of Hugging Face's checkpoints (`q_proj`, `input_layernorm`,
-...), with LLaMA's names where the two families differ; data/formats/hub.py has OPT's few others.
-The same `DecoderLayer`, narrower, makes the side network in side.py.
+Modules have the names of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...). Where the
+two families differ, they have LLaMA's; data/formats/hub.py has OPT's.
 
-Run `python model.py` to see what some models weigh in 16 and in 4 bits, and `python model.py
-quantize IN OUT` to write a folder in 4 bits.
+    python model.py                    the size of some models in 16 and in 4 bits
+    python model.py quantize IN OUT    write a folder in 4 bits
 """
 
 import math
@@ -39,7 +38,7 @@ from quant import Linear4bit, Quantized, quantize_4bit
 
 @dataclass
 class ModelConfig:
-    """The shape of a LLaMA or OPT model; 0 means "as usual", and is filled in."""
+    """The shape of a LLaMA or OPT model; 0 stands for the usual value."""
 
     vocab_size: int
     n_layer: int
@@ -76,8 +75,8 @@ PRESETS = {name: ModelConfig(**shape) for name, shape in presets.SHAPES.items()}
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype, whatever its weights are stored in: the
-    side network's master weights stay in fp32 while it computes in bf16."""
+    """A linear layer that computes in its input's dtype: the side network's weights stay in fp32
+    while it computes in bf16."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -109,8 +108,8 @@ def rotary_frequencies(config, device):
         return inv_freq
     if scaling["rope_type"] == "linear":
         return inv_freq / scaling["factor"]
-    # "llama3": slow frequencies, which turn less than low_freq_factor times within the original
-    # context, are slowed down by the factor; fast ones stay; in between, a linear blend.
+    # "llama3": divide slow frequencies, with fewer than low_freq_factor turns in the original
+    # context, by the factor; keep fast ones; blend in between.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     blend = ((turns - low) / (high - low)).clamp(0, 1)
@@ -118,7 +117,7 @@ def rotary_frequencies(config, device):
 
 
 def rotary_table(config, positions, dtype):
-    """Cosines and sines to rotate queries and keys by; None for a model with learned positions.
+    """Cosines and sines that rotate queries and keys; None for a model with learned positions.
 
     positions: (B or 1, T)
     returns two of (B or 1, 1, T, D), the second half of the channels repeating the first
@@ -131,7 +130,7 @@ def rotary_table(config, positions, dtype):
 
 
 def rotate(x, rope):
-    """Turn each pair of channels (j, j + D/2) by its position's angle: x (B, heads, T, D)."""
+    """Rotate each pair of channels (j, j + D/2) by its position's angle: x (B, heads, T, D)."""
     if rope is None:
         return x
     cos, sin = rope
@@ -140,7 +139,7 @@ def rotate(x, rope):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, grouped where there are fewer keys and values than queries."""
+    """Causal self-attention; keys and values may have fewer heads than queries."""
 
     def __init__(self, config):
         super().__init__()
@@ -216,27 +215,27 @@ class DecoderLayer(nn.Module):
 
 
 def positions_and_mask(idx, keep=None, past=0):
-    """Where each token stands, and what it may look at.
+    """The position of each token, (B or 1, T), and a mask for `DecoderLayer`.
 
-    idx: (B, T) ids; past: number of tokens that are in the cache already
+    idx: (B, T) ids; past: number of tokens in the cache
     keep: (B, past + T) 1 for a token and 0 for padding, on either side; None: no padding
-    returns positions (B or 1, T), and a mask for `DecoderLayer`
     """
     T, device = idx.shape[1], idx.device
     positions = torch.arange(past, past + T, device=device).unsqueeze(0)
     if keep is None and (past == 0 or T == 1):  # one new token may see everything
         return positions, None
-    if keep is None:  # a GPU's flash attention knows it without its T times past + T values
+    if keep is None:  # flash attention knows this mask without its T x (past + T) values
         return positions, causal_lower_right(T, past + T)
     query = torch.arange(past, past + T, device=device).unsqueeze(1)
     key = torch.arange(past + T, device=device)
     positions = (keep.cumsum(dim=1) - 1).clamp(min=0)[:, past:]
-    # Let padding attend to itself: nobody uses its output, and a fully masked row is NaN.
+    # Padding attends to itself: a row with nothing to attend to would be NaN.
     return positions, (key <= query) & keep.bool()[:, None, None, :] | (key == query)
 
 
 class LanguageModel(nn.Module):
-    """Loss and generation of a model with `hidden`, `head`, `head_learns`, `new_cache`, `config`.
+    """Base class: adds `loss` and `generate` to a subclass that defines `hidden`, `head`,
+    `head_learns`, `new_cache` and `config`.
 
     chunk_loss: whether the loss of a frozen head holds only some of the logits at a time
     """
@@ -249,14 +248,15 @@ class LanguageModel(nn.Module):
         return next(chain(layers.buffers(), layers.parameters())).device
 
     def loss(self, idx, targets):
-        """Mean loss of idx and targets (B, T): targets[b, t] is the id that follows idx[b, t], or
+        """Mean loss of idx and targets (B, T). targets[b, t] is the id that follows idx[b, t], or
         IGNORE_INDEX."""
         return self.loss_of(self.hidden(idx), targets)
 
     def loss_of(self, h, targets):
-        """The same of what `hidden` returns, (B, T, C): only the tokens that have a target reach
-        the head. Pass targets on the CPU, wherever h is: `nonzero` of a GPU's tensor would make the
-        CPU wait for the GPU."""
+        """Mean loss of what `hidden` returned, (B, T, C): only tokens with a target reach the head.
+
+        targets: on the CPU, wherever h is. `nonzero` of a GPU's tensor would wait for the GPU.
+        """
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         targets, at = to_device(targets.flatten()[at], h.device), to_device(at, h.device)
         h = h.flatten(0, 1).index_select(0, at)
@@ -265,7 +265,7 @@ class LanguageModel(nn.Module):
         return _ChunkedLoss.apply(h, targets, self.head)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
-        """The prompts and what `sampling.stream` adds to them: (B, T + new)."""
+        """The prompts with the new tokens of `sampling.stream`: (B, T + new)."""
         new = sampling.stream(self, idx, max_new_tokens, *args, **kwargs)
         return torch.cat([idx, *(token.unsqueeze(1) for token in new)], dim=1)
 
@@ -275,10 +275,8 @@ CHUNK = 128  # positions whose logits are held at a time
 
 
 def token_loss(logits, targets, reduction="mean"):
-    """Mean cross-entropy, in fp32: logits (..., V), targets (...), the ids that follow.
-
-    With targets in fp32, ratings, it is the mean squared error of logits (..., 1).
-    """
+    """Mean cross-entropy, in fp32, of logits (..., V) and targets (...), the ids that follow; or,
+    of logits (..., 1) and ratings in fp32, the mean squared error."""
     logits, targets = logits.flatten(0, -2).float(), targets.flatten().to(logits.device)
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
@@ -287,11 +285,11 @@ def token_loss(logits, targets, reduction="mean"):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """`token_loss(head(h), targets)` of a frozen head, without all of the logits at once.
+    """`token_loss(head(h), targets)` of a frozen head, with the logits of one chunk at a time.
 
-    h: (n, C). Its gradient is formed chunk by chunk in forward, while a chunk's logits are there:
-    nothing is computed twice. What is kept is the gradient of the *sum* of the losses, since that
-    of the mean would vanish in fp16; backward, which can run only once, divides it by n.
+    h: (n, C). Forward computes its gradient, too, while a chunk's logits are there. It stores the
+    gradient of the sum of the losses, because that of the mean can underflow in fp16; backward
+    divides it by n, in place, and so can run only once.
     """
 
     @staticmethod
@@ -318,8 +316,8 @@ class _ChunkedLoss(torch.autograd.Function):
 class Transformer(LanguageModel):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
-    checkpoint = False  # whether backward computes a layer's activations again from its input
-    source = None  # gives the same states with less work: data/frozen/prefix_cache.py, hidden_cache.py
+    checkpoint = False  # whether backward recomputes a layer's activations from its input
+    source = None  # yields the same states with less work: see data/frozen/sources.py
 
     def __init__(self, config):
         super().__init__()
@@ -365,9 +363,9 @@ class Transformer(LanguageModel):
         return [KVCache(max_len) for _ in self.layers]
 
     def states(self, idx, keep=None, cache=None, every=1):
-        """Yield the hidden states (B, T, C) in turn: the embedding, the output of each layer, or of
-        each `every`-th, and at last what the LM head reads. None is computed before it is asked
-        for, and none is kept.
+        """Yield the hidden states h_f_0, h_f_1, ..., each (B, T, C): the embedding, the output of
+        each layer (or of each `every`-th), and at last what the LM head takes as input. A state is
+        computed when it is asked for, and not kept.
 
         keep: see `positions_and_mask`; cache: of `new_cache`, to generate
         """
@@ -388,7 +386,7 @@ class Transformer(LanguageModel):
         yield x
 
     def hidden(self, idx, keep=None, cache=None):
-        """The state that the LM head reads, (B, T, C): the last one."""
+        """The last hidden state, which the LM head takes as input: (B, T, C)."""
         for x in (self.source or self).states(idx, keep, cache):
             pass
         return x
@@ -444,13 +442,13 @@ def quantize(weight, kind, name="the weight"):
 
 
 def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False):
-    """Load a LLaMA or OPT folder, quantizing tensor by tensor, and freeze it.
+    """Load a LLaMA or OPT folder, quantize it tensor by tensor, and freeze it.
 
-    quant: "nf4" or "fp4", always double-quantized, integers as "int4" or "int3-64", or "none"
+    quant: see `Transformer.freeze`; nf4 and fp4 are always double-quantized
     dtype: of everything that is not quantized, and so of what the model computes in
-    device: one for all, or a function of a tensor's name (data/devices/placement.py)
-    Peak memory is the 4-bit model and the largest tensor. A folder that bitsandbytes has quantized
-    is taken as it is, straight from the memory map; stream: its layers stay there.
+    device: one for all, or a function of a weight's name (data/devices/placement.py)
+    stream: whether the layers of a 4-bit folder stay in its memory map (data/devices/stream.py)
+    Peak memory is the 4-bit model and the largest tensor. A 4-bit folder is used unchanged.
     """
     config = read_config(folder)
     tensors = hub.open_files(folder, config)
@@ -459,7 +457,8 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
     if stream:
-        return leaf("stream").freeze_streamed(model, weights, in_4_bits, dtype, torch.device(device), folder)
+        freeze = leaf("stream").freeze_streamed
+        return freeze(model, weights, in_4_bits, dtype, torch.device(device), folder)
     quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 

@@ -175,7 +175,7 @@ class SideNetwork(nn.Module):
             self.alpha = nn.Parameter(torch.ones(() if config.mix == "alpha" else C))
 
     def save_memory(self, checkpoint, h_f_bits):
-        """Set what backward stores: recompute the layers, and h_f in 16 (unchanged), 8 or 4 bits."""
+        """Set what backward stores: h_f in 16 (unchanged), 8 or 4 bits, and layers or not."""
         self.checkpoint = checkpoint
         for module in self.modules():
             if isinstance(module, PackedInputLinear):
@@ -303,8 +303,8 @@ class InsertedModules(nn.Module):
 
 
 class Unfrozen(nn.Module):
-    """Tensors of the base itself that are trained: all in full finetuning; in PEQA (arXiv 2305.14152
-    §3) the scales of its integer layers."""
+    """Tensors of the base itself that are trained: in full finetuning all, in PEQA (arXiv
+    2305.14152 §3) the scales of its integer layers."""
 
     def __init__(self, base, config):
         super().__init__()

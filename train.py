@@ -368,7 +368,8 @@ def evaluate(settings, base, task, cfg):
     if task.held_out and "loss" not in results[0]:
         losses = mean_loss(models, task.held_out, cfg.batch_size, "loss")
         results = [result | {"loss": loss} for result, loss in zip(results, losses)]
-    return [result | sizes(model, count_weights(model.config)) for result, model in zip(results, models.models)]
+    n_weights = count_weights(base.config)
+    return [result | sizes(model, n_weights) for result, model in zip(results, models.models)]
 
 
 def main(cfg):

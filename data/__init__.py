@@ -1,4 +1,7 @@
-"""What comes in and goes out, in rooms: README.md has a line on each. Here is what they all share."""
+"""Input, output and everything around the method, in rooms: README.md explains each.
+
+This file has what all rooms share, and the table of the leaves.
+"""
 
 from importlib import import_module
 

@@ -159,8 +159,8 @@ class HiddenCache:
             yield from self.computed.states(idx, keep, cache, every)
 
     def look_up(self, idx):
-        """The examples in a batch's rows, and the `places` of their states and of their last states;
-        None if one is unknown."""
+        """The examples in a batch's rows, and the `places` of their states and last states; None
+        if one is unknown."""
         entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
         if not all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
             return None

@@ -126,8 +126,8 @@ class TrainingLog:
             return None
         kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
         return (
-            f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or try "
-            "--dtype bf16 or fp32. "
+            f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or "
+            "try --dtype bf16 or fp32. "
             f"{kept if self.best_iteration else 'No side network is kept'}."
         )
 

@@ -1,4 +1,4 @@
-"""The learning rate of an iteration, the optimizer of a run, and what it keeps of each parameter."""
+"""The learning rate of an iteration, the optimizer, and what it keeps of each parameter."""
 
 import math
 
