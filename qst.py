@@ -206,7 +206,7 @@ class Beside:
     """
 
     def __init__(self, models, compiled=False):
-        self.models, first = models, models[0]
+        self.models, self.compiled, first = models, compiled, models[0]
         self.config, self.device = first.config, first.device
         if len(models) > 1:
             self.side = leaf("sweep").SideNetworks([model.side for model in models])

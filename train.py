@@ -190,8 +190,12 @@ def train_step(runs, batches, iteration, models=None):
     models = models or beside(runs)
     for idx, targets, share in batches:
         states = models.compute(to_device(idx, models.device))
-        for run in runs:  # a run's graph is freed after its turn
-            run.backward(states.pop(0), targets, share)
+        losses = (run.loss(states.pop(0), targets, share) for run in runs)
+        if models.compiled:  # then all runs have one graph
+            torch.autograd.backward(list(losses))
+        else:
+            for loss in losses:  # a run's graph is freed after its turn
+                loss.backward()
     return [run.step(learning_rate_at(iteration - 1, run.cfg)) for run in runs]
 
 
@@ -208,8 +212,8 @@ def fit(runs, task, cfg):
         for run, loss in zip(some, losses):
             run.record_evaluation(loss)
 
-    resumed = [run for run in runs if cfg.resume and resume(run, cfg)]
-    evaluate([run for run in runs if run not in resumed and "error" not in run.result])
+    new = [run for run in runs if not (cfg.resume and resume(run, cfg))]
+    evaluate([run for run in new if "error" not in run.result])
     start = min((run.log.iteration for run in runs if not run.error), default=cfg.max_iters)
     steps, models, iteration = cfg.gradient_accumulation_steps, None, start
     rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
@@ -247,7 +251,6 @@ def fit(runs, task, cfg):
 
 
 def resume(run, cfg):
-    """Continue a run from the state in its out_dir; returns whether there is one."""
     with errors_in(run.result, cfg):
         return leaf("resume").load(run)
 
@@ -350,8 +353,8 @@ def train(settings, base, task, folder, cfg):
         return results
     introduce(folder, runs, task.train)
     # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
-    asked = not task.n_labels and not cfg.cache_hidden
-    before = task.score(beside(runs)) if asked else [{} for _ in runs]
+    scored = not task.n_labels and not cfg.cache_hidden
+    before = task.score(beside(runs)) if scored else [{} for _ in runs]
     fit(runs, task, cfg)
     pairs = [pair for pair in zip(runs, before) if not pair[0].error and not pair[0].interrupted]
     after = task.score(beside([run for run, _ in pairs])) if pairs else []
@@ -388,8 +391,7 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in(cfg.out_dir):
-        made = cfg.base or distributed.first_makes(leaf("tiny").base_folder)
-        folder = Path(made)
+        folder = Path(cfg.base or distributed.first_makes(leaf("tiny").base_folder))
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         settings = [replace(own, preamble=task.preamble) for own in settings]

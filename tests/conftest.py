@@ -88,7 +88,7 @@ def shaken(model, seed=1):
 def run_of(loss_of, optimizer, scaler, cfg, rate):
     """A `Beside` and a `Run` with a function of (idx, targets) in place of a model, and a constant
     learning rate."""
-    models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"))
+    models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"), compiled=False)
     run = Run.__new__(Run)
     run.model, run.losses = SimpleNamespace(loss_of=loss_of), []
     run.optimizer, run.scaler = optimizer, scaler

@@ -30,11 +30,13 @@ class Run:
 
     # A step
 
-    def backward(self, h, targets, share):
-        """Add the gradient of a batch. h: what `hidden` returned; share: of the step's targets"""
+    def loss(self, h, targets, share):
+        """The loss of a batch, scaled for fp16. h: what `hidden` returned
+        share: the batch's part of the step's targets
+        """
         loss = self.model.loss_of(h, targets) * share
-        self.scaler.scale(loss).backward()
         self.losses.append(loss.detach())
+        return self.scaler.scale(loss)
 
     def step(self, learning_rate):
         """Clip the gradients and step. A step with a NaN or an infinite value is left out.

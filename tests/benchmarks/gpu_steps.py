@@ -146,7 +146,7 @@ class LossAlone(Run):
         self.optimizer, self.cfg = make_optimizer(model, cfg), cfg
         device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)
-        self.models = SimpleNamespace(compute=lambda idx: [idx], device=device)
+        self.models = SimpleNamespace(compute=lambda idx: [idx], device=device, compiled=False)
 
 
 def costs(sizes, model, loss_of, config, cfg, seconds=3.0):

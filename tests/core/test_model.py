@@ -85,6 +85,16 @@ def test_a_sequence_longer_than_the_positions():
         model.generate(torch.zeros(1, 70, dtype=torch.long), 10)
 
 
+def test_each_position_of_opt_has_its_row():
+    """Position i adds row i + 2 of the table, also the last one."""
+    model = small_base(family="opt")
+    table, T = model.embed_positions.weight, model.config.max_positions
+    idx = torch.full((1, T), 5)
+    embedding = next(model.states(idx))[0]
+    expected = model.embed_tokens.weight[5] + table[2 : T + 2]
+    assert len(table) == T + 2 and torch.equal(embedding, expected)
+
+
 @needs_test_data
 def test_the_known_story():
     """stories260K in full precision tells the story that it is known for."""

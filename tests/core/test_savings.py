@@ -145,6 +145,17 @@ def test_the_loss_in_chunks(rows, family, shape, idx, monkeypatch):
         assert (grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-7
 
 
+def test_the_loss_in_chunks_passes_its_gradient_on():
+    """A loss times three has gradients times three."""
+    h, targets = torch.randn(7, 5), torch.arange(7) % 5
+    grads = []
+    for factor in (1, 3):
+        part = h.clone().requires_grad_()
+        (factor * _ChunkedLoss.apply(part, targets, torch.nn.Identity())).backward()
+        grads.append(part.grad)
+    torch.testing.assert_close(grads[1], 3 * grads[0])
+
+
 def test_chunks_bound_the_logits(monkeypatch):
     """With four times the batch the plain loss needs four times the logits, in chunks as many."""
     monkeypatch.setattr(model_py, "CHUNK", 10)

@@ -13,6 +13,7 @@ from test_resume import cfg, left, one_thread  # noqa: F401
 import train
 from data import InputError
 from data.formats.save import save_pretrained
+from data.frozen.hidden_cache import targets_by_ids
 from data.tasks.scoring import choice_logits
 from model import Transformer, quantize_folder, read_config
 from quant import Linear4bit
@@ -248,6 +249,14 @@ def test_answers_are_shown_without_the_bases(tiny_model, tmp_path, capsys):
     for sample in samples:
         assert sample["answer"] is None and f"   QST       {sample['QST']}" in shown
     assert "   base" not in shown and "Ask it yourself" in shown
+
+
+def test_examples_of_the_same_ids_are_one():
+    """It is as long as the longest, padding aside, and has the targets of all."""
+    none, key = -100, lambda ids: np.array(ids, np.int64).tobytes()
+    examples = [([5, 6], [6, none]), ([5, 6, 0], [none, 7, none]), ([5, 6], [6, none]),
+                ([8], [none])]
+    assert targets_by_ids(examples) == {key([5, 6]): (3, [0, 1]), key([8]): (1, [])}
 
 
 def test_room_is_checked_before(cfg, tmp_path):  # noqa: F811

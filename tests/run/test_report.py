@@ -52,6 +52,15 @@ def test_values_are_waited_for_at_times():
     assert all(log_of([True] * 8, log_interval=4)[1])
 
 
+def test_ten_steps_in_a_row_without_a_number_are_an_error():
+    """Nine are not, and neither are more with a step between them that was taken."""
+    for taken, is_error in (([False] * 9, False), ([False] * 10, True),
+                            ([False] * 9 + [True] + [False] * 9, False)):
+        log, _ = log_of(taken)
+        log.evaluated(2.0)
+        assert bool(log.error) == is_error
+
+
 def test_the_best_is_that_of_a_trained_side_network():
     """The lowest held-out loss after a step, and the first of equals; before the first step it is
     only noted."""

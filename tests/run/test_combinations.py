@@ -1,0 +1,144 @@
+"""What can be combined: caches, repairs and devices; sweeps with compilation and side checkpoints."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import cfg, left, one_thread  # noqa: F401
+
+import train
+from data import InputError
+from data.frozen import repair
+from data.run import sweep
+from data.run.state import FILES
+from qst import QST, read_side
+from train import TrainConfig
+
+
+def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):  # noqa: F811
+    """Its states are those of the repaired base. Runs that read it have the same repair, which is
+    computed once, in their checkpoints; and a run with another repair is refused."""
+    repaired, mend = [], repair.low_rank_part
+    monkeypatch.setattr(repair, "low_rank_part", lambda *args: repaired.append(1) or mend(*args))
+    cfg |= dict(repair=2, h_f_bits=16, max_iters=12)
+    alone = train.main(TrainConfig(**cfg | dict(out_dir=str(tmp_path / "alone"))))
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"))
+    losses = []
+    for name in ("writing", "reading"):
+        repaired.clear()
+        result = train.main(TrainConfig(**cfg | dict(out_dir=str(tmp_path / name))))
+        assert len(repaired) == (21 if name == "writing" else 0)  # 3 layers of 7
+        losses.append(result["loss_after"])
+    assert result["cached_iterations"] == 12
+    # The states are stored in bf16.
+    assert losses == pytest.approx([alone["loss_after"]] * 2, abs=5e-3)
+    kept = [left(tmp_path / name)[0] for name in ("alone", "reading")]
+    branches = [QST.from_side(base_of(cfg), tmp_path / name).side.repair.state_dict()
+                for name in ("alone", "reading")]
+    assert kept[0] != kept[1]  # by rounding
+    assert all(torch.equal(branches[0][name], branches[1][name]) for name in branches[0])
+    for other in (0, 3):
+        with pytest.raises(InputError, match="--cache_hidden .* is of another --repair"):
+            train.main(TrainConfig(**cfg | dict(repair=other)))
+    with pytest.raises(InputError, match="stores the states of a base with a --repair of its own"):
+        given = dict(side=str(tmp_path / "alone"), repair=0, reduction=None, rank=16)
+        train.main(TrainConfig(**cfg | given))
+
+
+def base_of(cfg):  # noqa: F811
+    return train.from_pretrained(cfg["base"], "nf4", torch.float32)
+
+
+def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):  # noqa: F811
+    """It is that of a base on one device."""
+    cfg |= dict(h_f_bits=16, max_iters=12)
+    for devices in ("", "cpu,cpu"):
+        cached = dict(cache_hidden=str(tmp_path / f"cache{devices}"), devices=devices)
+        for name in ("writing", "reading"):
+            result = train.main(TrainConfig(**cfg | cached))
+        assert result["cached_iterations"] == 12
+    states = [(tmp_path / f"cache{end}" / "states.bin").read_bytes() for end in ("", "cpu,cpu")]
+    assert states[0] == states[1]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_a_compiled_sweep(cfg):  # noqa: F811
+    """Each run is what it is alone, up to rounding."""
+    cfg |= dict(max_iters=3, eval_interval=3)
+    found = {}
+    for compiled in (False, True):
+        table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum", compile=compiled))
+        found[compiled] = {row["settings"]: row["loss"] for row in table["runs"]}
+    assert found[True] == pytest.approx(found[False], abs=1e-4)
+    assert len(set(found[True].values())) == 2
+
+
+def test_answers_of_a_sweep(cfg, monkeypatch):  # noqa: F811
+    """--samples_interval shows those of each run."""
+    asked, load = [], train.load_task
+
+    def answering(*args):
+        task = load(*args)
+        task.samples = lambda model: asked.append(model.side.config.gate) or []
+        return task
+
+    monkeypatch.setattr(train, "load_task", answering)
+    cfg |= dict(max_iters=4, samples_interval=2)
+    train.main(TrainConfig(**cfg, sweep="gate=scalar,sum"))
+    assert asked == ["scalar", "sum"] * 2
+
+
+def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):  # noqa: F811
+    """Each has the loss that it has alone, and the base computes once for all; what cannot read
+    one stream of hidden states is refused."""
+    sides = []
+    for gate in ("scalar", "sum"):
+        sides.append(str(tmp_path / gate))
+        train.main(TrainConfig(**cfg | dict(gate=gate, out_dir=sides[-1])))
+    own = {k: v for k, v in cfg.items() if k not in ("reduction", "rank")}
+    own |= dict(eval_only=True, out_dir=str(tmp_path / "eval"))
+    alone = [train.main(TrainConfig(**own, side=side))["loss"] for side in sides]
+    read, mix = [], sweep.SideNetworks.mix
+    monkeypatch.setattr(sweep.SideNetworks, "mix", lambda *args: read.append(1) or mix(*args))
+    for _ in range(2):  # and again in the same folder
+        table = train.main(TrainConfig(**own, sweep=f"side={','.join(sides)}"))
+    assert read and {row["settings"]: row["loss"] for row in table["runs"]} == {
+        f"side={side}": loss for side, loss in zip(sides, alone)
+    }
+    assert table["best"] == str(min((tmp_path / "eval").glob("side=*"), key=loss_in))
+    other = str(tmp_path / "other")
+    train.main(TrainConfig(**cfg | dict(repair=2, out_dir=other)))
+    with pytest.raises(InputError, match=f"--side {other} changes the base"):
+        train.main(TrainConfig(**own, sweep=f"side={sides[0]},{other}"))
+    unpacked = cfg | dict(quant="none", out_dir=other)
+    train.main(TrainConfig(**unpacked))
+    with pytest.raises(InputError, match=f"--side {other} has another quant than {sides[0]}"):
+        train.main(TrainConfig(**own, sweep=f"side={sides[0]},{other}"))
+    assert read_side(other)[1]["quant"] == "none"
+
+
+def loss_in(folder):
+    return json.loads((folder / "result.json").read_text())["loss"]
+
+
+def test_a_run_that_cannot_be_made_is_a_row(cfg):  # noqa: F811
+    """The other runs of a sweep are what they would have been; so it is with one whose state does
+    not fit."""
+    cfg |= dict(max_iters=8)
+    table = train.main(TrainConfig(**cfg, sweep="reduction=4,3 seed=1,2"))
+    errors = {row["settings"]: row.get("error", "") for row in table["runs"]}
+    for seed in (1, 2):
+        assert "--reduction 3 does not divide" in errors[f"reduction=3,seed={seed}"]
+        assert not errors[f"reduction=4,seed={seed}"]
+    out = Path(cfg["out_dir"])
+    expected = left(out / "reduction=4,seed=1")
+    shutil.copy(out / "reduction=4,seed=1" / FILES[0], out / "reduction=4,seed=2" / FILES[0])
+    again = cfg | dict(resume=True)
+    table = train.main(TrainConfig(**again, sweep="reduction=4 seed=1,2"))
+    errors = {row["settings"]: row.get("error", "") for row in table["runs"]}
+    assert "was begun with another --seed" in errors["reduction=4,seed=2"]
+    assert left(out / "reduction=4,seed=1") == expected
+    with pytest.raises(InputError, match="No run of the sweep has ended well"):
+        train.main(TrainConfig(**cfg, sweep="reduction=3,5"))
