@@ -11,9 +11,8 @@ QST (arXiv 2401.07159 §3.2), with N layers in both networks:
     h     = alpha * h_f_N + (1 - alpha) * upsample(h_g_N)     to the frozen LM head
 
 Other gates, mixes and downsamplers are settings of the same `SideNetwork`. With `every` = k it has
-N / k layers, and takes as input only every k-th hidden state. The second half of this file has what
-the other methods train: modules inside the base. `python side.py` prints the trainable parameters
-of each downsampler for LLaMA-2-7B.
+N / k layers, and only every k-th hidden state as input. The second half of this file has what other
+methods train inside the base. `python side.py` prints the parameters of each downsampler.
 """
 
 from collections import OrderedDict
@@ -43,24 +42,26 @@ DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 class SideConfig:
     """What is trained; None means as in PAPER, of method lst as in LST (settings/methods.py)."""
 
-    method: str = setting("qst", "QST, or a method to compare it with", tuple(METHODS))
+    method: str = setting("qst", "QST, or another method", tuple(METHODS), group="side network")
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
-    rank: int = setting(16, "inner width of lora, adapter (downsamplers, methods)", at_least=1)
-    every: int = of_side(None, "read each k-th layer alone; 0: six layers or more", at_least=0)
-    read_embedding: bool = of_side(None, "read the embedding too: h_g_0; without it, that is 0")
-    downsample: str = of_side(None, "to h_g's width; lst: linear", DOWNSAMPLERS)
-    standardize: bool = of_side(None, "standardize each channel of what the downsamplers read")
-    downsample_norm: bool = of_side(None, "a LayerNorm after each downsampler")
+    rank: int = setting(16, "rank of LoRA and adapter modules, also in downsamplers", at_least=1)
+    every: int = of_side(None, "layers per side layer; 0: six side layers or more", at_least=0)
+    read_embedding: bool = of_side(None, "start from the embedding; otherwise from zeros")
+    downsample: str = of_side(None, "reduction to h_g's width; lst: linear", DOWNSAMPLERS)
+    standardize: bool = of_side(None, "standardize each channel of the downsamplers' input")
+    downsample_norm: bool = of_side(None, "LayerNorm after each downsampler")
     share_first: bool = of_side(None, "one downsampler for the embedding and layer 1's output")
-    gate: str = of_side(None, "scalar: gamma, from 0; channel: vector, from 0.5; sum: none", GATES)
-    mix: str = of_side(None, "alpha; released: a vector; residual: h_f + up; side: up", MIXES)
-    upsample_bias: bool = of_side(None, "whether the upsampler has a bias")
-    final_norm: bool = of_side(None, "a norm before the upsampler")
-    repair: int = of_4_bits(0, "rank of what mends the 4 bits' error; 0: no repair", at_least=0)
-    n_labels: int = setting(0, "of a classifier in the LM head's place", flag=False)
-    task: str = setting("", "whose labels a classifier has learned", flag=False)
-    shots: int = setting(0, "of GLUE in words: answered examples before each question", at_least=0)
-    preamble: str = setting("", "all that stands before each question", flag=False, text=TEXT)
+    gate: str = of_side(None, "one gate per layer, one per channel, or a plain sum", GATES)
+    mix: str = of_side(None, "alpha: one number; released: one per channel; residual: base + side; "
+        "side: without the base", MIXES)
+    upsample_bias: bool = of_side(None, "bias of the upsampler")
+    final_norm: bool = of_side(None, "norm before the upsampler")
+    repair: int = of_4_bits(0, "rank of a correction of each 4-bit layer; 0: none", at_least=0)
+    n_labels: int = setting(0, "labels of a classifier in place of the LM head", flag=False)
+    task: str = setting("", "task of the classifier", flag=False)
+    shots: int = setting(0, "few-shot examples before each GLUE question", at_least=0,
+        group="task and data")
+    preamble: str = setting("", "text before each question", flag=False, text=TEXT)
 
     def __post_init__(self):
         for name, value in (PAPER | (LST if self.method == "lst" else {})).items():
@@ -75,15 +76,9 @@ def side_config(cfg):
     return SideConfig(**{f.name: getattr(cfg, f.name) for f in fields(SideConfig)})
 
 
-# --------------------------------------------------------------------------------------
-# Downsamplers
-
-
 def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
-    """Two matrices with a narrow waist: (..., n_in) -> (..., rank) -> (..., n_out).
-
-    The low-rank pair of LoRA (arXiv 2106.09685 §4.1); with a nonlinearity, Adapter's bottleneck.
-    """
+    """Make the low-rank pair of LoRA (arXiv 2106.09685 §4.1), or with a nonlinearity the bottleneck
+    of an adapter: (..., n_in) -> (..., rank) -> (..., n_out)."""
     down, up = first(n_in, rank, bias=False), Linear(rank, n_out, bias=False)
     return nn.Sequential(OrderedDict(down=down, act=act(), up=up))
 
@@ -130,11 +125,9 @@ def side_model_config(config, reduction):
 
     if not fits(reduction):
         choices = ", ".join(str(r) for r in range(1, C + 1) if fits(r))
-        even = ", an even number each (rotary pairs)" * rotary
-        raise InputError(
-            f"--reduction {reduction} does not divide n_embd = {C} into {heads} heads{even}: "
-            f"choose one of {choices}."
-        )
+        into = f"{heads} heads{', an even number each (rotary pairs)' * rotary}"
+        message = f"--reduction {reduction} does not divide n_embd = {C} into {into}"
+        raise InputError(f"{message}: choose one of {choices}.")
     c = C // reduction
     return replace(
         config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, head_dim=c // heads
@@ -202,10 +195,8 @@ class SideNetwork(nn.Module):
         return rest(reads_h_f(self.standardized(0, h_f)).contiguous())
 
     def step(self, i, h_f, h_g, mask=None, rope=None, caches=None):
-        """h_f_i, h_g_{i-1} -> h_g_i, for i = 1, 2, ..., n_layer, as the paper counts.
-
-        h_f: the output of the base's layer i * every; mask, rope: see `DecoderLayer`
-        caches: of `new_cache`, to generate
+        """h_f_i, h_g_{i-1} -> h_g_i, for i = 1, ..., n_layer, as the paper counts. h_f_i is the
+        output of the base's layer i * every. mask, rope: see `DecoderLayer`; caches: to generate
         """
         reads_h_f, *rest = self.downsample[self.n_first + i - 1]
         z = reads_h_f(self.standardized(i, h_f)).contiguous()  # a view would keep all of h_f
@@ -237,8 +228,8 @@ class SideNetwork(nn.Module):
         if self.alpha is None:
             return up if self.config.mix == "side" else h_f + up
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
-        # 1 - alpha is computed in fp32: in bf16 an alpha just below 1 rounds to 1. A scalar becomes
-        # a vector before the cast: its gradient, one sum over all channels, could overflow in fp16.
+        # In fp32: an alpha just below 1 rounds to 1 in bf16. A scalar becomes a vector before the
+        # cast, because its gradient, one sum over all channels, could overflow in fp16.
         weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 
@@ -264,7 +255,7 @@ class LoRALinear(nn.Module):
 
 
 class WithAdapter(nn.Module):
-    """A frozen part of a layer, with a bottleneck behind it and a residual around that."""
+    """A frozen part of a layer, then a bottleneck with a residual connection."""
 
     def __init__(self, part, width, rank):
         super().__init__()
@@ -276,10 +267,9 @@ class WithAdapter(nn.Module):
 
 
 class InsertedModules(nn.Module):
-    """Low-rank pairs in every layer. `up` starts at 0 or --repair's: training starts at the base.
+    """Low-rank pairs in every layer: LoRA's beside every linear layer (arXiv 2106.09685 §4.1; on a
+    4-bit base it is QLoRA), adapters behind the attention and the MLP (arXiv 1902.00751 §2.1).
 
-    lora: beside every linear layer (arXiv 2106.09685 §4.1); on a base in 4 bits it is QLoRA
-    adapter: behind the attention and the MLP (arXiv 1902.00751 §2.1)
     differs from the paper: adapters have no biases, and the base's norms stay frozen.
     """
 
@@ -296,7 +286,7 @@ class InsertedModules(nn.Module):
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
                 if config.method == "qlora" and config.repair:
-                    leaf("repair").hand_over(module)  # its branch becomes the start
+                    leaf("repair").hand_over(module)  # the pair starts as the branch
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

@@ -51,65 +51,66 @@ from side import IN_BASE_METHODS, SideConfig, side_config
 
 @dataclass
 class TrainConfig(SideConfig):
-    """All settings of a run: those of the side network, and these.
+    """All settings of a run. None: the default depends on other settings (DEFAULTS, `resolve`)."""
 
-    None means that the default depends on other settings: see DEFAULTS and `resolve`.
-    """
-
-    reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
-    variant: str = of_side("paper", "settings by name: data/settings/methods.py", tuple(VARIANTS))
-    base: str = setting("", "folder of a LLaMA or OPT model; empty: the embedded default")
-    task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS))
-    data: str = setting("", "the task's file or folder: see data/tasks/instruct.py --help, and of "
-        "data/tasks/glue.py and data/tasks/mmlu.py; for text, a .txt file")
-    instructions: str = setting("", "what --task mmlu trains on; --data is its test")
-    side: str = setting("", "a side checkpoint to start from, or to evaluate")
+    task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS),
+        group="most used")
+    base: str = setting("", "folder of a LLaMA or OPT model; default: the built-in example",
+        group="most used")
+    data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
+    variant: str = of_side("paper", "named settings; fast learns faster", tuple(VARIANTS))
+    max_iters: int = setting(None, "number of iterations (optimizer steps)", at_least=1)
+    learning_rate: float = setting(None, "peak learning rate", above=0, below=math.inf)
+    batch_size: int = setting(None, "sequences per batch and process", at_least=1)
+    out_dir: str = setting(None, "folder for the run's files; default: out, or out-eval")
+    resume: bool = setting(False, "continue the run in --out_dir, or start it if there is none")
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
-    head: str = setting(None, "default: classifier for GLUE, without --shots", ("lm", "classifier"))
-    out_dir: str = setting(None, "where the run leaves its files; default: out, or out-eval")
-    resume: bool = setting(False, "go on where the run in --out_dir ended; without one, begin it")
-    checkpoint: bool = setting(None, "recompute the side network's steps in backward (qst, lst: "
-        "default with --base), or the base's layers (other methods)")
-    h_f_bits: int = of_side(None, "bits of h_f that backward keeps", (16, 8, 4))
-    chunk_loss: bool = setting(True, "never hold the logits of more than 128 tokens")
-    optimizer: str = setting(None, "muon is for matrices, and adamw for the rest; default: adamw, "
-        "with --variant fast muon", ("adamw", "muon"))
-    optimizer_bits: int = setting(32, "of AdamW's two moments; 8: in blocks of 256", (32, 8))
-    quant: str = setting(None, "how the base is stored: nf4, fp4, none; for peqa int4, int3,"
-        " int4-64 (groups of 64), ...; default: by the method, or as of --side")
-    device: str = setting("auto", "cpu, cuda, cuda:1, mps; auto: a GPU where there is one")
-    devices: str = setting("", "spread the layers over several, in order: cuda:0,cuda:1")
-    stream: bool = of_side(False, "the 4-bit layers of --base stay on disk or in the host's memory")
-    dtype: str = setting("auto", "fp32, bf16, fp16 to compute in; auto: bf16 on NVIDIA, else fp32")
-    sequence_len: int = setting(None, "tokens of the longest sequence; the rest is cut", at_least=1)
-    max_examples: int = setting(0, "use only so many examples of the data; 0: all", at_least=0)
+    instructions: str = setting("", "instruction file to train on with --task mmlu",
+        group="task and data")
+    sequence_len: int = setting(None, "maximum tokens; longer sequences are truncated", at_least=1)
+    max_examples: int = setting(0, "use at most this many examples; 0: all", at_least=0)
     held_out: float = setting(0.1, "fraction of the examples to hold out", above=0, below=1)
-    batch_size: int = setting(None, "sequences in a batch", at_least=1)
-    gradient_accumulation_steps: int = setting(1, "batches of an iteration", at_least=1)
-    max_iters: int = setting(None, "iterations, that is, steps of the optimizer", at_least=1)
-    learning_rate: float = setting(None, "of the optimizer", above=0, below=math.inf)
-    alpha_lr_factor: float = setting(25.0, "alpha learns so many times faster", above=0)
+    data_seed: int = setting(None, "seed of the examples' split and order; default: --seed",
+        at_least=0, below=2**63)
+    head: str = setting(None, "frozen LM head, or a new classifier for GLUE; default: classifier "
+        "for GLUE, lm with --shots", ("lm", "classifier"))
+    quant: str = setting(None, "storage of the base: nf4, fp4, none; for peqa int4, int3, or in "
+        "groups of 64 int4-64; default: by the method, or that of --side", group="model")
+    dtype: str = setting("auto", "fp32, bf16 or fp16; auto: bf16 on NVIDIA, else fp32")
+    device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: a GPU if there is one")
+    devices: str = setting("", "several devices for the base's layers, in order: cuda:0,cuda:1")
+    threads: int = setting(0, "CPU threads; 0: torch's default", at_least=0)
+    side: str = setting("", "side checkpoint to start from, or to evaluate", group="side network")
+    reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
+    sweep: str = setting("", "train one side network for each combination of settings, with one "
+        'forward pass of the base: "learning_rate=1e-3,3e-3 seed=1,2"')
+    optimizer: str = setting(None, "adamw, or muon for matrices and AdamW for the rest; default: "
+        "adamw, with --variant fast muon", ("adamw", "muon"), group="training")
+    gradient_accumulation_steps: int = setting(1, "batches per iteration", at_least=1)
+    alpha_lr_factor: float = setting(25.0, "alpha's learning rate over the others'", above=0)
     lr_schedule: str = setting(None, "after the warm-up", ("constant", "linear", "cosine"))
-    warmup_iters: int = setting(20, "iterations in which the rate rises from 0", at_least=0)
-    weight_decay: float = setting(0.0, "of matrices only", at_least=0)
-    beta1: float = setting(0.9, "of AdamW", above=0, below=1)
-    beta2: float = setting(0.999, "of AdamW", above=0, below=1)
-    grad_clip: float = setting(1.0, "largest norm of the gradient; 0: do not clip", at_least=0)
-    eval_interval: int = setting(50, "iterations between held-out evaluations", at_least=1)
-    eval_examples: int = setting(200, "held-out examples of an evaluation, at most", at_least=1)
-    score_examples: int = setting(0, "examples of a test set to score; 0: all", at_least=0)
-    samples_interval: int = setting(0, "iterations between answers shown; 0: none", at_least=0)
+    warmup_iters: int = setting(20, "iterations in which the learning rate rises", at_least=0)
+    weight_decay: float = setting(0.0, "weight decay of matrices", at_least=0)
+    beta1: float = setting(0.9, "AdamW's decay of the first moment", above=0, below=1)
+    beta2: float = setting(0.999, "AdamW's decay of the second moment", above=0, below=1)
+    grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", at_least=0)
+    seed: int = setting(1337, "seed of the new weights", at_least=0, below=2**63)
+    compile: bool = setting(False, "torch.compile the model: slow start, faster iterations")
+    checkpoint: bool = setting(None, "recompute activations in backward: the side network's (qst, "
+        "lst; default with --base) or the base's (other methods)", group="memory")
+    h_f_bits: int = of_side(None, "bits of the hidden states stored for backward", (16, 8, 4))
+    chunk_loss: bool = setting(True, "compute the logits of at most 128 tokens at a time")
+    optimizer_bits: int = setting(32, "bits of AdamW's moments", (32, 8))
+    stream: bool = of_side(False, "keep the 4-bit layers on disk or in host memory until needed")
+    cache_hidden: str = setting("", "folder that caches the base's hidden states for later epochs")
+    cache_limit_gb: float = setting(50.0, "maximum size of --cache_hidden in GB", above=0)
+    eval_interval: int = setting(50, "iterations between evaluations", at_least=1,
+        group="evaluation")
+    eval_examples: int = setting(200, "maximum number of held-out examples", at_least=1)
+    score_examples: int = setting(0, "maximum number of test examples; 0: all", at_least=0)
+    samples_interval: int = setting(0, "iterations between printed answers; 0: never", at_least=0,
+        group="output")
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
-    compile: bool = setting(False, "torch.compile the model (slow to start, faster to run)")
-    threads: int = setting(0, "CPU threads; 0: as many as torch chooses", at_least=0)
-    seed: int = setting(1337, "of the weights", at_least=0, below=2**63)
-    data_seed: int = setting(None, "of split and order of examples; default: --seed", at_least=0,
-        below=2**63)
-    cache_hidden: str = setting("", "a folder for what the base says of the examples: later epochs "
-        "and runs go without it")
-    cache_limit_gb: float = setting(50.0, "what --cache_hidden may take of the disk", above=0)
-    sweep: str = setting("", "train a side network for each combination, beside one base: "
-        "\"learning_rate=1e-3,3e-3 seed=1,2\"")
 
     def __post_init__(self):
         """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
@@ -376,11 +377,8 @@ def evaluate(settings, base, task, cfg):
 
 
 def main(cfg):
-    """Side-tune a frozen 4-bit base, or evaluate; return what result.json holds (data/README.md),
-    or, of a sweep, sweep.json.
-
-    cfg: a `TrainConfig`
-    """
+    """Train or evaluate as a `TrainConfig` says; return the content of result.json, or for a sweep
+    that of sweep.json (data/README.md)."""
     started, given, cfg = time.time(), cfg, resolve(cfg)
     runs = leaf("sweep").settings_of_runs(given, cfg, resolve) if cfg.sweep else {"": cfg}
     settings = list(runs.values())

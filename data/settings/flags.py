@@ -25,19 +25,25 @@ from data.formats.fields import (
 from data.formats.fields import field as field_of_file
 from data.formats.files import read_json
 
+GROUPS = (  # of flags, in the order of --help
+    "most used", "task and data", "model", "side network", "training", "memory", "evaluation",
+    "output",
+)
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
-def setting(default, help, choices=(), of=None, flag=True, text=None, **bounds):
-    """A field of a dataclass of settings: its default, its line in --help, and what it may be.
+def setting(default, help, choices=(), of=None, flag=True, text=None, group=None, **bounds):
+    """A field of a dataclass of settings: its default, its help text and its allowed values.
 
-    of: the only methods that read it, if not all do; flag: whether it is one
-    text: what it may be in a file (formats/fields.py), if that is more than others may be there
-    bounds: names of BOUNDS
+    of: the only methods that use it, if not all do; flag: whether it is a flag
+    text: the `Kind` of a text in a file, if it is not a short name; bounds: see BOUNDS
+    group: the title in --help of this setting, and of those below it
     """
     if choices:
         help += f" ({', '.join(map(str, choices))})"
-    metadata = dict(help=help, choices=choices, of=of, flag=flag, text=text, bounds=bounds)
+    metadata = dict(
+        help=help, choices=choices, of=of, flag=flag, text=text, group=group, bounds=bounds
+    )
     return field(default=default, metadata=metadata)
 
 
@@ -146,11 +152,13 @@ def run_main(main):
 
 
 def add_flags(parser, settings, shown_defaults=()):
-    """Add a flag for each field of a dataclass of settings.
+    """Add a flag for each field of a dataclass of settings, in GROUPS.
 
     shown_defaults: {field: default to show in --help} for those that depend on something
     """
+    groups, group = {title: parser.add_argument_group(title) for title in GROUPS}, parser
     for f in fields(settings):
+        group = groups[f.metadata["group"]] if f.metadata["group"] else group
         if not f.metadata["flag"]:
             continue
         flag = dict(type=true_or_false, nargs="?", const=True)
@@ -158,7 +166,7 @@ def add_flags(parser, settings, shown_defaults=()):
         default = dict(shown_defaults).get(f.name, f.default)
         known = "" if default in (None, "") else f" (default: {default})"  # else the help has it
         help = (f.metadata["help"] + known).replace("%", "%%")
-        parser.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
+        group.add_argument(f"--{f.name}", default=f.default, help=help, **kind)
 
 
 def parse_settings(parser, kind, argv, shown_defaults=()):

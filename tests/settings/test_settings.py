@@ -10,7 +10,7 @@ import qst
 import train
 from data import InputError
 from data.formats.files import write_json
-from data.settings.flags import run_main
+from data.settings.flags import GROUPS, run_main
 from data.settings.methods import RELEASED
 from side import METHODS, SideConfig
 from train import TrainConfig
@@ -30,12 +30,27 @@ def test_every_field_is_a_flag(capsys):
 
 
 def test_the_help_of_data_leads_somewhere():
-    """Each file that it names has a --help, which says where its data comes from."""
-    told = TrainConfig.__dataclass_fields__["data"].metadata["help"]
-    named = re.findall(r"data/[\w/]+\.py", told)
+    """To the page of formats, which names the scripts that say where data comes from."""
+    page = TrainConfig.__dataclass_fields__["data"].metadata["help"]
+    page = (ROOT / re.search(r"data/[\w/]+\.md", page)[0]).read_text()
+    named = sorted(set(re.findall(r"python (data/tasks/\w+\.py)", page)))
     for script in named:
         assert "where it comes from" in run_script(script, "--help"), script
-    assert len(named) == 3
+    assert len(named) >= 3
+
+
+def test_every_flag_has_a_group(capsys):
+    """The most used come first; there are ten of them."""
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    _, *groups = re.split(r"\n\n(?=[a-z ]+:\n)", capsys.readouterr().out)
+    titles = [group.partition(":")[0] for group in groups]
+    assert titles == ["options", *GROUPS]
+    flags = [re.findall(r"^  --(\w+)", group, re.M) for group in groups]
+    assert len(flags[1]) == 10 and flags[0] == ["config"]
+    assert sorted(sum(flags[1:], [])) == sorted(
+        f.name for f in fields(TrainConfig) if f.metadata["flag"]
+    )
 
 
 def test_help_mentions_every_command(capsys):
