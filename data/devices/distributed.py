@@ -1,11 +1,10 @@
-"""Several processes that train one side network, started by torchrun: who computes what, and sums.
+"""Several processes, started by torchrun, that train one side network.
 
-Each process holds the whole frozen base and computes its part of every batch. What travels is the
-gradient of what is trained, once an iteration, in one piece. A run of one process needs nothing of
-it: its rank is 0, its size 1, and every function returns what it was given.
+Each process holds the whole frozen base and computes its part of every batch. The gradients are
+summed once an iteration, in one piece. With one process every function returns its input.
 
-Why not DistributedDataParallel: it wraps a module's forward, sends the frozen base's buffers
-around, and divides by the number of processes where we weigh every token the same.
+We do not use DistributedDataParallel: it sends the frozen base's buffers around, and it divides by
+the number of processes, where we give every token the same weight.
 """
 
 import os
@@ -19,7 +18,7 @@ from data import InputError
 
 
 def start(device):
-    """Join the processes that torchrun has started, if it has; only the first prints then."""
+    """Join the processes that torchrun has started, if any. Only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -38,14 +37,14 @@ def size():
 
 @contextmanager
 def others_alive():
-    """A process that ends takes the others with it, each with a sentence."""
+    """End with a sentence if another process has ended."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0][:80]
         raise InputError(
-            f"Another process of this run has ended ({reason}): see what it says, and go on with "
-            "--resume."
+            f"Another process of this run has ended ({reason}): read its message, and continue "
+            "with --resume."
         ) from None
 
 
@@ -65,7 +64,7 @@ def split(items):
 
 
 def join(items):
-    """Undo `split`, when each process has computed something of its part."""
+    """Undo `split`: collect what all processes have computed."""
     if size() == 1:
         return items
     parts = [None] * size()
@@ -75,7 +74,7 @@ def join(items):
 
 
 def first_makes(make):
-    """Call a function in the first process before the others call it and find what it has made."""
+    """Call a function in the first process, and then in the others, which find what it made."""
     made = make() if rank() == 0 else None
     join([None])  # the others wait here
     return make() if rank() else made

@@ -1,9 +1,9 @@
-"""A base larger than one GPU: its layers on several devices, in order, and each step of the side
-network beside the layer that it reads. A batch goes from device to device, one after the other.
+"""--devices: the base's layers on several devices, in order, and each side layer beside its input.
+A batch goes from device to device.
 
-    places(devices, n_layer)   where each tensor of the base belongs, for `from_pretrained`
-    join(base)                 tensors follow the base's modules from device to device
-    follow(model)              what is trained goes beside them, and tensors follow it too
+    places(devices, n_layer)   the device of each weight of the base, for `from_pretrained`
+    join(base)                 let tensors follow the base's modules from device to device
+    follow(model)              put the trained modules beside them, and let tensors follow them
 """
 
 import re
@@ -24,8 +24,8 @@ def parse(names):
 
 
 def places(devices, n_layer, tied):
-    """A function of a tensor's name: the embedding on the first device, the head on the last,
-    unless it is the embedding."""
+    """A function of a weight's name: the embedding on the first device, the head on the last,
+    unless the two are tied."""
 
     def place(name):
         if found := re.match(r"layers\.(\d+)", name):
@@ -45,7 +45,7 @@ def join(base):
 
 
 def follow(model):
-    """Put each part of what is trained where it is used, beside a base that is joined."""
+    """Put each trained module on the device where it is used."""
     base, side = model.base, model.side
     last = device_of(base.layers[-1])
     for name, module in side.named_children():
@@ -65,7 +65,7 @@ def follow(model):
 
 
 def move_inputs(module, args):
-    """A forward pre-hook: all tensors that enter a module come to its device."""
+    """A forward pre-hook: move a module's inputs to its device."""
     device = device_of(module)
 
     def move(thing):

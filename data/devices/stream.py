@@ -1,12 +1,12 @@
-"""A base larger than the device: its layers stay on disk or in the host's memory, and come in turn.
+"""--stream: a base larger than the device. Its layers stay on disk or in the host's memory.
 
 A step of QST reads each weight of the base once, in order, and backward reads none. So the device
-needs two slots, each with room for the 4-bit weights of one layer: while layer i computes from one,
-a thread fills the other for layer i + 1. A step takes as long as computing or as reading, whichever
-is longer, and its loss and gradients are the same, bit for bit.
+needs two slots, each with room for one layer's 4-bit weights: while layer i computes from one, a
+thread fills the other for layer i + 1. A step takes as long as computing or as reading, whichever
+is longer. Its loss and gradients are the same, bit for bit.
 
-What is small stays on the device: norms, biases, the LM head. Of the embedding a step reads only
-rows, and so it stays on the host, unless it is also the head.
+Norms, biases and the LM head stay on the device. The embedding stays on the host, unless it is
+tied to the head: a step reads only some of its rows.
 """
 
 import copy
@@ -27,7 +27,7 @@ from quant import Linear4bit, Quantized4bit
 
 
 def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
-    """Freeze a `Transformer`, let a `Stream` bring its layers' weights, and return it.
+    """Freeze a `Transformer`, and let a `Stream` load its layers' weights.
 
     weights, in_4_bits: from `choose_weights`
     """
@@ -55,7 +55,7 @@ def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
 
 
 class Stream:
-    """Brings each layer's weights when the layer computes.
+    """Loads each layer's weights when the layer computes.
 
     base: a frozen `Transformer`; of its layers' weights only the shapes are used
     sources: {name: function that returns that weight, a `Quantized4bit` in the host's memory}
@@ -91,7 +91,7 @@ class Stream:
         base.stream = self
 
     def before(self, i, *args):
-        """Before layer i computes, wait for its weights, and send for those of the next one."""
+        """Before layer i computes, wait for its weights, and start to load the next ones."""
         if self.coming is None or self.coming[0] != i:  # at the start, or after a pass broke off
             self.send_for(i)
         (_, slot, copied), self.coming = self.coming, None
@@ -101,9 +101,8 @@ class Stream:
         self.send_for((i + 1) % len(self.layers))  # after the last, the first one of the next pass
 
     def send_for(self, i):
-        """Let the thread fill the slot that was not filled last: the layer that has read it is
-        done. On a GPU its kernels are in the queue, and the copies wait for an event behind them.
-        """
+        """Let the thread fill the slot that was not filled last. The layer that used it is done. On
+        a GPU its kernels may still be queued, and the copies wait for an event behind them."""
         self.slots.reverse()
         slot, done = self.slots[0], self.queue_event()
         self.coming = i, slot, self.thread.submit(self.fill, i, slot, done)
@@ -113,8 +112,8 @@ class Stream:
 
     @torch.no_grad()
     def fill(self, i, slot, done):
-        """Copy layer i's weights into a slot, on a GPU on a CUDA stream of their own, after the
-        event `done`; returns the event behind the copies."""
+        """Copy layer i's weights into a slot: on a GPU in a CUDA stream of their own, after the
+        event `done`. Returns the event behind the copies."""
         with torch.cuda.stream(self.copies):  # None, on a CPU, is no stream
             if done:
                 self.copies.wait_event(done)
@@ -125,9 +124,9 @@ class Stream:
             return self.copies and self.copies.record_event()
 
     def begin(self, folder):
-        """Pin the weights, if they are for a GPU and there is room, and say what a pass reads.
+        """Pin the weights, if they are for a GPU and fit, and print what one pass reads.
 
-        The rate is that of two layers drawn by chance: some of a file may be in memory already.
+        The rate is measured with two random layers: parts of a file may be in memory already.
         """
         where, size = folder, self.nbytes * distributed.size()
         if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):

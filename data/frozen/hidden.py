@@ -1,4 +1,4 @@
-"""Hidden states of the frozen base in a few bits: what backward keeps of them."""
+"""The base's hidden states: packed in a few bits for backward, and measured."""
 
 import torch
 from torch.nn import functional as F
@@ -12,8 +12,8 @@ PACKED = WeakTensorKeyDictionary()
 
 
 def pack_hidden(x, bits):
-    """A tensor of any shape -> the tensors that are kept of it: x alone (16 bits), or codes and a
-    scale per block of 64: steps of a 127th of the largest magnitude (8 bits), or NF4 (4 bits)."""
+    """Pack a tensor of any shape: 16 bits, x itself; 8 bits, codes and a scale per block of 64, a
+    127th of its largest magnitude; 4 bits, NF4's codes and absmax."""
     if bits == 16:
         return (x,)
     if bits == 4:
@@ -25,8 +25,8 @@ def pack_hidden(x, bits):
 
 
 def pack_once(h_f, bits):
-    """`pack_hidden`, noted in PACKED, so that h_f must not change any more: once for all side
-    networks of a sweep, and not at all where h_f comes packed from --cache_hidden."""
+    """`pack_hidden` with the memo PACKED: h_f must not change any more. A sweep packs once for all
+    side networks, and a state from --cache_hidden is packed already."""
     if bits == 16 or torch.compiler.is_compiling():
         return pack_hidden(h_f, bits)
     packed = PACKED.setdefault(h_f, {})
@@ -36,7 +36,7 @@ def pack_once(h_f, bits):
 
 
 def unpack_hidden(packed, shape, bits, dtype):
-    """Undo `pack_hidden`, as far as it can be undone."""
+    """Undo `pack_hidden`, up to rounding."""
     if bits == 16:
         return packed[0]
     codes, scales = packed
@@ -46,8 +46,8 @@ def unpack_hidden(packed, shape, bits, dtype):
 
 
 class PackedInputFunction(torch.autograd.Function):
-    """`F.linear` whose input needs no gradient. Backward needs the input for dL/dweight alone, and
-    so it is kept in `bits` bits."""
+    """`F.linear` whose input needs no gradient. Backward needs the input only for dL/dweight, and
+    stores it in `bits` bits."""
 
     @staticmethod
     def forward(ctx, h_f, weight, bits):

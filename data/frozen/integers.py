@@ -1,8 +1,7 @@
-"""Integers of 3 or 4 bits with scales that can learn (PEQA, arXiv 2305.14152 §3): the other way to
-store a base, the same kind of thing as `Quantized4bit`.
+"""Weights as integers of 3 or 4 bits with trainable scales (PEQA, arXiv 2305.14152 §3).
 
-Of the weights of an output channel, or of a group of neighbours in it, we keep a step `scale`, the
-integer `zero` that stands for 0, and of each weight an integer of b bits:
+For the weights of an output channel, or of a group of neighbours in it, we store a step `scale`,
+the integer `zero` that stands for 0, and for each weight an integer of b bits:
 
     code = clamp(round(W / scale) + zero, 0, 2^b - 1)            W ~ scale * (code - zero)
 
@@ -69,8 +68,8 @@ class QuantizedInt(Quantized):
 
 
 def quantize_int(weight, bits=4, group_size=0, name="the weight"):
-    """Round a matrix to the nearest of 2^bits equal steps from each group's smallest weight to its
-    largest; 0 is among them, so that the zero point fits in as many bits.
+    """Round a matrix to the nearest of 2^bits equal steps between each group's smallest and largest
+    weight. 0 is always between them, so that the zero point fits in as many bits.
 
     group_size: weights of a row that share a scale; 0: all of them
     """

@@ -1,10 +1,8 @@
-"""What all examples begin with goes through the frozen base once: a chat template's system message,
-or the answered examples of `--shots`.
+"""Compute the common prefix of all examples once: a system message, or the examples of --shots.
 
-No token looks to its right, and the base never changes; so what its layers make of such a prefix is
-the same in every batch. A `PrefixCache` is a source of hidden states like the base: where all rows
-begin so, it lets the base go on after the prefix's keys and values, and puts the prefix's states
-before what comes. The side network reads all positions.
+Attention is causal and the base never changes, so a prefix has the same hidden states in every
+batch. A `PrefixCache` yields hidden states like the base. If all rows begin with the prefix, the
+base continues after the prefix's keys and values. The side network reads all positions.
 """
 
 from os.path import commonprefix
@@ -15,7 +13,7 @@ WORTH = 8  # tokens, and a tenth of the whole: for fewer, copies and mask cost w
 
 
 class PrefixCache:
-    """The states of a frozen base, of which those of `ids` are computed once.
+    """The hidden states of a frozen base, with those of the prefix `ids` computed once.
 
     base: a `Transformer` none of whose layers learn; ids: a list
     """
@@ -40,7 +38,7 @@ class PrefixCache:
 
 
 def attach(base, examples):
-    """Give a base a `PrefixCache` of what the examples begin with, if that is worth it."""
+    """Give a base a `PrefixCache` of the examples' common prefix, if it is long enough."""
     lengths = [len(ids) for ids, _ in examples] or [1]
     prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
     if len(prefix) >= max(WORTH, sum(lengths) / len(lengths) / 10):

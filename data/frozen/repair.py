@@ -1,18 +1,17 @@
-"""What 4 bits broke, mended without gradients: a frozen low-rank branch beside each 4-bit layer.
+"""--repair: correct the quantization error with a frozen low-rank branch beside each 4-bit layer.
 
-A layer should give W x, and gives Q x. Of its error E = W - Q a branch adds the part of a low rank
-that matters most to the layer's inputs. With s the root mean square of each input channel over some
-texts, it is
+A layer should compute W x, and computes Q x. The branch adds the low-rank part of the error E =
+W - Q that matters most for the layer's inputs. Let s be the root mean square of each input channel
+over some texts. The branch is
 
     U_r S_r V_r^T diag(1 / s)        of E diag(s) = U S V^T, the r largest singular values
 
-which minimizes the mean square of (E - branch) x among all of that rank, for inputs whose channels
-are uncorrelated (LQER, arXiv 2402.02446). Without s it is the plain SVD of LoftQ (arXiv
-2310.08659), which mends next to nothing: tests/README.md has both.
+It minimizes the mean square of (E - branch) x among all of that rank, for inputs with uncorrelated
+channels (LQER, arXiv 2402.02446). Without s it is LoftQ's SVD (arXiv 2310.08659).
 
-    branches   make a base's branches; they are kept with what is trained, in its checkpoint
-    mend       fill them, from the folder with W; memory is that of the base and one weight's
-    hand_over  let QLoRA start from them: its trainable pairs take their place
+    branches   make the branches of a base; the side checkpoint has them
+    mend       compute them, from the folder with W, with the memory of the base and one weight
+    hand_over  let QLoRA's pairs start as the branches
 """
 
 import torch
@@ -27,7 +26,7 @@ from data.formats.safetensors import copy_into, read_safetensors, write_safetens
 from data.generate.sampling import pad_left
 from quant import Linear4bit
 
-TEXTS, LENGTH = 24, 256  # so many texts, of which the first tokens; more change little
+TEXTS, LENGTH = 24, 256  # number of texts, and of the first tokens of each
 EXTRA, ITERATIONS = 16, 2  # of the randomized SVD (arXiv 0909.4061): vectors above the rank
 
 
@@ -51,7 +50,7 @@ def branches(base, rank):
     """
     found = {path: m for path, m in base.named_modules() if isinstance(m, Linear4bit)}
     if not found:
-        raise InputError("--repair mends what 4 bits broke: give --quant nf4, or no --repair.")
+        raise InputError("--repair corrects a 4-bit base: give --quant nf4, or leave it out.")
     for path, linear in found.items():
         if rank > (most := min(linear.in_features, linear.out_features)):
             raise InputError(f"--repair {rank} is more than {path} has, {most}: give less.")
@@ -63,8 +62,8 @@ def branches(base, rank):
 
 
 def low_rank_part(error, size, rank):
-    """The part of a weight's error (out, in) that inputs of this size (in,) feel most: two
-    matrices, (rank, in) and (out, rank)."""
+    """The low-rank part of a weight's error (out, in) that matters most for inputs of this size
+    (in,): two matrices, (rank, in) and (out, rank)."""
     size = size.clamp(min=1e-6 * size.max().item() + 1e-30)  # a channel that was 0 has no say
     U, S, V = torch.svd_lowrank(error * size, min(rank + EXTRA, *error.shape), ITERATIONS)
     root = S[:rank].sqrt()
@@ -73,14 +72,14 @@ def low_rank_part(error, size, rank):
 
 @torch.no_grad()
 def mend(base, folder, prompts, rank, kept=None):
-    """Give a 4-bit base branches that mend it, while some texts go through it once: each layer is
-    mended as its inputs arrive, and so these have been through mended layers only.
+    """Compute the branches of a 4-bit base during one pass of some texts. A layer's branch is
+    computed when its inputs arrive, so the inputs have passed corrected layers only.
 
-    folder: with the weights before they were quantized; prompts: lists of ids
-    kept: a file for the branches, of --cache_hidden. If it is there, they are read from it
+    folder: with the weights before quantization; prompts: lists of ids
+    kept: a file in --cache_hidden; if it exists, the branches are read from it
     """
     if not prompts:
-        raise InputError("--repair learns from training examples: it is not of --eval_only alone.")
+        raise InputError("--repair needs training examples: it is not for --eval_only alone.")
     all_branches = branches(base, rank)
     if kept and kept.exists():
         tensors = {name: read() for name, read in read_safetensors(kept).items()}
@@ -114,8 +113,7 @@ def mend(base, folder, prompts, rank, kept=None):
 
 @torch.no_grad()
 def hand_over(module):
-    """Let the pair of a `LoRALinear` start as the branch of its layer, if there is one, which goes:
-    what it computes stays the same."""
+    """Let the pair of a `LoRALinear` start as the branch of its layer, and remove the branch."""
     linear = getattr(module, "linear", None)
     branch = getattr(linear, "branch", None)
     if branch is None:
