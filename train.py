@@ -168,12 +168,12 @@ def settings_of_side(cfg):
     """The settings with those of --side, which flags must not contradict."""
     side, trained_on = read_side(cfg.side)
     if cfg.method not in (side.method, "qst"):
-        raise InputError(f"--side {cfg.side} is of --method {side.method}, and not {cfg.method}.")
+        raise InputError(f"--side {cfg.side} has --method {side.method}, not {cfg.method}.")
     own = vars(side) | dict(task=cfg.task, variant="paper")
     for f in fields(cfg):
         fixed = f.name in own and f.name not in ("method", "preamble")  # the task may be another
         if fixed and getattr(cfg, f.name) not in (f.default, own[f.name]):
-            raise InputError(f"--{f.name}: --side {cfg.side} has its own; leave it out.")
+            raise InputError(f"--{f.name} is fixed by --side {cfg.side}: remove the flag.")
     return replace(cfg, **own, quant=cfg.quant or trained_on.get("quant"))
 
 

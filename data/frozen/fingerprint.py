@@ -1,11 +1,8 @@
-"""What tells one frozen base from another: a side network must not be put beside a base that it was
-not trained on.
+"""Tell one frozen base from another: a side network works only with the base of its training.
 
-What is quantized is the same numbers wherever it is loaded, and is hashed. Other weights are
-rounded to the dtype to compute in, and two copies of a checkpoint may be stored in two dtypes. No
-hash can be the same for all of them: it would have to be blind to every step from one 16-bit number
-to the next, and so to everything but the sign. Hence a few values are kept as they are, and are
-compared up to rounding.
+Quantized weights are the same numbers wherever they are loaded, and are hashed. Other weights are
+rounded to the dtype to compute in, and two copies of a checkpoint may have two dtypes. So only
+their signs are hashed, and a few values are stored and compared up to rounding.
 """
 
 import hashlib
@@ -23,11 +20,11 @@ def fingerprint(base):
     """{"quant", "codes", "weights", "values"}: how a base is stored, two hashes of its shape and
     weights, and some of its values.
 
-    The hashes are of some 1,000 values of every tensor, so that a 70B model takes a moment: the
-    codes of packed weights, and the signs of the rest, which are the same in every dtype.
-    "weights" is of the scales too, in which a sum may be rounded in another way on another device.
+    The hashes cover some 1,000 values of every tensor, so that a 70B model takes a moment: the
+    codes of quantized weights and the signs of the rest. "weights" covers the scales, too, whose
+    rounding may depend on the device.
     """
-    if hasattr(base, "known_fingerprint"):  # where only a part of the base is in memory
+    if hasattr(base, "known_fingerprint"):  # only a part of the base is in memory
         return base.known_fingerprint
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
@@ -51,7 +48,7 @@ def some(tensor):
 
 
 def packed(module):
-    """The tensors of a quantized weight by name, also of one that devices/stream.py will bring."""
+    """The tensors of a quantized weight by name; also of one that devices/stream.py will load."""
     if not isinstance(module, Linear4bit):
         return ()
     return (module.source() if hasattr(module, "source") else module.weight).named_buffers()
@@ -83,7 +80,7 @@ def sample(base):
 
 
 def differences(theirs, ours):
-    """In what two bases differ, in words: what `fingerprint` returns, of a file and of a base."""
+    """List the differences of two results of `fingerprint`, of a file and of a base, in words."""
     keys = {"quant": "quant", "weights": "codes"}
     found = [f"{name} {theirs[key]} there and {ours[key]} here" for name, key in keys.items()
              if theirs[key] != ours[key]]
@@ -93,7 +90,7 @@ def differences(theirs, ours):
 
 
 def alike(one, other):
-    """Whether values are the same up to rounding to bf16, or to fp16 with its least step 2^-24."""
+    """Compare values up to rounding to bf16, or to fp16 with its smallest step 2^-24."""
     values = lambda text: torch.frombuffer(bytearray.fromhex(text), dtype=torch.bfloat16).float()
     x, y = values(one), values(other)
     if len(x) != len(y):

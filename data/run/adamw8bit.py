@@ -13,9 +13,8 @@ from quant import (
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
 
-    In blocks of 256, with the code book of the absmax values in quant.py. Of the second moment it
-    keeps the root, which is as large as the first moment and needs half as many decades; and never
-    0, so that nothing is divided by 0.
+    They are quantized in blocks of 256 with quant.py's code book for absmax values. Of the second
+    moment it stores the root, which needs half as many decades, and never 0, the divisor.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):

@@ -29,7 +29,7 @@ BASE = {"quant": NAME, "codes": NAME, "weights": NAME, "values": HEX}
 
 
 def write(folder, tensors, config, base):
-    """Save a checkpoint. config: a dataclass of settings; base: what tells one base from another"""
+    """Save a checkpoint. config: a dataclass of settings; base: the base's `fingerprint`"""
     path, about = Path(folder) / WEIGHTS, {"format": 2, "config": asdict(config), "base": base}
     text = json.dumps(about)
     metadata = {"format": "pt", "side": text, "sha256": digest(text, tensors)}
@@ -46,9 +46,9 @@ def digest(text, tensors):
 
 
 def read(folder, kind):
-    """Read the settings: a `kind`, the dataclass, and what tells the base, {"quant", "weights"}.
+    """Read the settings, as the dataclass `kind`, and the base's fingerprint.
 
-    The tensors are not read, but their shapes must be those of the settings that size modules.
+    The tensors are not read, but their shapes must fit the settings.
     """
     weights = Path(folder) / WEIGHTS
     if not weights.exists():
@@ -77,7 +77,7 @@ def read(folder, kind):
 
 
 def check_sizes(where, config, shapes):
-    """Refuse settings that would make larger modules than the file's, before they are made."""
+    """Refuse settings that would make larger modules than the file has."""
     side = config.method in ("qst", "lst")
     up, classifier = shapes.get("upsample.weight"), shapes.get("classifier.weight")
     ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".down.weight") and shape}

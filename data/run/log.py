@@ -1,5 +1,4 @@
-"""What a run tells while it trains: log.csv, loss.svg, mix.svg, the progress bar, the best held-out
-loss."""
+"""Logging during training: log.csv, loss.svg, mix.svg, progress bar, best held-out loss."""
 
 import csv
 import math
@@ -12,11 +11,11 @@ from data.devices.device import peak_memory, show_bytes
 from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name
 
-NAMES = "training", "held out", "alpha", "gate"  # of the curves: two losses, and what mixes
+NAMES = "training", "held out", "alpha", "gate"  # of the curves
 
 
 def mixing(side):
-    """Of a side network: alpha, and the mean gate beta; None where it has none."""
+    """alpha and the mean gate beta of a side network; None where it has none."""
     alpha, gamma = getattr(side, "alpha", None), getattr(side, "gamma", None)
     if alpha is not None and side.config.mix == "released":
         alpha = torch.sigmoid(alpha)
@@ -25,9 +24,10 @@ def mixing(side):
 
 
 class TrainingLog:
-    """The files above, the progress bar, the best held-out loss, and the speed of a run's steps.
+    """The files above, the progress bar, the best held-out loss, and the speed of a run.
 
-    out_dir: None: nothing is written, as in all processes but the first; shown: with a bar
+    out_dir: folder for the files; None in all processes but the first, which writes nothing
+    shown: whether there is a progress bar
     """
 
     COLUMNS = (
@@ -43,12 +43,12 @@ class TrainingLog:
         self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
         self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
         self.best_loss = self.held_out_loss = self.loss_before = math.inf
-        self.skipped = self.failures = 0  # steps left out, and how many of them just now in a row
+        self.skipped = self.failures = 0  # steps left out, and the last of them in a row
         self.tokens, self.seconds, self.step_ms = 0, 0.0, []
-        # The same of iterations that were read from --cache_hidden.
+        # The same for iterations with hidden states from --cache_hidden.
         self.cached_iterations, self.cached_tokens, self.cached_seconds = 0, 0, 0.0
         self.rows, self.curves = [], {name: [] for name in NAMES}
-        self.unread = []  # (loss, whether its step was taken) of iterations not yet waited for
+        self.unread = []  # (loss, whether its step was taken), still on the device
 
     def state(self):
         return {name: getattr(self, name) for name in self.STATE}
@@ -69,7 +69,7 @@ class TrainingLog:
                 self.draw()
 
     def draw(self):
-        """The losses, with that of the start as a level line; and alpha and the mean gate."""
+        """Draw the losses, with the first as a horizontal line, and alpha with the mean gate."""
         lines = {name: self.curves[name] for name in NAMES[:2]}
         lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
         title = "Loss of an answer's token"
@@ -79,15 +79,15 @@ class TrainingLog:
             line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
 
     def begin(self):
-        """An iteration begins, and with it the time of those that are not yet waited for."""
+        """Start the clock, unless earlier iterations are still unread."""
         if not self.unread:
             self.start = time.perf_counter()
 
     def stepped(self, loss, taken, tokens, wait, cached=False):
-        """An iteration is done. loss, taken: tensors, whose values are waited for only at times.
+        """Note an iteration; returns whether the values were read back from the device.
 
-        wait: whether this must be one of them; on a CPU each is. Returns whether it was.
-        cached: whether the base's hidden states were read from --cache_hidden
+        loss, taken: tensors. On a GPU they are read back at each log_interval, and if `wait` is set
+        cached: whether the base's hidden states came from --cache_hidden
         """
         self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
         self.bar.update()
@@ -110,7 +110,7 @@ class TrainingLog:
         return True
 
     def evaluated(self, held_out_loss):
-        """Note a held-out loss; returns whether it is the best of those after a step."""
+        """Note a held-out loss; returns whether it is the best one after a step."""
         self.held_out_loss = held_out_loss
         self.curves["held out"].append((self.iteration, held_out_loss))
         if not self.iteration:
@@ -121,7 +121,7 @@ class TrainingLog:
 
     @property
     def error(self):
-        """Why the run ends, if its loss is no number any more."""
+        """Why the run must end: ten losses in a row, or a held-out loss, are no numbers."""
         if self.failures < 10 and math.isfinite(self.held_out_loss):
             return None
         kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
@@ -132,7 +132,7 @@ class TrainingLog:
         )
 
     def write(self, learning_rate, side=None):
-        """Show the iteration, and write a line if one is due. side: what learns"""
+        """Show the iteration, and write a line if one is due. side: the trained part"""
         rate = self.speed()["tokens_per_second"]
         if self.due:
             self.curves["training"].append((self.iteration, self.loss))
@@ -153,13 +153,13 @@ class TrainingLog:
         )
 
     def show(self, samples):
-        """Print what the model answers by now, above the progress bar."""
+        """Print the model's answers above the progress bar."""
         for sample in samples:
             self.bar.write(f"\niteration {self.iteration}")
             self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
-        """The mean rate of all steps, and of those from a cache; and the median time of one."""
+        """The tokens per second of all iterations and of those from a cache; the median time."""
         cached = dict(
             cached_iterations=self.cached_iterations,
             tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),

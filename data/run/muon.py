@@ -8,11 +8,10 @@ from data.run.optim import adamw_state, must_skip
 
 
 class Muon(torch.optim.AdamW):
-    """Muon (arXiv 2502.16982 §2) for groups with `muon=True`, all of matrices; AdamW for the rest.
+    """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`; AdamW for the rest.
 
-    A matrix moves along its momentum with all singular values set to about 1, so that no direction
-    of the input is learned at the cost of the others. The factor 0.2 sqrt(max(m, n)) makes the step
-    as large as one of AdamW, so that one learning rate serves both.
+    A matrix moves along its momentum with all singular values set to about 1. The factor 0.2
+    sqrt(max(m, n)) makes the step as large as AdamW's, so that both have one learning rate.
     """
 
     momentum = 0.95
@@ -46,8 +45,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(matrix, steps=5):
-    """Set the singular values of a matrix (m, n) to about 1, by Newton-Schulz iterations with the
-    coefficients of Muon, which end between 0.7 and 1.2 and not exactly at 1, but soon."""
+    """Set the singular values of a matrix (m, n) to 0.7 to 1.2, by a few Newton-Schulz iterations
+    with Muon's coefficients."""
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if len(matrix) > matrix.shape[1] else x
     for _ in range(steps):

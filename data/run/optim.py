@@ -8,7 +8,7 @@ from data import leaf
 
 
 def learning_rate_at(iteration, cfg):
-    """The learning rate of iteration 0, 1, ...: a linear warm-up, and then the schedule."""
+    """The learning rate of iteration 0, 1, ...: a linear warm-up, then --lr_schedule."""
     if iteration < cfg.warmup_iters:
         return cfg.learning_rate * (iteration + 1) / (cfg.warmup_iters + 1)
     done = (iteration - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)
@@ -17,17 +17,17 @@ def learning_rate_at(iteration, cfg):
 
 
 def make_optimizer(model, cfg):
-    """AdamW or Muon, in groups of one learning rate each; only matrices decay.
+    """Make AdamW or Muon, with groups of one learning rate each; only matrices decay.
 
     differs from the paper: alpha has a larger learning rate. The side network's gradient has the
-    factor 1 - alpha, 0 at the start, so that it learns only as fast as alpha moves.
+    factor 1 - alpha, which is 0 at the start.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             factor = cfg.alpha_lr_factor if name.endswith("alpha") else 1.0
             matrix = parameter.dim() == 2 and name.endswith("weight")
-            table = "embed" in name or "lm_head" in name  # a row a token: not for Muon
+            table = "embed" in name or "lm_head" in name  # one row per token: not for Muon
             muon = cfg.optimizer == "muon" and matrix and not table
             kind = dict(factor=factor, weight_decay=cfg.weight_decay * matrix, muon=muon)
             groups.setdefault(tuple(kind.items()), []).append(parameter)

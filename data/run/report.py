@@ -1,4 +1,4 @@
-"""What a run of train.py measures, prints and draws: before it, while it runs, and at its end."""
+"""What a run of train.py measures and prints before and after training."""
 
 import os
 import platform
@@ -25,13 +25,13 @@ SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
 
 def progress(iterations, desc, **more):
-    """A progress bar; where it is no terminal, a line now and then."""
+    """A progress bar; if the output is no terminal, a line every 15 seconds."""
     often = 0.1 if sys.stderr.isatty() else 15
     return tqdm(iterations, desc, unit="it", mininterval=often, **more)
 
 
 def provenance():
-    """What ran: versions, the commit of the code, and the command line."""
+    """The versions, the commit of the code, and the command line."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
     try:
@@ -52,8 +52,8 @@ def sizes(model, n_weights):
 
 
 def introduce(folder, runs, examples):
-    """Put the memory of a step with the longest examples into each run's `result`, and print what a
-    reader wants to know of the first."""
+    """Measure the memory of a step with the longest examples for each run's `result`, and print the
+    sizes of the first run."""
     model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
     longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
@@ -83,7 +83,7 @@ def introduce(folder, runs, examples):
 
 
 def out_of_memory(cfg):
-    """What to do when a step does not fit into the GPU: the first saving that is not on yet."""
+    """Advise the first saving of memory that is not on yet."""
     savings = dict(checkpoint=True, chunk_loss=True, h_f_bits=4, optimizer_bits=8)
     if cfg.method not in SIDE_METHODS:
         del savings["h_f_bits"]
@@ -93,13 +93,13 @@ def out_of_memory(cfg):
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
     return (
         f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
-        "flags of this run says what takes how much."
+        "flags of this run prints the memory of a step."
     )
 
 
 @contextmanager
 def memory_advice(cfg):
-    """Where a GPU has no more memory, end with a sentence."""
+    """End with a sentence if the GPU has no more memory."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -118,12 +118,12 @@ def errors_in(result, cfg):
 
 
 def start_name(cfg):
-    """What a run starts at: --side, the base, or a network that predicts without having learned."""
+    """The name of a run's start: --side, the base, or an untrained network."""
     return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
 
 
 def yardstick(name, result, end):
-    """How many examples a score is of, and what one reaches that knows nothing of them."""
+    """The number of examples of a score, and the score of a constant answer."""
     rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
     rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
     if rival is None:
@@ -132,7 +132,7 @@ def yardstick(name, result, end):
 
 
 def show_sample(sample, who):
-    """A question with the answers that are expected and given. who: names, as in result.json"""
+    """A question, its expected answer, and the models' answers. who: names, as in result.json"""
     lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
     said = {one: sample.get(one, sample["answer"]) for one in who}  # not all were asked
     lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
@@ -160,7 +160,7 @@ def keep_result(cfg, result, device, seconds):
 
 
 def conclude(folder, cfg, result, example):
-    """Print what the run has shown, and what to do next. example: a question to ask"""
+    """Print the results, and the next command. example: a question to ask"""
     if "error" in result:
         raise InputError(result["error"])
     tuned = cfg.method.upper()

@@ -1,8 +1,8 @@
-"""What a run needs to continue after a stop, and a crash, as if there had been none.
+"""The state of a run, from which it continues after a stop or a crash as if there had been none.
 
-state.safetensors has tensors, and as one more of them the JSON that says what each is; its
-metadata has a SHA-256 of all. A new file takes its name when it is whole, and the one before it
-stays beside it as state.previous.safetensors. data/run/resume.py reads them.
+state.safetensors has the tensors, and as one more tensor the JSON that names them; its metadata has
+a SHA-256 of all. A new file gets its name when it is whole, and the one before it stays beside it
+as state.previous.safetensors. data/run/resume.py reads them.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ FILES = "state.safetensors", "state.previous.safetensors"
 
 
 def save_state(out_dir, tree):
-    """tree: a table of tensors, numbers, texts, and lists and tables of them"""
+    """Save a tree: a table of tensors, numbers, texts, and lists and tables of them."""
     newest, previous = (out_dir / name for name in FILES)
     tensors = {}
     text = json.dumps(without_tensors(tree, tensors))  # a loss may be NaN, which only Python reads
@@ -48,19 +48,19 @@ def without_tensors(tree, tensors):
 
 
 def remove_earlier_run(out_dir):
-    """Remove what an earlier run left in a folder: nobody must take it for what this run makes."""
+    """Remove an earlier run's files, so that nobody takes them for this run's."""
     files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *FILES
     files += "sweep.json", "sweep.svg"
     paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
     if any(path.exists() for path in paths):
-        print(f"What an earlier run left in {out_dir} is replaced.", flush=True)
+        print(f"The files of an earlier run in {out_dir} are replaced.", flush=True)
     for path in paths:
         path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def only_run_in(out_dir):
-    """Refuse a second run that writes to a folder while the first one does."""
+    """Refuse a second run in a folder while the first one writes to it."""
     if fcntl is None or distributed.rank():
         yield
         return
@@ -76,15 +76,15 @@ def only_run_in(out_dir):
 
 
 STOPPING = """
-Stopping after this iteration, to save all. Ctrl-C again stops at once, and what came after the last
-evaluation is lost.
+Stopping after this iteration, to save the state. Ctrl-C again stops at once, and loses all after
+the last evaluation.
 """
 
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that has something in it once the run is asked to stop, by Ctrl-C or SIGTERM: a step
-    is never left half done. A second Ctrl-C stops at once."""
+    """Collect requests to stop (Ctrl-C, SIGTERM) in a list, so that no step is left half done. A
+    second Ctrl-C stops at once."""
     asked = []
 
     def ask(number, frame):

@@ -48,7 +48,7 @@ def setting(default, help, choices=(), of=None, flag=True, text=None, group=None
 
 
 def check(settings):
-    """Refuse values that their fields do not allow; None is a default that is not filled in yet."""
+    """Refuse values that their fields do not allow. None is a default that is not filled in yet."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata["choices"]
         bounds = f.metadata["bounds"]
@@ -63,13 +63,13 @@ def check(settings):
 
 
 def default_out_dir(eval_only=False):
-    """Where a run of train.py leaves its files, if --out_dir does not say."""
+    """The folder of a run's files without --out_dir."""
     return "out-eval" if eval_only else "out"
 
 
 def from_table(kind, where, table, optional=(), text=NAME):
-    """Make a dataclass of settings, `kind`, of a table from a file: each of its type, within its
-    bounds; only those that are optional may be left out. text: what a text may be"""
+    """Make the dataclass `kind` from a table in a file. Each value has its type and bounds; only
+    `optional` ones may be missing. text: the `Kind` of a text"""
     own = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
@@ -80,7 +80,7 @@ def from_table(kind, where, table, optional=(), text=NAME):
 
 
 def kind_of(f, text=NAME):
-    """What a setting may be, in a file."""
+    """The `Kind` of a setting in a file."""
     choices, bounds = f.metadata["choices"], f.metadata["bounds"]
     if choices:
         return one_of(*choices)
@@ -96,17 +96,17 @@ def check_used(settings, methods):
         readers = f.metadata["of"] or methods
         if settings.method not in readers and getattr(settings, f.name) != f.default:
             readers = " and ".join(readers)
-            raise InputError(f"--{f.name} is of --method {readers}, and not of {settings.method}.")
+            raise InputError(f"--{f.name} is for --method {readers}, not for {settings.method}.")
 
 
 def refuse_if(*rows):
-    """Raise the sentence of the first (is it so?, sentence) that is so."""
-    for so, sentence in rows:
-        if so:
-            raise InputError(sentence + ".")
+    """Raise InputError with the message of the first (condition, message) whose condition holds."""
+    for condition, message in rows:
+        if condition:
+            raise InputError(message + ".")
 
 
-SETTINGS_FILE = "settings.json"  # which a run leaves in its --out_dir when it begins
+SETTINGS_FILE = "settings.json"  # in --out_dir, from the start of a run
 
 
 def true_or_false(text):
@@ -118,7 +118,7 @@ def true_or_false(text):
 
 
 class Parser(argparse.ArgumentParser):
-    """Flags in full, and a mistake in one line."""
+    """An ArgumentParser without abbreviated flags that reports an error in one line."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, allow_abbrev=False, **kwargs)
@@ -132,18 +132,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_main(main):
-    """Run a command line's `main`; the user's mistake is one line, ours a traceback."""
+    """Call `main`. A user's mistake is printed in one line; a bug raises a traceback."""
     try:
         main()
     except (InputError, OSError) as error:
-        if number := distributed.rank():  # whose own output is off
+        if number := distributed.rank():  # this process's output is off
             print(f"error in process {number}: {error}", file=sys.__stderr__)
             sys.exit(1)
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit("error: The GPU has no more memory: give a shorter text, or --quant nf4.")
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # a CPU has no exception of its own for it
+        if "can't allocate memory" not in str(error):  # torch's error on a CPU
             raise
         advice = "lower --batch_size, or leave the layers of a 4-bit folder on disk (--stream)"
         sys.exit(f"error: The machine has no more memory: {advice}.")
@@ -170,12 +170,11 @@ def add_flags(parser, settings, shown_defaults=()):
 
 
 def parse_settings(parser, kind, argv, shown_defaults=()):
-    """The command line as a dataclass of settings. --config FILE gives them too, as a table or in a
-    run's result.json, and --resume those of the run in --out_dir; flags count more, and what the
-    method does not read is left out."""
+    """Make the dataclass `kind` from the command line. Settings in --config FILE, or with --resume
+    those of the run in --out_dir, count less. What the method does not use is left out."""
     add_flags(parser, kind, shown_defaults)
-    parser.add_argument("--config", help="a file of settings, such as a run's result.json; flags "
-        "on the command line count more")
+    parser.add_argument("--config", help="file of settings, such as a result.json; flags on the "
+        "command line count more")
     given = parser.parse_args(argv)
     path = given.config
     if path is None and vars(given).get("resume"):

@@ -1,4 +1,4 @@
-"""The seven methods: how each needs the base to be stored, and what learns."""
+"""The seven methods, with the base that each needs, and named settings of the side network."""
 
 import re
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 from data import InputError
 from data.settings.flags import setting
 
-# How the base may be stored for each method; the first is the default. "int4" means "int4-64" too.
+# The --quant of each method; the first is the default. "int4" stands for "int4-64", too.
 METHODS = {
     "qst": ("nf4", "fp4", "none"),
     "lst": ("none", "nf4", "fp4"),
@@ -17,7 +17,7 @@ METHODS = {
     "full": ("none",),
 }
 SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
-of_side = partial(setting, of=SIDE_METHODS)  # a setting that only these read
+of_side = partial(setting, of=SIDE_METHODS)  # a setting for only these
 of_4_bits = partial(setting, of=(*SIDE_METHODS, "qlora", "adapter"))
 
 LEARNS = dict.fromkeys(
@@ -30,7 +30,7 @@ LEARNS = dict.fromkeys(
 
 
 def step_length(every, N):
-    """How many of a base's N layers there are to a step: --every, or for 0 as many as leave six."""
+    """The number of base layers per side layer: --every, or for 0 the most that leave six."""
     fitting = [k for k in range(1, N + 1) if N % k == 0]
     every = every or max(k for k in fitting if k == 1 or N // k >= 6)
     if every not in fitting:
@@ -51,7 +51,7 @@ def check_quant(method, quant, streamed=False):
     """Refuse a base that is not stored as the method needs it."""
     if streamed and method not in SIDE_METHODS:
         why = "whose backward reads no weight of the base"
-        raise InputError(f"--stream is for qst and lst, {why}; that of --method {method} does.")
+        raise InputError(f"--stream is for qst and lst, {why}; not for --method {method}.")
     if quant.partition("-")[0] not in METHODS[method]:
         kinds = " or ".join(METHODS[method])
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
@@ -60,24 +60,21 @@ def check_quant(method, quant, streamed=False):
 # --------------------------------------------------------------------------------------
 # Settings of the side network by name: what the paper, LST and --variant set
 
-# What it builds: SideConfig(**RELEASED). Unlike the paper, it has a gate and a mix per channel,
-# norms, a bias and a shared downsampler, and the mix starts at sigmoid(1) = 0.73, so that training
-# does not start at the LLM.
-# differs from the released code: our mix is trained on a GPU too, and OPT's is not swapped.
+# The authors' released code. Unlike the paper, it has a gate and a mix per channel, norms, a bias
+# and a shared downsampler. Its mix starts at sigmoid(1) = 0.73: training does not start at the LLM.
+# differs from the released code: our mix is trained on a GPU, too, and OPT's is not swapped.
 RELEASED = dict(
     downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
     final_norm=True,
 )
 
-PAPER = dict(  # QST §3.2; what a `SideConfig` has where nothing else is said
+PAPER = dict(  # QST §3.2; the defaults of a `SideConfig`
     every=1, read_embedding=True, downsample="adapter", standardize=False, downsample_norm=False,
     share_first=False, gate="scalar", mix="alpha", upsample_bias=False, final_norm=False,
 )
 LST = dict(downsample="linear", mix="side")  # arXiv 2206.06522 is the same with these two
 
-# What we found to learn fastest on a real model: see "Why QST learns slowly" in tests/README.md.
-# In the study it was six steps, every fifth layer of 30. Of other models: as few as divide the
-# layers evenly, but at least six; 8 of LLaMA-2-7B's 32 layers and of LLaMA-2-70B's 80.
+# What learned fastest on a real model in our study: see "Why QST learns slowly" in tests/README.md.
 FAST = dict(
     every=0, read_embedding=False, reduction=8, downsample="linear", standardize=True, gate="sum",
     mix="residual", final_norm=True,
@@ -86,8 +83,8 @@ VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 
 def settings_of_run(variant, task):
-    """What --variant sets in a run: its architecture; and of fast the optimizer and the rate. The
-    embedded default, 128 channels wide, needs a side network of more than 16."""
+    """The settings of --variant; fast has an optimizer and a learning rate, too. The embedded
+    default, 128 channels wide, needs a side network of more than 16 channels."""
     if variant != "fast":
         return VARIANTS[variant]
     small = dict(reduction=4) if task == "tiny" else {}

@@ -105,7 +105,7 @@ def test_fast_is_the_recipe():
     assert (small.optimizer, small.learning_rate, small.reduction) == ("muon", 1e-2, 4)
     paper = train.resolve(TrainConfig())
     assert (paper.optimizer, paper.learning_rate, paper.every) == ("adamw", 1e-2, 1)
-    with pytest.raises(InputError, match="leave out --mix, --variant"):
+    with pytest.raises(InputError, match="leave out --mix and --variant"):
         resolved("--method", "lst")
     with pytest.raises(InputError, match="--optimizer_bits 8 is of --optimizer adamw"):
         resolved("--optimizer_bits", "8")

@@ -207,7 +207,7 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     scored = dict(eval_only=True, held_out=0.5, out_dir=str(tmp_path / "eval"))
     again = train.main(TrainConfig(**scored, **common))
     assert again["config"]["method"] == method and 0 < again["loss"] < 20
-    with pytest.raises(InputError, match="--rank: --side .* has its own; leave it out"):
+    with pytest.raises(InputError, match="--rank is fixed by --side .*: remove the flag"):
         train.resolve(TrainConfig(rank=3, **common))
     tuned = ["--base", str(tiny_model), "--side", str(out)]
     qst.main([*tuned, "--prompt", "Hi", "--max_new_tokens", "2"])

@@ -167,8 +167,8 @@ def test_a_run(tiny_model, tmp_path, no_answers, capsys):
     done = run(side=str(tmp_path / "mended"), eval_only=True, out_dir=str(tmp_path / "eval"))
     assert done["config"]["repair"] == 8
     for flags, message in (
-        (dict(eval_only=True, repair=8), "--repair learns from training examples"),
-        (dict(quant="none", repair=8), "--repair mends what 4 bits broke: give --quant nf4"),
+        (dict(eval_only=True, repair=8), "--repair needs training examples"),
+        (dict(quant="none", repair=8), "--repair corrects a 4-bit base: give --quant nf4"),
         (dict(method="lora", repair=8), "--repair is of --method"),
         (dict(repair=64), "--repair 64 is more than layers.0.self_attn.q_proj has, 32: give less"),
     ):

@@ -117,9 +117,9 @@ def test_a_variant_is_one_flag():
     (["train.py", "--learning_rate=inf"], "--learning_rate inf must be below inf"),
     (["train.py", "--weight_decay=nan"], "--weight_decay nan must be at least 0"),
     (["train.py", "--seed", "1" + "0" * 22], "--seed 1"), (["train.py", "--seed=-1"], "--seed -1"),
-    (["train.py", "--head", "classifier"], "--head classifier is not of --task tiny"),
+    (["train.py", "--head", "classifier"], "--head classifier is not for --task tiny"),
     (["train.py", "--base=x", "--data=y", "--task=rte", "--samples_interval=1"],
-     "--samples_interval is of --task tiny and instruct, and not of rte"),
+     "--samples_interval is for --task tiny and instruct, not for rte"),
     (["train.py", "--instructions", "x"], "--instructions is for --task mmlu, not tiny"),
     (["train.py", "--method", "lst", "--mix", "alpha"], "leave out --mix"),
     (["train.py", "--optimizer=muon", "--optimizer_bits=8"], "--optimizer_bits 8"),
@@ -141,11 +141,11 @@ def test_mistakes_on_the_command_line(args, message):
 @pytest.mark.parametrize("flags, message", [
     (dict(h_f_bits=5), "--h_f_bits 5 is unknown: choose 16, 8, 4"),
     (dict(optimizer_bits=4), "--optimizer_bits 4 is unknown: choose 32, 8"),
-    (dict(method="qlora", h_f_bits=8), "--h_f_bits is of --method qst and lst, and not of qlora"),
-    (dict(method="full", reduction=4), "--reduction is of --method qst"),
-    (dict(method="peqa", variant="fast"), "--variant is of"),
+    (dict(method="qlora", h_f_bits=8), "--h_f_bits is for --method qst and lst, not for qlora"),
+    (dict(method="full", reduction=4), "--reduction is for --method qst"),
+    (dict(method="peqa", variant="fast"), "--variant is for"),
     (dict(method="peqa", quant="int5"), "--quant int4 or int3, and not int5"),
-    (dict(method="full", dtype="fp16"), "cannot learn in --dtype fp16"),
+    (dict(method="full", dtype="fp16"), "cannot train weights in --dtype fp16"),
 ])
 def test_flags_that_contradict_the_method(flags, message):
     """The sentence names the flag, and the methods that read it or what they allow."""
@@ -185,7 +185,7 @@ def test_a_few_settings_in_a_file(tmp_path):
     ("{", "mine.json"), ("[1]", "mine.json"), ('{"config": 3}', "config is 3; it must be a table"),
     ('{"lerning_rate": 1}', "lerning_rate"), ('{"rank": "x"}', "config.rank is 'x'"),
     ('{"rank": 0}', "config.rank is 0"), ('{"method": "QST"}', "config.method is 'QST'"),
-    ('{"method": "lora"} --reduction 4', "--reduction is of --method qst"),
+    ('{"method": "lora"} --reduction 4', "--reduction is for --method qst"),
     ('{"base": 3}', "config.base is 3"),
 ])
 def test_a_file_of_settings_that_is_wrong(text, message, tmp_path):
