@@ -113,8 +113,18 @@ def test_metrics():
     assert METRICS["pearson"](a, b) == pytest.approx(169.5 / (4.75 * 6665) ** 0.5)
 
 
-def test_metrics_are_those_of_scipy():
-    """Where it is installed: the correlations, with ties."""
+@pytest.mark.parametrize("name", ["pearson", "spearman", "matthews"])
+@pytest.mark.parametrize("value, other", [(0.1, 0.7), (0.1, 0.1), (-3.3, 0.7)])
+def test_a_constant_correlates_with_nothing(name, value, other):
+    """The mean of nine times 0.1 is rounded in fp64, which must not count as a variance."""
+    one, two = (torch.full((9,), each, dtype=torch.float64) for each in (value, other))
+    assert one.mean() != value and two.mean() != other
+    varied = torch.arange(9.0).double()
+    assert METRICS[name](one, two) == METRICS[name](one, varied) == METRICS[name](varied, two) == 0
+
+
+def test_metrics_match_scipy():
+    """The correlations, with ties, are those that scipy computes. Skipped without scipy."""
     stats = pytest.importorskip("scipy.stats")
     a, b = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)).double().mul(3).round()
     assert METRICS["pearson"](a, b) == pytest.approx(stats.pearsonr(a, b)[0])
