@@ -1,4 +1,4 @@
-"""GLUE: reading its files, asking in words or with a classifier, and the metrics."""
+"""GLUE: its files, prompts for label words and for a classifier, and the metrics."""
 
 import json
 import re
@@ -138,38 +138,38 @@ def tokenizer(tiny_model):
 
 @pytest.mark.parametrize("task", FORMS)
 def test_prompts(tokenizer, task):
-    """In words: the question whole; for a classifier: a bos token before each bare sentence."""
+    """For --head lm: the whole question. For a classifier: a bos token before each sentence."""
     form = FORMS[task]
     sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
-    asked = glue.prompt(sentences, form, tokenizer, 500, "lm", glue.preamble_of([], form))
+    asked = glue.prompt(sentences, form, tokenizer, 500, glue.preamble_of([], form))
     assert asked[0] == tokenizer.bos_id
     whole = f"{form.heading}\n\n{form.question.format(*sentences)}{ANSWER}"
     assert tokenizer.decode(asked) == whole
     bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
-    assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
+    assert glue.prompt(sentences, form, tokenizer, 500, None) == bare
 
 
-@pytest.mark.parametrize("head", ["lm", "classifier"])
-def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
+@pytest.mark.parametrize("preamble", ["", None])
+def test_long_prompts_lose_the_longer_sentences_end(tokenizer, preamble):
     """The shorter sentence and the question stay whole; without room for them it is refused."""
     sentences = ["The sky was blue " * 40, "It was late"]
-    ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, head)
+    ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, preamble)
     text = tokenizer.decode(ids)
     assert 40 < len(ids) <= 60 and "The sky was blue The sky" in text and "It was late" in text
-    assert text.endswith(ANSWER) == (head == "lm")
-    with pytest.raises(InputError, match="--sequence_len 5"):
-        glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "lm")
+    assert text.endswith(ANSWER) == (preamble is not None)
+    with pytest.raises(InputError, match="--sequence_len 5 is too short"):
+        glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "")
 
 
 def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
     """A character that is four tokens is not cut off four times."""
     texts = ["\U0001f9ff" * 60, "It was late"]
-    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, "classifier")
+    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, None)
     assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
 
 
-def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
-    """STS-B's rating is what is expected of the label words, and is learned as the nearest."""
+def test_ratings_with_label_words(tiny_model, folder, tmp_path, monkeypatch):
+    """STS-B's rating is the expectation over the label words; the nearest word is the target."""
     words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out
     monkeypatch.setitem(FORMS, "stsb", replace(FORMS["stsb"], words=words))
     result = run(tiny_model, folder, tmp_path, task="stsb", head="lm", max_iters=100)
@@ -221,16 +221,16 @@ def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, show
 
 def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
     """Each file that would do."""
-    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is no folder with any of")):
+    for folder in (tmp_path, tmp_path / "no"):
         with pytest.raises(InputError) as error:
             glue.show(folder)
         said = str(error.value)
-        assert f"{folder} {why}" in said and "RTE/dev.tsv" in said
+        assert f"{folder} has none of" in said and "RTE/dev.tsv" in said
         assert "MNLI/dev_matched.tsv" in said and "MNLI/dev_mismatched.tsv" in said
 
 
-def test_the_base_is_scored_in_words(tiny_model, folder, tmp_path):
-    """--eval_only without --side leaves the base as it is, and asks in words; limits are kept."""
+def test_the_base_is_scored_with_label_words(tiny_model, folder, tmp_path):
+    """--eval_only without --side scores the base with label words, and keeps to the limits."""
     result = run(tiny_model, folder, tmp_path, task="sst2", eval_only=True, score_examples=4)
     assert result["examples"] == 4 and result["majority_class"] == 0.5
     assert result["trainable_parameters"] == 0
