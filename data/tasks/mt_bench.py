@@ -1,9 +1,9 @@
-"""MT-Bench: questions of two turns, and the answers in the form that FastChat's judge reads.
+"""MT-Bench: questions with two turns, and answers in the format of FastChat's judge.
 
-A question   {"question_id", "category", "turns": ["...", "..."]}, a line of mt_bench_question.jsonl
-An answer    {"question_id", "answer_id", "model_id", "choices": [{"index": 0, "turns": [...]}],
-             "tstamp"}, a line of the file whose name, without .jsonl, is the model's
-The judge itself is another model, and no part of this project.
+A line of the questions   {"question_id", "category", "turns": ["...", "..."]}
+A line of the answers     {"question_id", "answer_id", "model_id", "choices": [{"index": 0,
+                          "turns": [...]}], "tstamp"}. The file's name is the model's name.
+The judge is another model, which this project does not contain.
 """
 
 import json
@@ -26,9 +26,15 @@ TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
     "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 }
-
-
 QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
+FLAGS = {  # of `qst.py answer`
+    "questions": dict(required=True, help="a file in the format of mt_bench_question.jsonl"),
+    "model_id": dict(help="the model's name in the answers, to which the first digits of the side"
+        " checkpoint's SHA-256 are added; default: the name of --out, as in FastChat"),
+    "limit": dict(type=int, help="the number of questions to answer, from the first; default: all"),
+    "fastchat_temperatures": dict(action="store_true",
+        help="use FastChat's temperature for each category, instead of --temperature"),
+}
 
 
 def read_questions(path):
@@ -39,10 +45,10 @@ def read_questions(path):
         right = list_of(TEXT).fits(turns) and turns
         if not right or not QUESTION_ID.fits(record.get("question_id")):
             raise InputError(f'{path}, {where} has no "question_id" and list of "turns".')
-        id, category = record["question_id"], record.get("category", "")
-        if id in questions or not TEXT.fits(category):
-            twice = f'the "question_id" {shown(id)} of another, or a "category" that is no text'
-            raise InputError(f"{path}, {where} has {twice}: mend it.")
+        id = record["question_id"]
+        if id in questions or not TEXT.fits(record.get("category", "")):
+            why = f'the "question_id" {shown(id)} of another, or a "category" that is not text'
+            raise InputError(f"{path}, {where} has {why}: correct it.")
         questions[id] = record
     return list(questions.values())
 
@@ -52,9 +58,10 @@ def temperature(question):
 
 
 def answer(talk, question, note):
-    """The answers to all turns of a question, each with those before it in view.
+    """Answer all turns of a question in one conversation.
 
-    A turn that the model cannot read has the answer ""; `note` is told, and what was dropped.
+    A turn that does not fit into the model has the answer "". note: function that prints a text,
+    called for such a turn, and for old messages that did not fit
     """
     talk.reset()
     answers = []
@@ -71,7 +78,7 @@ def answer(talk, question, note):
 
 
 def answer_line(question_id, model_id, turns):
-    """A line of the answers' file."""
+    """Write a line of the answers."""
     answer = {
         "question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
         "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
@@ -80,77 +87,58 @@ def answer_line(question_id, model_id, turns):
 
 
 def answered(path, model_id):
-    """The ids of the questions that an earlier run has answered; its file is ready to go on with.
+    """Find the ids of the questions that an earlier run has answered, and end its last line.
 
-    A last line that a crash has cut off is taken away, since its question will be asked again. No
-    other file is touched: what is not an answer of this model is refused.
+    A last line that a crash has cut off is removed: its question will be asked again. A file with
+    anything but answers of this model is refused, and not changed.
     """
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return set()
     *lines, last = read_bytes(path, "give another --out").split(b"\n")
-    done = {_question_id(path, i, line, model_id) for i, line in enumerate(lines, 1)}
-    if last:
-        start = b'{"question_id": '
-        if not last.startswith(start[: len(last)]):
-            raise _refusal(path, len(lines) + 1)
-        try:
-            done.add(_question_id(path, len(lines) + 1, last, model_id))
-        except _Damaged:
-            os.truncate(path, path.stat().st_size - len(last))
-        else:
-            with open(path, "ab") as file:  # whole but for its end
-                file.write(b"\n")
+    start = b'{"question_id": '
+    cut_off = last.startswith(start[: len(last)]) and parsed(last) is None  # or ""
+    lines += [] if cut_off else [last]
+    done = {answered_id(line, f"{path}, line {i}", model_id) for i, line in enumerate(lines, 1)}
+    if cut_off:
+        os.truncate(path, os.path.getsize(path) - len(last))
+    else:
+        with open(path, "ab") as file:
+            file.write(b"\n")
     return done
 
 
-class _Damaged(InputError):
-    """A line is not JSON."""
-
-
-def _refusal(path, number, kind=InputError):
-    return kind(f"{path}, line {number} is not an answer: give --out a file of its own.")
-
-
-def _question_id(path, number, line, model_id):
+def parsed(line):
+    """Parse a line of JSON. None: it is damaged."""
     try:
-        answer = parse_json(line)
-    except ValueError:  # also of bytes that are half a character
-        raise _refusal(path, number, _Damaged) from None
-    if not isinstance(answer, dict) or not {"question_id", "model_id", "choices"} <= answer.keys():
-        raise _refusal(path, number)
+        return parse_json(line)
+    except ValueError:  # also for bytes that are half a character
+        return None
+
+
+def answered_id(line, where, model_id):
+    """Check a line of the answers, and return its question's id."""
+    answer = parsed(line)
+    known = isinstance(answer, dict) and {"question_id", "model_id", "choices"} <= answer.keys()
+    if not known or not QUESTION_ID.fits(answer["question_id"]):
+        raise InputError(f"{where} is not an answer: give --out a file for answers only.")
     if answer["model_id"] != model_id:
         other = shown(answer["model_id"])
-        raise InputError(
-            f"{path}, line {number} is an answer of {other}, not of {model_id}: give another --out."
-        )
-    if not QUESTION_ID.fits(answer["question_id"]):
-        raise _refusal(path, number)
+        raise InputError(f"{where} is an answer of {other}, not of {model_id}: give another --out.")
     return answer["question_id"]
 
 
-FLAGS = {  # of `qst.py answer`
-    "questions": dict(required=True, help="mt_bench_question.jsonl, or a file like it"),
-    "model_id": dict(help="the model's name there, behind which the first digits of the side"
-        " checkpoint's SHA-256 are put; default: the name of --out, as FastChat has it"),
-    "limit": dict(type=int, help="only the first so many questions"),
-    "fastchat_temperatures": dict(action="store_true",
-        help="FastChat's temperature for each category, instead of --temperature"),
-}
-
-
 def answer_file(args, start_talk):
-    """Answer the questions that --out has no answers to yet."""
+    """Answer the questions that have no answer in --out yet."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1.")
     model_id = args.model_id or Path(args.out).stem
-    if args.side:  # trained anew, it is another model, whose answers must not finish a file
+    if args.side:  # another training gives another model, whose answers must not be mixed
         model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
     questions = read_questions(args.questions)[: args.limit]
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
     note = lambda text: tqdm.write(text, sys.stderr)
-    talk = start_talk()  # before a file is made
+    talk = start_talk()  # it may fail: the file is opened later
     with open(args.out, "a", encoding="utf-8") as out:
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
@@ -158,11 +146,12 @@ def answer_file(args, start_talk):
             turns = answer(talk, question, note)
             out.write(answer_line(question["question_id"], model_id, turns))
             out.flush()
-    print(f"{args.out}: {len(todo)} questions answered, {len(questions) - len(todo)} were before")
+    before = len(questions) - len(todo)
+    print(f"{args.out}: answered {len(todo)} questions; {before} had an answer before")
 
 
 def show(path):
-    """Count the questions of a file, and print the first."""
+    """Count the questions in a file, and print the first one."""
     questions = read_questions(path)
     print(f"{len(questions)} questions. The first:", *questions[0]["turns"], sep="\n\n")
 
