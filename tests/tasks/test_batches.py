@@ -1,4 +1,4 @@
-"""What all tasks share (data/__init__.py): batches, splits, and the logits of next tokens."""
+"""data/tasks/examples.py and scoring.py: batches, splits, losses, and logits of next tokens."""
 
 import itertools
 import time
@@ -104,7 +104,7 @@ def test_word_ids(tiny_model):
         ids = word_ids(tokenizer, form.words, ANSWER)
         for word, id in zip(form.words, ids):
             assert tokenizer.encode(f"x{ANSWER} {word}")[len(tokenizer.encode(f"x{ANSWER}"))] == id
-    with pytest.raises(InputError, match="begins several of yes, yes alike"):
+    with pytest.raises(InputError, match="begins several of yes, yes with the same token"):
         word_ids(tokenizer, ("yes", "yes"), ANSWER)
 
 
