@@ -38,13 +38,14 @@ class Form:
     """The layout of a task's files, and its prompt."""
 
     folder: str
-    columns: tuple  # the sentences, and last the label: names, or indexes if there is no header
+    columns: tuple  # the names of the sentences' columns, and last the label's
     heading: str  # the instruction: it comes first, since a causal model only looks back
     question: str  # {0} and {1} are the sentences
     labels: tuple = ("0", "1")  # as the files spell them, in the order of the classes; (): a rating
     words: tuple = ("no", "yes")  # the label words, in the same order
     metrics: tuple = ("accuracy",)
     dev: str = "dev.tsv"
+    header: tuple = ()  # for files without one
 
 
 PAIR = ("sentence1", "sentence2")
@@ -58,8 +59,8 @@ FORMS = {
     "stsb": Form("STS-B", (*PAIR, "score"),
         "Say how similar both sentences are, from zero to five.", "First: {0}\nSecond: {1}",
         (), ("zero", "one", "two", "three", "four", "five"), ("pearson", "spearman")),
-    "cola": Form("CoLA", (3, 1), "Say whether the sentence is good English.", "Sentence: {0}",
-        metrics=("matthews",)),
+    "cola": Form("CoLA", ("sentence", "label"), "Say whether the sentence is good English.",
+        "Sentence: {0}", metrics=("matthews",), header=("source", "label", "mark", "sentence")),
     "sst2": Form("SST-2", ("sentence", "label"), "Say whether the film review is good or bad.",
         "Review: {0}", words=("bad", "good")),
     "qnli": Form("QNLI", ("question", "sentence", "label"),
@@ -72,9 +73,6 @@ FORMS = {
 }
 FORMS["mnli-mm"] = replace(FORMS["mnli"], dev="dev_mismatched.tsv")
 
-# --------------------------------------------------------------------------------------
-# Reading
-
 
 def read(path, form):
     """Read the rows of a .tsv file: ([(sentences, label), ...], number of lines left out).
@@ -84,16 +82,13 @@ def read(path, form):
     """
     lines = read_text(path, f"give --data the folder of GLUE's {form.folder}").split("\n")
     lines = [(i, line.split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
-    columns, width = form.columns, 4
-    if isinstance(columns[0], str):
-        header = lines.pop(0)[1] if lines else []
-        if missing := [name for name in columns if name not in header]:
-            raise InputError(f'{path} has no column "{missing[0]}": is it GLUE\'s {form.folder}?')
-        columns, width = [header.index(name) for name in columns], len(header)
+    header = form.header or (lines.pop(0)[1] if lines else [])
+    if missing := [name for name in form.columns if name not in header]:
+        raise InputError(f'{path} has no column "{missing[0]}": is it GLUE\'s {form.folder}?')
     rows = []
     for i, fields in lines:
-        if len(fields) >= width:
-            *sentences, text = (fields[c] for c in columns)
+        if len(fields) >= len(header):
+            *sentences, text = (fields[header.index(name)] for name in form.columns)
             if text in form.labels:
                 target = form.labels.index(text)
             elif not form.labels and RATING.fullmatch(text):
@@ -130,10 +125,6 @@ def split_mrpc(folder):
     for name, rows in parts.items():
         text = "\n".join(rows) + "\n"
         write_atomically(folder / name, lambda file: file.write(text.encode()))
-
-
-# --------------------------------------------------------------------------------------
-# Prompts
 
 
 def take_shots(rows, number):

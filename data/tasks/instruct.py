@@ -35,9 +35,6 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant",
 }
 
-# --------------------------------------------------------------------------------------
-# Records of every format -> conversations
-
 
 def conversation(record):
     """Turn a record into a conversation. `Refused` gives the reason if it is not possible.
@@ -89,14 +86,12 @@ def checked(messages, field, role, content):
         named = TABLE.fits(message) and TEXT.fits(message.get(role)) and message[role] in ROLES
         if not named or not isinstance(message.get(content), str):
             raise Refused("has a message without a known role and text")
-        texts = {"content": message[content]}
+        # JSON may spell halves of surrogate pairs, which cannot be encoded.
+        made.append({"role": ROLES[message[role]], "content": HALF.sub("?", message[content])})
         if input := message.get("input"):
             if not isinstance(input, str):
                 raise Refused('has a message with something that is not text in "input"')
-            texts["input"] = input
-        # JSON may spell halves of surrogate pairs, which nothing else may hold.
-        texts = {name: HALF.sub("?", text) for name, text in texts.items()}
-        made.append({"role": ROLES[message[role]], **texts})
+            made[-1]["input"] = HALF.sub("?", input)
     is_answer = lambda message: message["role"] == "assistant"
     made = list(dropwhile(is_answer, made))
     while made and not is_answer(made[-1]):
@@ -129,10 +124,6 @@ def read_instructions(path, check=None):
     if not made:
         raise InputError(f"{path} holds no instructions.")
     return made
-
-
-# --------------------------------------------------------------------------------------
-# Conversations -> ids, targets, answers, and the task
 
 
 def encode(conversation, tokenizer, template, sequence_len):

@@ -22,7 +22,8 @@ import csv
 import io
 import random
 import sys
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
@@ -35,7 +36,7 @@ from data.formats.fields import reason, shown
 from data.formats.files import read_text
 from data.tasks import instruct
 from data.tasks.examples import Task
-from data.tasks.scoring import choice_logits
+from data.tasks.scoring import choice_logits, word_ids
 
 CATEGORIES = {
     "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
@@ -58,15 +59,7 @@ LETTERS = "ABCD"
 SHOTS = 5
 
 
-@dataclass(frozen=True)
-class Question:
-    text: str
-    choices: tuple  # four texts
-    answer: int  # the index of the right one
-
-
-# --------------------------------------------------------------------------------------
-# Reading
+Question = namedtuple("Question", "text choices answer")  # four choices; answer: an index
 
 
 def read(folder, split):
@@ -132,10 +125,6 @@ def draw(tests, most):
     return drawn
 
 
-# --------------------------------------------------------------------------------------
-# Prompts
-
-
 def ask(question):
     """Write a question with its choices, up to the place of the answer."""
     choices = (f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices))
@@ -161,28 +150,6 @@ def encode(subject, shots, question, tokenizer, room):
     return ids[:1] + ids[len(ids) - room + 1 :], -1
 
 
-def answer_ids(tokenizer, text):
-    """Find the ids of " A" ... " D" after a prompt, one id each.
-
-    They are encoded together with the prompt: sentencepiece puts a space before every text, so
-    that " A" by itself would be two tokens.
-    """
-    before, ids = tokenizer.encode(text), []
-    for letter in LETTERS:
-        *head, last = tokenizer.encode(f"{text} {letter}")
-        if head != before:
-            raise InputError(
-                f'MMLU needs a tokenizer in which " {letter}" after "Answer:" is one token, and'
-                " this one has several: choose a model with a larger vocabulary."
-            )
-        ids.append(last)
-    return ids
-
-
-# --------------------------------------------------------------------------------------
-# Evaluation
-
-
 def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_examples=0):
     """Answer the test questions, or `max_examples` of them. models: a `Beside`
 
@@ -199,7 +166,7 @@ def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_exa
         encoded = [encode(subject, shots, q, tokenizer, room) for q in questions]
         prompts = [ids for ids, _ in encoded]
         fitting += [kept for _, kept in encoded]
-        choices = answer_ids(tokenizer, prompt(subject, shots, questions[0]))
+        choices = word_ids(tokenizer, LETTERS, prompt(subject, shots, questions[0]), most=1)
         logits = choice_logits(models, prompts, choices, batch_size, desc=subject)
         answers = torch.tensor([q.answer for q in questions])
         for marks, each in zip(right, logits):

@@ -94,37 +94,26 @@ def answered(path, model_id):
     """
     if not os.path.exists(path):
         return set()
-    *lines, last = read_bytes(path, "give another --out").split(b"\n")
-    start = b'{"question_id": '
-    cut_off = last.startswith(start[: len(last)]) and parsed(last) is None  # or ""
-    lines += [] if cut_off else [last]
-    done = {answered_id(line, f"{path}, line {i}", model_id) for i, line in enumerate(lines, 1)}
-    if cut_off:
-        os.truncate(path, os.path.getsize(path) - len(last))
-    else:
-        with open(path, "ab") as file:
-            file.write(b"\n")
+    start, done = b'{"question_id": ', set()
+    lines = read_bytes(path, "give another --out").split(b"\n")
+    for i, line in enumerate(lines, 1):
+        try:
+            answer = parse_json(line)
+        except ValueError:  # also for bytes that are half a character
+            if i == len(lines) and start.startswith(line[: len(start)]):  # cut off, or empty
+                os.truncate(path, os.path.getsize(path) - len(line))
+                return done
+            answer = None
+        known = isinstance(answer, dict) and {"question_id", "model_id", "choices"} <= answer.keys()
+        if not known or not QUESTION_ID.fits(answer["question_id"]):
+            raise InputError(f"{path}, line {i} is not an answer: give --out a file for answers.")
+        if answer["model_id"] != model_id:
+            why = f"an answer of {shown(answer['model_id'])}, not of {model_id}"
+            raise InputError(f"{path}, line {i} is {why}: give another --out.")
+        done.add(answer["question_id"])
+    with open(path, "ab") as file:  # the last line only lacks its end
+        file.write(b"\n")
     return done
-
-
-def parsed(line):
-    """Parse a line of JSON. None: it is damaged."""
-    try:
-        return parse_json(line)
-    except ValueError:  # also for bytes that are half a character
-        return None
-
-
-def answered_id(line, where, model_id):
-    """Check a line of the answers, and return its question's id."""
-    answer = parsed(line)
-    known = isinstance(answer, dict) and {"question_id", "model_id", "choices"} <= answer.keys()
-    if not known or not QUESTION_ID.fits(answer["question_id"]):
-        raise InputError(f"{where} is not an answer: give --out a file for answers only.")
-    if answer["model_id"] != model_id:
-        other = shown(answer["model_id"])
-        raise InputError(f"{where} is an answer of {other}, not of {model_id}: give another --out.")
-    return answer["question_id"]
 
 
 def answer_file(args, start_talk):

@@ -54,7 +54,7 @@ def test_a_broken_transfer_is_resumed(server, tmp_path, ranges):
     path = tmp_path / "new" / "file.bin"
     at = (700_000, 800_000) if ranges else (700_000, 100_000)
     for size in at:
-        with pytest.raises(InputError, match=f"broke off after {size:,} of 1,280,000 bytes.*go on"):
+        with pytest.raises(InputError, match=f"ended after {size:,} of 1,280,000 bytes.*continue"):
             download.download(server.url, path, SHA256)
         assert not path.exists()
     assert download.download(server.url, path, SHA256) == path
