@@ -82,14 +82,15 @@ def command_line(show, *names):
     )
     parser.add_argument("--data", help="a file or folder to show")
     parser.add_argument("--download", metavar="FOLDER", help="a folder to download the data to")
-    parser.add_argument("--only", choices=names, help="the one to download; default: all")
+    parser.add_argument("--only", choices=names, nargs=1, default=names,
+        help="the one to download; default: all")
     args = parser.parse_args()
     if not (args.data or args.download):
         parser.error("give --data or --download")
 
     def fetch_and_show():
         if args.download:
-            for name in [args.only] if args.only else names:
+            for name in args.only:
                 fetch(name, args.download)
                 print(f"{name} is in {args.download}")
         if args.data:
@@ -115,10 +116,8 @@ def download(url, path, sha256):
     try:
         receive(url, part)
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
-        raise InputError(
-            f"{url} could not be downloaded ({error}): run this again to continue, or get the file"
-            f" in another way and put it at {path}."
-        ) from None
+        advice = f"run this again to continue, or get the file in another way and put it at {path}"
+        raise InputError(f"{url} could not be downloaded ({error}): {advice}.") from None
     if (found := checksum(part)) != sha256:
         part.unlink()
         raise InputError(f"{url} has the SHA-256 {found} instead of {sha256}: it was not kept.")
@@ -157,7 +156,6 @@ def unpack(path):
                 archive.extractall(path.parent, filter="data")
         elif path.suffix == ".gz":
             with gzip.open(path) as source:
-                write = lambda file: shutil.copyfileobj(source, file)
-                write_atomically(path.with_suffix(""), write)
+                write_atomically(path.with_suffix(""), lambda out: shutil.copyfileobj(source, out))
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None

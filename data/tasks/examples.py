@@ -63,8 +63,7 @@ def iteration_batches(examples, batch_size, steps, seed, start=0):
         for _ in range(steps):
             idx, targets = collate(next(rows))
             total += count_targets(targets)
-            # The last batch of an epoch may have too few sequences for all processes. A process
-            # without one takes the first, with a share of 0.
+            # In a small batch, a process without a sequence takes the first one, with a share of 0.
             has_one = distributed.rank() < len(idx)
             mine = slice(distributed.rank() if has_one else 0, None, distributed.size())
             parts.append((idx[mine], targets[mine], has_one * count_targets(targets[mine])))

@@ -119,8 +119,7 @@ def split_mrpc(folder):
     parts = {"train.tsv": [header], "dev.tsv": [header]}
     for line in filter(None, lines):
         parts["dev.tsv" if tuple(line.split("\t")[1:3]) in pairs else "train.tsv"].append(line)
-    columns = set(FORMS["mrpc"].columns) <= set(header.split("\t"))
-    if not columns or len(parts["dev.tsv"]) == 1:
+    if len(parts["dev.tsv"]) == 1 or not set(FORMS["mrpc"].columns) <= set(header.split("\t")):
         raise InputError(f"{corpus} has none of the pairs that {ids} lists: get both files anew.")
     for name, rows in parts.items():
         text = "\n".join(rows) + "\n"
@@ -129,13 +128,12 @@ def split_mrpc(folder):
 
 def take_shots(rows, number):
     """Take the first rows of each class in turn."""
+    if number > len(rows):
+        raise InputError(f"--shots {number} is more than the {len(rows)} examples: give less.")
     classes = {}
     for row in rows:
         classes.setdefault(row[1], []).append(row)
-    in_turn = [row for turn in zip_longest(*classes.values()) for row in turn if row]
-    if number > len(in_turn):
-        raise InputError(f"--shots {number} is more than the {len(rows)} examples: give less.")
-    return in_turn[:number]
+    return [row for turn in zip_longest(*classes.values()) for row in turn if row][:number]
 
 
 def answered(sentences, target, form):
@@ -164,10 +162,8 @@ def prompt(sentences, form, tokenizer, sequence_len, preamble):
     while (over := len(ids := encode()) - sequence_len) > 0:
         longest = max(range(len(sentences)), key=lambda i: len(sentences[i]))
         if not sentences[longest]:
-            raise InputError(
-                f"--sequence_len {sequence_len} is too short even without the sentences"
-                ": give more, or fewer --shots."
-            )
+            why = f"--sequence_len {sequence_len} is too short even without the sentences"
+            raise InputError(f"{why}: give more, or fewer --shots.")
         # A character has at most four tokens, its bytes: this never cuts more than needed.
         sentences[longest] = sentences[longest][: -max(1, over // 4)]
     return ids
@@ -195,9 +191,8 @@ def load(cfg, tokenizer):
     dev, dropped = read(data / form.dev, form)
     dev = dev[: cfg.score_examples or None]
     known = cfg.side and cfg.preamble.startswith(form.heading)  # and not another task's preamble
-    rows, more = [], 0
-    if not cfg.eval_only or cfg.shots and not known:
-        rows, more = read(data / "train.tsv", form)
+    needed = not cfg.eval_only or cfg.shots and not known
+    rows, more = read(data / "train.tsv", form) if needed else ([], 0)
     notes = [f"{dropped + more} lines with too few columns left out"] if dropped + more else []
     choices = preamble = None
     if cfg.head == "lm":
@@ -205,8 +200,7 @@ def load(cfg, tokenizer):
         preamble = cfg.preamble if known else preamble_of(take_shots(rows, cfg.shots), form)
     encode = lambda sentences: prompt(sentences, form, tokenizer, cfg.sequence_len, preamble)
 
-    def example(row):
-        sentences, target = row
+    def example(sentences, target):
         if choices:
             target = choices[round(target)]
         elif not form.labels:
@@ -221,10 +215,10 @@ def load(cfg, tokenizer):
 
     about = score, 0 if choices else len(form.labels) or 1, notes, preamble or ""
     if cfg.eval_only:
-        return Task([], [example(row) for row in dev], *about)
+        return Task([], [example(*row) for row in dev], *about)
     parts = split(rows, cfg.held_out, cfg.data_seed, cfg.max_examples)
     is_shot = lambda row: choices and answered(*row, form) in preamble  # it is not trained on
-    return Task(*([example(row) for row in part if not is_shot(row)] for part in parts), *about)
+    return Task(*([example(*row) for row in part if not is_shot(row)] for part in parts), *about)
 
 
 def show(folder):

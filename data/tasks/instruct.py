@@ -58,10 +58,7 @@ def conversation(record):
 def question_and_answer(record):
     """Turn a record of Alpaca or Dolly into two messages."""
     if "instruction" not in record:
-        raise Refused(
-            'has no "instruction" (as Alpaca and Dolly), "messages", "conversations" (ShareGPT) or'
-            ' tree in "prompt" (OASST1)'
-        )
+        raise Refused('has no "instruction", "messages", "conversations" or tree in "prompt"')
     dolly = "response" in record and "output" not in record
     input, output = ("context", "response") if dolly else ("input", "output")
     for name in ("instruction", output):
@@ -140,8 +137,8 @@ def encode(conversation, tokenizer, template, sequence_len):
 
 
 def prompt_text(conversation):
-    """Return the text of the last question."""
-    return with_input([message for message in conversation if message["role"] == "user"][-1])
+    """Return the text of the last question, which comes before the last answer."""
+    return with_input(conversation[-2])
 
 
 def answers(model, tokenizer, template, conversations, batch_size=64):

@@ -1,9 +1,8 @@
 """MMLU (arXiv 2009.03300): questions of 57 subjects with four choices each, asked with 5 shots.
 
-A folder has the authors' layout: <subject>_<split>.csv in dev/, val/ and test/, or in data/dev/
-and so on. A row has no header: the question, four choices and the letter of the right one.
-The shots are the subject's first questions in dev/. The wording is the authors' own, to the
-letter: two spaces before the subject, and " A" after "Answer:".
+A folder has the authors' layout: dev/<subject>_dev.csv and test/<subject>_test.csv, or both in
+data/. A row has the question, four choices and the right letter. The shots are the subject's first
+questions in dev/. The wording is the authors' own, with two spaces before the subject.
 
 Differences from the authors' evaluate_hf.py
     - Answers are compared by the ids of " A" ... " D" after the prompt. The authors take the ids
@@ -13,9 +12,6 @@ Differences from the authors' evaluate_hf.py
 
 A prompt that is too long loses shots from the end, as in the authors' code. If it is too long
 without shots, its question loses the beginning. Both cases are counted.
-
-    python data/tasks/mmlu.py --data FOLDER          shows counts, and the first prompt
-    python data/tasks/mmlu.py --download FOLDER
 """
 
 import csv
@@ -24,6 +20,7 @@ import random
 import sys
 from collections import namedtuple
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
@@ -68,10 +65,8 @@ def read(folder, split):
     root = folder / "data" if (folder / "data").is_dir() else folder
     paths = sorted((root / split).glob(f"*_{split}.csv"))
     if not paths:
-        raise InputError(
-            f"{root / split} has no file named <subject>_{split}.csv: get MMLU with"
-            f" python data/tasks/mmlu.py --download {folder}"
-        )
+        advice = f"get MMLU with python data/tasks/mmlu.py --download {folder}"
+        raise InputError(f"{root / split} has no file named <subject>_{split}.csv: {advice}")
     questions = {}
     for path in paths:
         subject = path.name.removesuffix(f"_{split}.csv")
@@ -108,9 +103,7 @@ def read_shots(folder, subjects):
     dev = read(folder, "dev")
     for subject in subjects:
         if (found := len(dev.get(subject, []))) < SHOTS:
-            raise InputError(
-                f"{folder}: {subject}_dev.csv has {found} questions, but MMLU needs {SHOTS} shots."
-            )
+            raise InputError(f"{folder}: {subject}_dev.csv has {found} of {SHOTS} questions.")
     return {subject: dev[subject][:SHOTS] for subject in subjects}
 
 
@@ -119,10 +112,8 @@ def draw(tests, most):
     every = [(subject, q) for subject, questions in tests.items() for q in questions]
     if 0 < most < len(every):
         every = [every[i] for i in sorted(random.Random(0).sample(range(len(every)), most))]
-    drawn = {}
-    for subject, q in every:
-        drawn.setdefault(subject, []).append(q)
-    return drawn
+    by_subject = groupby(every, key=lambda pair: pair[0])
+    return {subject: [q for _, q in pairs] for subject, pairs in by_subject}
 
 
 def ask(question):
@@ -164,10 +155,10 @@ def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_exa
     for subject, questions in tests.items():
         shots = dev[subject]
         encoded = [encode(subject, shots, q, tokenizer, room) for q in questions]
-        prompts = [ids for ids, _ in encoded]
-        fitting += [kept for _, kept in encoded]
+        prompts, kept = zip(*encoded)
+        fitting += kept
         choices = word_ids(tokenizer, LETTERS, prompt(subject, shots, questions[0]), most=1)
-        logits = choice_logits(models, prompts, choices, batch_size, desc=subject)
+        logits = choice_logits(models, list(prompts), choices, batch_size, desc=subject)
         answers = torch.tensor([q.answer for q in questions])
         for marks, each in zip(right, logits):
             marks[subject] = (each.argmax(dim=1) == answers).tolist()
@@ -199,10 +190,8 @@ def load(cfg, tokenizer):
     if cfg.eval_only:
         return Task([], [], score)
     if not cfg.instructions:
-        raise InputError(
-            "--task mmlu trains on --instructions, such as Alpaca's alpaca_data.json, and tests on"
-            " --data: give --instructions FILE, or --eval_only to test without training."
-        )
+        advice = "give --instructions alpaca_data.json, or --eval_only to test without training"
+        raise InputError(f"--task mmlu trains on --instructions, and tests on --data: {advice}.")
     return replace(instruct.load(replace(cfg, data=cfg.instructions), tokenizer), score=score)
 
 

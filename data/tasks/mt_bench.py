@@ -19,7 +19,7 @@ if __name__ == "__main__":  # imports start in the project's folder, two above t
 from tqdm import tqdm
 
 from data import InputError, Refused
-from data.formats.fields import TEXT, WORD, either, list_of, shown, whole
+from data.formats.fields import TABLE, TEXT, WORD, either, list_of, shown, whole
 from data.formats.files import checksum, parse_json, read_bytes, read_records
 
 TEMPERATURES = {  # FastChat's, by category
@@ -41,9 +41,8 @@ def read_questions(path):
     """Read and check the questions."""
     questions = {}
     for where, record in read_records(path, "--questions"):
-        turns = record.get("turns") if isinstance(record, dict) else None
-        right = list_of(TEXT).fits(turns) and turns
-        if not right or not QUESTION_ID.fits(record.get("question_id")):
+        known = TABLE.fits(record) and QUESTION_ID.fits(record.get("question_id"))
+        if not known or not list_of(TEXT, least=1).fits(record.get("turns")):
             raise InputError(f'{path}, {where} has no "question_id" and list of "turns".')
         id = record["question_id"]
         if id in questions or not TEXT.fits(record.get("category", "")):
@@ -57,11 +56,10 @@ def temperature(question):
     return TEMPERATURES.get(question.get("category"), 0.7)
 
 
-def answer(talk, question, note):
-    """Answer all turns of a question in one conversation.
+def answer(talk, question):
+    """Answer all turns of a question in one conversation, and print what does not fit.
 
-    A turn that does not fit into the model has the answer "". note: function that prints a text,
-    called for such a turn, and for old messages that did not fit
+    A turn that does not fit into the model has the answer "".
     """
     talk.reset()
     answers = []
@@ -69,10 +67,10 @@ def answer(talk, question, note):
         where = f"question {question['question_id']}, turn {i}"
         try:
             if dropped := talk.ask(text):
-                note(f"{where}: the {dropped} oldest messages did not fit")
+                tqdm.write(f"{where}: the {dropped} oldest messages did not fit", sys.stderr)
             answers.append("".join(talk.answer()).strip())
         except Refused as error:
-            note(f"{where} {error}: left without an answer")
+            tqdm.write(f"{where} {error}: left without an answer", sys.stderr)
             answers.append("")
     return answers
 
@@ -126,17 +124,15 @@ def answer_file(args, start_talk):
     questions = read_questions(args.questions)[: args.limit]
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
-    note = lambda text: tqdm.write(text, sys.stderr)
     talk = start_talk()  # it may fail: the file is opened later
     with open(args.out, "a", encoding="utf-8") as out:
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
                 args.temperature = temperature(question)
-            turns = answer(talk, question, note)
+            turns = answer(talk, question)
             out.write(answer_line(question["question_id"], model_id, turns))
             out.flush()
-    before = len(questions) - len(todo)
-    print(f"{args.out}: answered {len(todo)} questions; {before} had an answer before")
+    print(f"{args.out}: {len(todo)} new answers; all {len(questions)} questions have one")
 
 
 def show(path):

@@ -25,8 +25,7 @@ def check_message(node):
 def best_path(prompt):
     """Follow the best replies through a tree, from its prompt to an answer.
 
-    The best answer has the lowest rank. Questions have no ranks: the first one with an answer is
-    taken. Deleted and rejected messages are left out.
+    The best answer has the lowest rank, and the best question is the first one with an answer.
     """
     path, questions = [], [prompt]
     while question := next(filter(replies, questions), None):
@@ -37,7 +36,7 @@ def best_path(prompt):
 
 
 def replies(node):
-    """List the valid replies to a message by rank. Those without a rank come last."""
+    """List the replies that are neither deleted nor rejected. Those without a rank come last."""
     nodes = [] if node.get("replies") is None else node["replies"]
     if not list_of(TABLE).fits(nodes):
         raise Refused('has something that is not a list of messages in "replies"')

@@ -71,6 +71,5 @@ def word_ids(tokenizer, words, before, most=1 << 30):
             raise InputError(f"The tokenizer has no token for {where}: {advice}.")
         ids.append(whole[len(start)])
     if len(set(ids)) < len(ids):
-        several = f"several of {', '.join(words)} with the same token"
-        raise InputError(f"The tokenizer begins {several}: {advice}.")
+        raise InputError(f"The tokenizer begins several of {', '.join(words)} alike: {advice}.")
     return ids

@@ -104,7 +104,7 @@ def test_word_ids(tiny_model):
         ids = word_ids(tokenizer, form.words, ANSWER)
         for word, id in zip(form.words, ids):
             assert tokenizer.encode(f"x{ANSWER} {word}")[len(tokenizer.encode(f"x{ANSWER}"))] == id
-    with pytest.raises(InputError, match="begins several of yes, yes with the same token"):
+    with pytest.raises(InputError, match="begins several of yes, yes alike"):
         word_ids(tokenizer, ("yes", "yes"), ANSWER)
 
 
