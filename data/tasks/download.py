@@ -34,7 +34,7 @@ MT_BENCH = f"{FASTCHAT}/fastchat/llm_judge/data/mt_bench"
 #   GLUE: github.com/huggingface/datasets, datasets/glue/dataset_infos.json, "download_checksums"
 #   the others: several projects on GitHub, together with the revision. MMLU's sum also belongs to
 #     people.eecs.berkeley.edu/~hendrycks/data.tar.
-# We could not compare them with the files.
+# We could compare only MT-Bench's sum with its file.
 SOURCES = {
     "CoLA": {"CoLA.zip": (
         GLUE, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")},

@@ -114,7 +114,8 @@ def read_instructions(path, check=None):
     for where, record in records:
         try:
             if one := conversation(record):
-                check and check(one)
+                if check:
+                    check(one)
                 made.append(one)
         except Refused as error:
             raise InputError(f"{path}, {where} {error}: correct or remove it.") from None

@@ -54,8 +54,6 @@ CATEGORIES = {
 CATEGORY = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()}
 LETTERS = "ABCD"
 SHOTS = 5
-
-
 Question = namedtuple("Question", "text choices answer")  # four choices; answer: an index
 
 
@@ -103,7 +101,7 @@ def read_shots(folder, subjects):
     dev = read(folder, "dev")
     for subject in subjects:
         if (found := len(dev.get(subject, []))) < SHOTS:
-            raise InputError(f"{folder}: {subject}_dev.csv has {found} of {SHOTS} questions.")
+            raise InputError(f"{folder}: {subject}_dev.csv has {found} of the {SHOTS} shots.")
     return {subject: dev[subject][:SHOTS] for subject in subjects}
 
 

@@ -110,6 +110,10 @@ def test_fetching_unpacks(server, tmp_path, monkeypatch, capsys):
     seen = []
     download.command_line(seen.append, "X")  # what is there already is not fetched again
     assert seen == [str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["x.py", "--download", str(tmp_path / "one"), "--only", "X"])
+    monkeypatch.setitem(download.SOURCES, "Y", {"y.bin": ("http://127.0.0.1:9", SHA256)})
+    download.command_line(seen.append, "Y", "X")  # Y cannot be downloaded
+    assert (tmp_path / "one" / name).exists() and seen == [str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["x.py", "--help"])
     with pytest.raises(SystemExit):
         download.command_line(seen.append, "X")

@@ -102,7 +102,7 @@ def test_a_folder_that_is_not_mmlu(tmp_path, folder):
     with pytest.raises(InputError, match="cooking_test.csv belongs to none of MMLU's 57"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test/cooking_test.csv").rename(tmp_path / "test/virology_test.csv")
-    with pytest.raises(InputError, match="virology_dev.csv has 0 of 5 questions"):
+    with pytest.raises(InputError, match="virology_dev.csv has 0 of the 5 shots"):
         mmlu.read_shots(folder, mmlu.read(tmp_path, "test"))
     (tmp_path / "test/virology_test.csv").write_text("\n")
     with pytest.raises(InputError, match="virology_test.csv holds no questions"):

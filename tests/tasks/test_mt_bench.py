@@ -70,6 +70,7 @@ def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
 @pytest.mark.parametrize("content, message", [
     ("hello", "is not an answer"), ('{"question_id": 1}\n', "is not an answer"),
     ('{"question_id": 1, "turns": ["a"]}', "is not an answer"), ("{oops\n", "is not an answer"),
+    ('{"question_id": 8\n' * 2, "is not an answer"),  # cut off, but not at the file's end
     ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "is an answer of .yours., not"),
 ])
 def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
