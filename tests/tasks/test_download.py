@@ -135,7 +135,7 @@ def packed(path, name, content=b"content"):
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_archives_unpack_inside_their_folder(kind, tmp_path):
-    """What would land elsewhere does not; what is damaged is said to be."""
+    """An archive writes to no other folder, and a damaged one is refused."""
     (tmp_path / "in").mkdir()
     archive = tmp_path / "in" / f"a.{kind}"
     download.unpack(packed(archive, "CoLA/train.tsv"))

@@ -191,7 +191,7 @@ def run(tiny_model, folder, out, **changes):
     ("stsb", None, "pearson"), ("qqp", None, "f1"), ("cola", None, "matthews"),
 ])
 def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, head, metric):
-    """Two lines are learned by heart, and the saved side network has the score of the run."""
+    """Training fits two lines, and the saved side network has the score of the run."""
     out = tmp_path / "out"
     result = run(tiny_model, folder, out, task=task, head=head)
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
@@ -211,7 +211,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
 ])
 def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
-    """What guessing reaches: the largest class beside accuracy, and 0 beside Matthews'."""
+    """Accuracy is shown beside the largest class's, and Matthews' correlation beside 0."""
     result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
     printed = capsys.readouterr().out
     assert re.search(shown, printed), printed

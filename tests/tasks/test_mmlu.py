@@ -94,7 +94,7 @@ def test_a_bad_row_is_refused_with_its_line(row, message, tmp_path):
 
 
 def test_a_folder_that_is_not_mmlu(tmp_path, folder):
-    """What is missing, unknown or empty is named."""
+    """The message names the file that is missing, unknown or empty."""
     with pytest.raises(InputError, match="--download"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test").mkdir()

@@ -83,7 +83,7 @@ def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
 
 
 def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
-    """Another one, trained in the same folder too, or none, does not go on with it, under any name;
+    """Another one, trained in the same folder too, or none, does not continue it, under any name;
     the same one does."""
     folder, path = tmp_path / "side", tmp_path / "mine.jsonl"
     base = from_pretrained(tiny_model, "nf4", torch.float32)

@@ -49,7 +49,7 @@ def test_too_many_shots(tokenizer, folder):  # noqa: F811
 
 
 def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
-    """They are not learned (here a class has one line). The side checkpoint has them, and is scored
+    """They are not trained on (here a class has one line). The side checkpoint has them, and is scored
     with them where train.tsv is gone or another; a new run takes those of its data."""
     data, out, read, load = tmp_path / "data", tmp_path / "out", [], glue.load
     shutil.copytree(folder, data)
@@ -74,7 +74,7 @@ def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypat
 
 
 def test_a_side_checkpoint_goes_on_with_another_task(tiny_model, folder, tmp_path):  # noqa: F811
-    """What it leaves has that task's preamble; the run goes on, and can be run again."""
+    """The new checkpoint has that task's preamble; the run continues, and can be run again."""
     first, out = tmp_path / "first", tmp_path / "out"
     run(tiny_model, folder, first, task="sst2", shots=1, max_iters=2)
     settings = dict(task="rte", side=str(first), max_iters=2)
