@@ -49,7 +49,7 @@ def test_too_many_shots(tokenizer, folder):  # noqa: F811
 
 
 def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
-    """They are not trained on (here a class has one line). The side checkpoint has them, and is scored
+    """They are not trained on: here a class has one line. The checkpoint has them, and is scored
     with them where train.tsv is gone or another; a new run takes those of its data."""
     data, out, read, load = tmp_path / "data", tmp_path / "out", [], glue.load
     shutil.copytree(folder, data)
