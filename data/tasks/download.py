@@ -1,8 +1,7 @@
-"""The files that people train and measure on: where they are, and getting them.
+"""Downloads of the tasks' files.
 
-A file comes in pieces into a temporary `.part`, which a later run goes on with. Its SHA-256 is
-checked before it takes its name; then it is unpacked beside itself, if it is packed. A file that
-was put there by hand is checked in the same way, and never overwritten.
+A file is received as a `.part`, which a later run continues. It gets its name after a check of its
+SHA-256, and an archive is unpacked beside itself. An existing file is checked, and never changed.
 """
 
 import argparse
@@ -31,12 +30,11 @@ OASST1 = f"{HUB}/OpenAssistant/oasst1/resolve/fdf72ae0827c1cda404aff25b6603abec9
 FASTCHAT = f"{GITHUB}/lm-sys/FastChat/587d5cfa1609a43d192cedb8441cac3c17db105d"
 MT_BENCH = f"{FASTCHAT}/fastchat/llm_judge/data/mt_bench"
 
-# {name: {path in the folder: (where the file of this name is, its SHA-256)}}. Who has published
-# these sums, since the files themselves were out of reach when this was written:
+# {name: {path in the folder: (address of the file's folder, SHA-256)}}. The sums were published in
 #   GLUE: github.com/huggingface/datasets, datasets/glue/dataset_infos.json, "download_checksums"
-#   MMLU, Dolly, OASST1: the Hub's own digests, as several projects on GitHub quote them together
-#     with the revision; MMLU's is also that of people.eecs.berkeley.edu/~hendrycks/data.tar
-#   Alpaca, MT-Bench: several projects on GitHub, with the revision
+#   the others: several projects on GitHub, together with the revision. MMLU's sum also belongs to
+#     people.eecs.berkeley.edu/~hendrycks/data.tar.
+# We could compare only MT-Bench's sum with its file.
 SOURCES = {
     "CoLA": {"CoLA.zip": (
         GLUE, "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")},
@@ -70,9 +68,9 @@ SOURCES = {
 
 
 def command_line(show, *names):
-    """What `python data/NAME.py` does: say where its data comes from, get it, and show it.
+    """Run `python data/tasks/NAME.py`: print where its data comes from, download it, show it.
 
-    show: function of --data, a file or folder, that prints what is in it; its docstring is the help
+    show: function that prints what a file or folder holds; its docstring is the help
     """
     addresses = [
         f"  {name:9} {base}/{Path(path).name}"
@@ -82,16 +80,17 @@ def command_line(show, *names):
         description=show.__doc__, epilog="\n".join(["where it comes from", *addresses]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", help="a file or folder to look into")
-    parser.add_argument("--download", metavar="FOLDER", help="get the data, and unpack it there")
-    parser.add_argument("--only", choices=names, help="of several, get this one")
+    parser.add_argument("--data", help="a file or folder to show")
+    parser.add_argument("--download", metavar="FOLDER", help="a folder to download the data to")
+    parser.add_argument("--only", choices=names, nargs=1, default=names,
+        help="the one to download; default: all")
     args = parser.parse_args()
     if not (args.data or args.download):
         parser.error("give --data or --download")
 
     def fetch_and_show():
         if args.download:
-            for name in [args.only] if args.only else names:
+            for name in args.only:
                 fetch(name, args.download)
                 print(f"{name} is in {args.download}")
         if args.data:
@@ -101,14 +100,13 @@ def command_line(show, *names):
 
 
 def fetch(name, folder):
-    """Get all files of a name into a folder, and unpack them."""
+    """Download all files of a name into a folder, and unpack them."""
     for path, (base, sha256) in SOURCES[name].items():
         unpack(download(f"{base}/{Path(path).name}", Path(folder) / path, sha256))
 
 
 def download(url, path, sha256):
-    """Get one file, unless it is there, and return its path."""
-    path = Path(path)
+    """Download one file, unless it exists, and return its path."""
     part = path.with_name(path.name + ".part")
     if path.exists():
         if (found := checksum(path)) != sha256:
@@ -118,10 +116,8 @@ def download(url, path, sha256):
     try:
         receive(url, part)
     except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
-        raise InputError(
-            f"{url} could not be downloaded ({error}): run this again to go on, or get the file in"
-            f" another way and put it at {path}."
-        ) from None
+        advice = f"run this again to continue, or get the file in another way and put it at {path}"
+        raise InputError(f"{url} could not be downloaded ({error}): {advice}.") from None
     if (found := checksum(part)) != sha256:
         part.unlink()
         raise InputError(f"{url} has the SHA-256 {found} instead of {sha256}: it was not kept.")
@@ -129,13 +125,13 @@ def download(url, path, sha256):
 
 
 def receive(url, part):
-    """Append to `part` what is missing; a server that knows no ranges sends everything again."""
+    """Append the missing bytes to `part`, or write all bytes if the server knows no ranges."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # there is nothing after what we have
+        if error.code == 416 and have:  # nothing is missing
             return
         raise
     have = have if response.status == 206 else 0
@@ -146,21 +142,20 @@ def receive(url, part):
             file.write(piece)
             bar.update(len(piece))
         if bar.n < bar.total:
-            raise OSError(f"it broke off after {bar.n:,} of {bar.total:,} bytes")
+            raise OSError(f"it ended after {bar.n:,} of {bar.total:,} bytes")
 
 
 def unpack(path):
-    """Unpack a .zip, .tar or .gz beside itself; nothing of it may land in another folder."""
+    """Unpack a .zip, .tar or .gz beside itself, and write to no other folder."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
-                archive.extractall(path.parent)  # which leaves out every ".." and leading "/"
+                archive.extractall(path.parent)  # it drops ".." and a leading "/" from names
         elif path.suffix == ".tar":
             with tarfile.open(path) as archive:
                 archive.extractall(path.parent, filter="data")
         elif path.suffix == ".gz":
             with gzip.open(path) as source:
-                write = lambda file: shutil.copyfileobj(source, file)
-                write_atomically(path.with_suffix(""), write)
+                write_atomically(path.with_suffix(""), lambda out: shutil.copyfileobj(source, out))
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None

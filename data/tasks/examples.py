@@ -1,7 +1,7 @@
-"""What all tasks share: the `Task` that each returns, and its examples in batches.
+"""The `Task` that every task returns, and its examples in batches.
 
-An example is (ids, targets), of equal length: of each token, the id that should follow, or
-IGNORE_INDEX where nothing is asked. A classifier's label, or a rating, stands at the last token.
+An example is (ids, targets) of equal length. A target is the id that should follow, or
+IGNORE_INDEX. A classifier's label, or a rating, is the last token's target.
 """
 
 import random
@@ -19,28 +19,24 @@ from data.devices import distributed
 
 @dataclass
 class Task:
-    """What each task's `load` returns to train.py.
+    """The data and the metrics of a run, made by the `load` of each task.
 
-    train: examples to learn from
-    held_out: examples whose loss is watched, and chooses the side network that is kept
-    score: function of models beside one base (`Beside` in qst.py) that gives each one's metrics,
-        [{"accuracy": ..., "examples": ...}, ...], and perhaps "samples", a list of {"prompt",
-        "expected", "answer"}
-    n_labels: outputs of the classifier that the task trains in the LM head's place; 0: none
+    score: function of a `Beside` that returns a dict per model: metrics, "examples" (how many), and
+        perhaps "samples", a list of {"prompt", "expected", "answer"}
     """
 
-    train: list
-    held_out: list
+    train: list  # examples
+    held_out: list  # examples whose loss chooses the side network that is kept
     score: Callable = lambda models: [{} for _ in models.models]
-    n_labels: int = 0
-    notes: list = field(default_factory=list)  # what a user should know of the data
-    preamble: str = ""  # what stands before every question, if they are asked in words
-    samples: Callable = None  # function of a model: a held-out question or two, with its answers
-    example: str = ""  # a question to ask the trained model, if it answers questions
+    n_labels: int = 0  # outputs of the classifier that replaces the LM head; 0: none
+    notes: list = field(default_factory=list)  # sentences for the user about the data
+    preamble: str = ""  # what all prompts with label words begin with
+    samples: Callable = None  # function of a model: answers to a held-out question or two
+    example: str = ""  # a question for the trained model, if it answers questions
 
 
 def batches(examples, batch_size, seed):
-    """Yield lists of examples for ever: each epoch in a new order, similar lengths together."""
+    """Yield lists of examples for ever, in a new order per epoch, similar lengths together."""
     rng = random.Random(seed)
     pool = 32 * batch_size
     while True:
@@ -54,11 +50,10 @@ def batches(examples, batch_size, seed):
 
 
 def iteration_batches(examples, batch_size, steps, seed, start=0):
-    """Yield, for each iteration after the first `start`, the batches that this process computes:
-    [(idx, targets, share), ...], `steps` of them.
+    """Yield this process's batches of each iteration after the first `start`.
 
-    share: how many of the iteration's targets a batch has, so that every token weighs the same,
-        however many batches and processes there are. batch_size: of one process
+    An iteration has `steps` batches (idx, targets, share) of `batch_size` examples per process.
+    share: the fraction of the iteration's targets, so that every token has the same weight
     """
     rows = batches(examples, batch_size * distributed.size(), seed)
     for _ in range(start * steps):
@@ -68,8 +63,7 @@ def iteration_batches(examples, batch_size, steps, seed, start=0):
         for _ in range(steps):
             idx, targets = collate(next(rows))
             total += count_targets(targets)
-            # Of an epoch's last batch, which may be small, a process without a sequence takes the
-            # first one, with no weight.
+            # In a small batch, a process without a sequence takes the first one, with a share of 0.
             has_one = distributed.rank() < len(idx)
             mine = slice(distributed.rank() if has_one else 0, None, distributed.size())
             parts.append((idx[mine], targets[mine], has_one * count_targets(targets[mine])))
@@ -77,7 +71,7 @@ def iteration_batches(examples, batch_size, steps, seed, start=0):
 
 
 def examples_fingerprint(examples):
-    """How many examples, how many tokens, and a checksum: what tells one set from another."""
+    """Identify a set of examples: the number of examples, the number of tokens, a checksum."""
     checksum = 0
     for example in examples:
         checksum = zlib.crc32(np.array(example, np.float64), checksum)
@@ -89,7 +83,7 @@ def count_targets(targets):
 
 
 def prefetch(items):
-    """Make the next item of an endless generator, in a thread, while the current one is in use."""
+    """Compute the next item of an endless generator in a thread, while the current one is used."""
     with ThreadPoolExecutor(1) as thread:
         future = thread.submit(next, items)
         while True:
@@ -99,24 +93,24 @@ def prefetch(items):
 
 
 def split(examples, fraction, seed, most=0):
-    """Shuffle by seed, take `most` (0: all), and hold out a fraction: train, held out."""
+    """Shuffle, take `most` examples (0: all), and hold out a fraction: (train, held out)."""
     examples = random.Random(seed).sample(examples, len(examples))[: most or None]
     held_out = max(1, round(len(examples) * fraction))
     return examples[held_out:], examples[:held_out]
 
 
 def label(ids, target):
-    """An example that asks for one thing, after the last token."""
+    """Make an example with one target, for the last token."""
     return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
 
-def collate(examples, pad_id=0):
-    """Pad examples on the right to one length: idx int64 and targets (int64 or fp32), (B, T).
+def collate(examples):
+    """Pad examples on the right: idx int64 and targets int64 or fp32, (B, T).
 
-    Causal attention never looks to the right, so no token sees the padding, and no mask is needed.
+    Causal attention never looks to the right: the padding needs no mask.
     """
     T = max(len(ids) for ids, _ in examples)
     pad = lambda row, value: row + [value] * (T - len(row))
-    idx = torch.tensor([pad(ids, pad_id) for ids, _ in examples])
+    idx = torch.tensor([pad(ids, 0) for ids, _ in examples])
     targets = torch.tensor([pad(targets, IGNORE_INDEX) for _, targets in examples])
     return idx, targets

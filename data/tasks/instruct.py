@@ -1,22 +1,19 @@
-"""Instructions and conversations: reading the files, making ids and targets.
+"""Instructions and conversations: reads the files, and makes ids and targets.
 
-A file is JSON (a list) or JSON lines, in any of these formats; `python
-data/tasks/instruct.py --help` says where such files come from.
+A file is a JSON list or JSON lines, in one of these formats
     Alpaca      {"instruction": ..., "input": optional, "output": ...}
     Dolly       {"instruction": ..., "context": optional, "response": ...}
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
-    OASST1      {"prompt": {"role", "text", "rank", "replies": [...]}}, a tree a line; or flat, a
-                message a line, {"message_id", "parent_id", "role", "text", "rank", ...}
+    OASST1      trees or messages: see oasst.py
 
-Each becomes a conversation, a list of {"role": "system" | "user" | "assistant", "content": ...},
-whose last message is an answer. An Alpaca question keeps its "input" beside its "content". How a
-conversation is framed for the model, its chat template says: see chat.py. The loss counts the
-tokens of all answers, and of nothing else.
+Each record becomes a conversation, a list of {"role": "system" | "user" | "assistant",
+"content": ...} that ends with an answer. An Alpaca question keeps its "input" beside "content".
+The chat template makes ids of it: see chat.py. The loss counts only the tokens of the answers.
 """
 
 import sys
-from itertools import chain
+from itertools import chain, dropwhile, pairwise
 from pathlib import Path
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
@@ -31,11 +28,7 @@ from data.formats.files import read_records
 from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
 from data.tasks.oasst import best_path, check_message, grow_trees
-from data.tokens.chat import load_template, prompt_that_fits
-
-
-# --------------------------------------------------------------------------------------
-# Records of every format -> conversations
+from data.tokens.chat import load_template, prompt_that_fits, with_input
 
 ROLES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user",
@@ -44,9 +37,9 @@ ROLES = {
 
 
 def conversation(record):
-    """Make a conversation of a record; `Refused` says what is wrong with it.
+    """Turn a record into a conversation. `Refused` gives the reason if it is not possible.
 
-    [] for a tree of OASST1 that is not finished, or has no answer.
+    Returns [] for a tree of OASST1 that is not finished or has no answer.
     """
     if not isinstance(record, dict):
         raise Refused("is not an object")
@@ -56,20 +49,16 @@ def conversation(record):
         return checked(record["conversations"], "conversations", "from", "value")
     if isinstance(record.get("prompt"), dict):
         check_message(record)
-        if record.get("tree_state") not in (None, "ready_for_export"):
-            return []
-        path = best_path(record["prompt"])
+        ready = record.get("tree_state") in (None, "ready_for_export")
+        path = best_path(record["prompt"]) if ready else []
         return checked(path, "prompt", "role", "text") if path else []
     return checked(question_and_answer(record), "", "role", "content")
 
 
 def question_and_answer(record):
-    """The two messages of an Alpaca record, or of a Dolly record, which has names of its own."""
+    """Turn a record of Alpaca or Dolly into two messages."""
     if "instruction" not in record:
-        raise Refused(
-            'has no "instruction" (as Alpaca and Dolly), "messages", "conversations" (ShareGPT) or'
-            ' tree in "prompt" (OASST1)'
-        )
+        raise Refused('has no "instruction", "messages", "conversations" or tree in "prompt"')
     dolly = "response" in record and "output" not in record
     input, output = ("context", "response") if dolly else ("input", "output")
     for name in ("instruction", output):
@@ -82,10 +71,10 @@ def question_and_answer(record):
 
 
 def checked(messages, field, role, content):
-    """Bring messages to our names, and check them.
+    """Check messages, and give them this project's names of fields and roles.
 
-    What precedes the first question, other than a system message, and what follows the last answer
-    is cut off: ShareGPT's files have been split into pieces that begin and end anywhere.
+    Answers before the first question and questions after the last answer are cut off: ShareGPT's
+    conversations have been split anywhere.
     """
     if not LIST.fits(messages):
         raise Refused(f'has no list in "{field}"')
@@ -94,59 +83,52 @@ def checked(messages, field, role, content):
         named = TABLE.fits(message) and TEXT.fits(message.get(role)) and message[role] in ROLES
         if not named or not isinstance(message.get(content), str):
             raise Refused("has a message without a known role and text")
-        made.append({"role": ROLES[message[role]], "content": whole_text(message[content])})
+        # JSON may spell halves of surrogate pairs, which cannot be encoded.
+        made.append({"role": ROLES[message[role]], "content": HALF.sub("?", message[content])})
         if input := message.get("input"):
             if not isinstance(input, str):
                 raise Refused('has a message with something that is not text in "input"')
-            made[-1]["input"] = whole_text(input)
-    answers = [i for i, message in enumerate(made) if message["role"] == "assistant"]
-    others = [i for i, message in enumerate(made) if message["role"] != "assistant"]
-    made = made[others[0] : answers[-1] + 1] if others and answers else []
+            made[-1]["input"] = HALF.sub("?", input)
+    is_answer = lambda message: message["role"] == "assistant"
+    made = list(dropwhile(is_answer, made))
+    while made and not is_answer(made[-1]):
+        made.pop()
     if not made:
         raise Refused("has no question with an answer")
-    for before, message in zip([{"role": None}, *made], made):
-        if message["role"] == "assistant" and before["role"] != "user":
+    for before, message in pairwise(made):
+        if is_answer(message) and before["role"] != "user":
             raise Refused("has an answer that follows no question")
-        if message["role"] == "assistant" and not message["content"].strip():
+        if is_answer(message) and not message["content"].strip():
             raise Refused("has an empty answer")
     return made
 
 
-def whole_text(text):
-    """A text without halves of surrogate pairs, which JSON may hold, and nothing else may."""
-    return HALF.sub("?", text)
-
-
 def read_instructions(path, check=None):
-    """Read and check a file: a list of conversations.
+    """Read and check a file, and return a list of conversations.
 
-    check: raises `Refused` on a conversation that the model's template cannot frame
+    check: raises `Refused` for a conversation that does not fit into the model's chat template
     """
     records, made = read_records(path), []
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
         records = grow_trees(records, path)
     for where, record in records:
         try:
-            one = conversation(record)
-            if one and check:
-                check(one)
+            if one := conversation(record):
+                if check:
+                    check(one)
+                made.append(one)
         except Refused as error:
-            raise InputError(f"{path}, {where} {error}: mend or remove it.") from None
-        made += [one] if one else []
+            raise InputError(f"{path}, {where} {error}: correct or remove it.") from None
     if not made:
         raise InputError(f"{path} holds no instructions.")
     return made
 
 
-# --------------------------------------------------------------------------------------
-# Conversations -> ids and targets
-
-
 def encode(conversation, tokenizer, template, sequence_len):
-    """Turn a conversation into ids and targets of equal length, at most `sequence_len`.
+    """Encode a conversation as ids and targets of equal length, at most `sequence_len`.
 
-    Targets are the ids that follow, or IGNORE_INDEX where that is not part of an answer. Each
-    answer ends with the end token. None if the prompts alone fill the sequence.
+    A target is the next id, or IGNORE_INDEX if that is not part of an answer. Each answer ends
+    with the end token. Returns None if the prompts alone fill the sequence.
     """
     ids, inside = template.encode(conversation, tokenizer)
     ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
@@ -156,20 +138,17 @@ def encode(conversation, tokenizer, template, sequence_len):
 
 
 def prompt_text(conversation):
-    """The last question, to show to people."""
-    question = [message for message in conversation if message["role"] == "user"][-1]
-    return "\n\n".join(filter(None, (question["content"], question.get("input"))))
-
-
-# --------------------------------------------------------------------------------------
-# The task
+    """Return the text of the last question, which comes before the last answer."""
+    return with_input(conversation[-2])
 
 
 def answers(model, tokenizer, template, conversations, batch_size=64):
-    """Greedy answers, of at most 64 tokens, to the last question of each conversation; what is too
-    long for the model is shortened from the front."""
+    """Generate greedy answers of at most 64 tokens to the last question of each conversation.
+
+    A prompt that is too long for the model loses its beginning.
+    """
     found, positions = [], model.config.max_positions
-    most = positions - min(64, positions // 4)  # ids of a prompt
+    most = positions - min(64, positions // 4)  # ids in a prompt
     starts = distributed.split(range(0, len(conversations), batch_size))
     for start in tqdm(starts, "answers", unit="batch", leave=False, delay=2):
         part = conversations[start : start + batch_size]
@@ -182,7 +161,7 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
 
 
 def samples(model, tokenizer, template, conversations):
-    """Questions, with the expected answers and the model's."""
+    """Return the last questions with the expected and the generated answers."""
     found = answers(model, tokenizer, template, conversations)
     return [
         dict(prompt=prompt_text(one), expected=one[-1]["content"].strip(), answer=answer)
@@ -191,7 +170,10 @@ def samples(model, tokenizer, template, conversations):
 
 
 def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUESTION"):
-    """Split and encode: `Task`. score: function of a model and the held-out conversations"""
+    """Split and encode conversations, and return the `Task`.
+
+    score: function of a model and the held-out conversations
+    """
     train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
         train, held_out = [], train + held_out
@@ -202,37 +184,29 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
         if lost := len(half) - len(kept[-1]):
             why = f"the prompt alone fills {cfg.sequence_len} tokens"
             notes.append(f"{lost} {name} examples left out: {why}")
-    train, held_out = kept
+    train, held_out = ([pair for _, pair in half] for half in kept)
+    asked = [one for one, _ in kept[1]]
     return Task(
-        [pair for _, pair in train], [pair for _, pair in held_out],
-        lambda models: [score(model, [one for one, _ in held_out]) for model in models.models],
-        notes=notes,
-        samples=lambda model: samples(model, tokenizer, template, [one for one, _ in held_out[:1]]),
-        example=example,
+        train, held_out, lambda models: [score(model, asked) for model in models.models],
+        notes=notes, example=example,
+        samples=lambda model: samples(model, tokenizer, template, asked[:1]),
     )
 
 
 def load(cfg, tokenizer):
-    """Read a file of instructions: `Task`, which shows three answers and has no metric."""
+    """Read a file of instructions, and return the `Task`. It shows answers and has no metric."""
     template = load_template(tokenizer.folder)
-
-    def score(model, held_out):
-        """Three answers, to read; none of a sweep, nor of a base that a token reads whole."""
-        shown = held_out[:3] if not (cfg.sweep or cfg.stream) else []
-        return {"samples": samples(model, tokenizer, template, shown)}
-
+    # A sweep has too many models to show, and with --stream each token reads all weights.
+    shown = 0 if cfg.sweep or cfg.stream else 3
+    score = lambda model, asked: {"samples": samples(model, tokenizer, template, asked[:shown])}
     return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)
 
 
-# --------------------------------------------------------------------------------------
-# The command line
-
-
 def show(path):
-    """Read a file of instructions as train.py does, and show what is there.
+    """Read a file of instructions as train.py does, and print what it holds.
 
-    ShareGPT has no home of its own; its usual file is ShareGPT_V3_unfiltered_cleaned_split.json of
-    anon8231489123/ShareGPT_Vicuna_unfiltered, among the data sets of the Hugging Face Hub."""
+    ShareGPT has no official source. Its usual file is ShareGPT_V3_unfiltered_cleaned_split.json in
+    the data set anon8231489123/ShareGPT_Vicuna_unfiltered of the Hugging Face Hub."""
     conversations = read_instructions(path)
     answers = sum(message["role"] == "assistant" for one in conversations for message in one)
     print(f"{len(conversations)} conversations with {answers} answers. The first:")

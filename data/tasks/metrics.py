@@ -1,5 +1,4 @@
-"""What GLUE's tasks are scored by: functions of predictions and labels, fp64 tensors of one length.
-"""
+"""The metrics of GLUE. All take predictions and labels, fp64 tensors of the same length."""
 
 
 def accuracy(predicted, labels):
@@ -7,26 +6,29 @@ def accuracy(predicted, labels):
 
 
 def f1(predicted, labels):
-    """Harmonic mean of precision and recall of class 1."""
+    """Compute the harmonic mean of precision and recall of class 1."""
     hits = ((predicted == 1) & (labels == 1)).sum().item()
     return 2 * hits / max(1, ((predicted == 1).sum() + (labels == 1).sum()).item())
 
 
 def pearson(predicted, labels):
-    """Correlation; 0 where either does not vary."""
+    """Compute the correlation. It is 0 if either side is constant."""
+    if 1 in (len(predicted.unique()), len(labels.unique())):  # its mean may be rounded
+        return 0.0
     a, b = predicted - predicted.mean(), labels - labels.mean()
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp(min=1e-300)).item()
 
 
-matthews = pearson  # of two classes, Matthews' correlation is Pearson's of zeros and ones
+matthews = pearson  # for two classes, Matthews' correlation equals Pearson's of zeros and ones
 
 
 def spearman(predicted, labels):
-    """Correlation of the ranks, equal values sharing the mean of theirs."""
+    """Compute the correlation of the ranks."""
     return pearson(ranks(predicted), ranks(labels))
 
 
 def ranks(values):
+    """Rank the values from 1. Equal values share their mean rank."""
     _, group, count = values.unique(return_inverse=True, return_counts=True)
     last = count.cumsum(0).double()
     return (last - (count - 1) / 2)[group]

@@ -1,9 +1,9 @@
-"""MT-Bench: questions of two turns, and the answers in the form that FastChat's judge reads.
+"""MT-Bench: questions with two turns, and answers in the format of FastChat's judge.
 
-A question   {"question_id", "category", "turns": ["...", "..."]}, a line of mt_bench_question.jsonl
-An answer    {"question_id", "answer_id", "model_id", "choices": [{"index": 0, "turns": [...]}],
-             "tstamp"}, a line of the file whose name, without .jsonl, is the model's
-The judge itself is another model, and no part of this project.
+A line of the questions   {"question_id", "category", "turns": ["...", "..."]}
+A line of the answers     {"question_id", "answer_id", "model_id", "choices": [{"index": 0,
+                          "turns": [...]}], "tstamp"}. The file's name is the model's name.
+The judge is another model, which this project does not contain.
 """
 
 import json
@@ -19,30 +19,35 @@ if __name__ == "__main__":  # imports start in the project's folder, two above t
 from tqdm import tqdm
 
 from data import InputError, Refused
-from data.formats.fields import TEXT, WORD, either, list_of, shown, whole
+from data.formats.fields import TABLE, TEXT, WORD, either, list_of, shown, whole
 from data.formats.files import checksum, parse_json, read_bytes, read_records
 
 TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
     "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 }
-
-
 QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
+FLAGS = {  # of `qst.py answer`
+    "questions": dict(required=True, help="a file in the format of mt_bench_question.jsonl"),
+    "model_id": dict(help="the model's name in the answers, to which the first digits of the side"
+        " checkpoint's SHA-256 are added; default: the name of --out, as in FastChat"),
+    "limit": dict(type=int, help="the number of questions to answer, from the first; default: all"),
+    "fastchat_temperatures": dict(action="store_true",
+        help="use FastChat's temperature for each category, instead of --temperature"),
+}
 
 
 def read_questions(path):
     """Read and check the questions."""
     questions = {}
     for where, record in read_records(path, "--questions"):
-        turns = record.get("turns") if isinstance(record, dict) else None
-        right = list_of(TEXT).fits(turns) and turns
-        if not right or not QUESTION_ID.fits(record.get("question_id")):
+        known = TABLE.fits(record) and QUESTION_ID.fits(record.get("question_id"))
+        if not known or not list_of(TEXT, least=1).fits(record.get("turns")):
             raise InputError(f'{path}, {where} has no "question_id" and list of "turns".')
-        id, category = record["question_id"], record.get("category", "")
-        if id in questions or not TEXT.fits(category):
-            twice = f'the "question_id" {shown(id)} of another, or a "category" that is no text'
-            raise InputError(f"{path}, {where} has {twice}: mend it.")
+        id = record["question_id"]
+        if id in questions or not TEXT.fits(record.get("category", "")):
+            why = f'the "question_id" {shown(id)} of another, or a "category" that is not text'
+            raise InputError(f"{path}, {where} has {why}: correct it.")
         questions[id] = record
     return list(questions.values())
 
@@ -51,10 +56,10 @@ def temperature(question):
     return TEMPERATURES.get(question.get("category"), 0.7)
 
 
-def answer(talk, question, note):
-    """The answers to all turns of a question, each with those before it in view.
+def answer(talk, question):
+    """Answer all turns of a question in one conversation, and print what does not fit.
 
-    A turn that the model cannot read has the answer ""; `note` is told, and what was dropped.
+    A turn that does not fit into the model has the answer "".
     """
     talk.reset()
     answers = []
@@ -62,16 +67,16 @@ def answer(talk, question, note):
         where = f"question {question['question_id']}, turn {i}"
         try:
             if dropped := talk.ask(text):
-                note(f"{where}: the {dropped} oldest messages did not fit")
+                tqdm.write(f"{where}: the {dropped} oldest messages did not fit", sys.stderr)
             answers.append("".join(talk.answer()).strip())
         except Refused as error:
-            note(f"{where} {error}: left without an answer")
+            tqdm.write(f"{where} {error}: left without an answer", sys.stderr)
             answers.append("")
     return answers
 
 
 def answer_line(question_id, model_id, turns):
-    """A line of the answers' file."""
+    """Write a line of the answers."""
     answer = {
         "question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
         "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
@@ -80,89 +85,58 @@ def answer_line(question_id, model_id, turns):
 
 
 def answered(path, model_id):
-    """The ids of the questions that an earlier run has answered; its file is ready to go on with.
+    """Find the ids of the questions that an earlier run has answered, and end its last line.
 
-    A last line that a crash has cut off is taken away, since its question will be asked again. No
-    other file is touched: what is not an answer of this model is refused.
+    A last line that a crash has cut off is removed: its question will be asked again. A file with
+    anything but answers of this model is refused, and not changed.
     """
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return set()
-    *lines, last = read_bytes(path, "give another --out").split(b"\n")
-    done = {_question_id(path, i, line, model_id) for i, line in enumerate(lines, 1)}
-    if last:
-        start = b'{"question_id": '
-        if not last.startswith(start[: len(last)]):
-            raise _refusal(path, len(lines) + 1)
+    start, done = b'{"question_id": ', set()
+    lines = read_bytes(path, "give another --out").split(b"\n")
+    for i, line in enumerate(lines, 1):
         try:
-            done.add(_question_id(path, len(lines) + 1, last, model_id))
-        except _Damaged:
-            os.truncate(path, path.stat().st_size - len(last))
-        else:
-            with open(path, "ab") as file:  # whole but for its end
-                file.write(b"\n")
+            answer = parse_json(line)
+        except ValueError:  # also for bytes that are half a character
+            if i == len(lines) and start.startswith(line[: len(start)]):  # cut off, or empty
+                os.truncate(path, os.path.getsize(path) - len(line))
+                return done
+            answer = None
+        known = isinstance(answer, dict) and {"question_id", "model_id", "choices"} <= answer.keys()
+        if not known or not QUESTION_ID.fits(answer["question_id"]):
+            raise InputError(f"{path}, line {i} is not an answer: give --out a file for answers.")
+        if answer["model_id"] != model_id:
+            why = f"an answer of {shown(answer['model_id'])}, not of {model_id}"
+            raise InputError(f"{path}, line {i} is {why}: give another --out.")
+        done.add(answer["question_id"])
+    with open(path, "ab") as file:  # the last line only lacks its end
+        file.write(b"\n")
     return done
 
 
-class _Damaged(InputError):
-    """A line is not JSON."""
-
-
-def _refusal(path, number, kind=InputError):
-    return kind(f"{path}, line {number} is not an answer: give --out a file of its own.")
-
-
-def _question_id(path, number, line, model_id):
-    try:
-        answer = parse_json(line)
-    except ValueError:  # also of bytes that are half a character
-        raise _refusal(path, number, _Damaged) from None
-    if not isinstance(answer, dict) or not {"question_id", "model_id", "choices"} <= answer.keys():
-        raise _refusal(path, number)
-    if answer["model_id"] != model_id:
-        other = shown(answer["model_id"])
-        raise InputError(
-            f"{path}, line {number} is an answer of {other}, not of {model_id}: give another --out."
-        )
-    if not QUESTION_ID.fits(answer["question_id"]):
-        raise _refusal(path, number)
-    return answer["question_id"]
-
-
-FLAGS = {  # of `qst.py answer`
-    "questions": dict(required=True, help="mt_bench_question.jsonl, or a file like it"),
-    "model_id": dict(help="the model's name there, behind which the first digits of the side"
-        " checkpoint's SHA-256 are put; default: the name of --out, as FastChat has it"),
-    "limit": dict(type=int, help="only the first so many questions"),
-    "fastchat_temperatures": dict(action="store_true",
-        help="FastChat's temperature for each category, instead of --temperature"),
-}
-
-
 def answer_file(args, start_talk):
-    """Answer the questions that --out has no answers to yet."""
+    """Answer the questions that have no answer in --out yet."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1.")
     model_id = args.model_id or Path(args.out).stem
-    if args.side:  # trained anew, it is another model, whose answers must not finish a file
+    if args.side:  # another training gives another model, whose answers must not be mixed
         model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
     questions = read_questions(args.questions)[: args.limit]
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
-    note = lambda text: tqdm.write(text, sys.stderr)
-    talk = start_talk()  # before a file is made
+    talk = start_talk()  # it may fail: the file is opened later
     with open(args.out, "a", encoding="utf-8") as out:
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
                 args.temperature = temperature(question)
-            turns = answer(talk, question, note)
+            turns = answer(talk, question)
             out.write(answer_line(question["question_id"], model_id, turns))
             out.flush()
-    print(f"{args.out}: {len(todo)} questions answered, {len(questions) - len(todo)} were before")
+    print(f"{args.out}: {len(todo)} new answers; all {len(questions)} questions have one")
 
 
 def show(path):
-    """Count the questions of a file, and print the first."""
+    """Count the questions in a file, and print the first one."""
     questions = read_questions(path)
     print(f"{len(questions)} questions. The first:", *questions[0]["turns"], sep="\n\n")
 

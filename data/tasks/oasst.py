@@ -1,7 +1,7 @@
-"""OASST1's trees of messages (arXiv 2304.07327): from each, one conversation.
+"""OASST1's trees of messages (arXiv 2304.07327), one conversation from each.
 
-A file has a tree a line, {"prompt": {"role", "text", "rank", "replies": [...]}}; or it is flat, a
-message a line, {"message_id", "parent_id", "role", "text", "rank", ...}.
+A file has one tree per line, {"prompt": {"role", "text", "rank", "replies": [...]}}, or one message
+per line, {"message_id", "parent_id", "role", "text", "rank", ...}.
 """
 
 import math
@@ -9,67 +9,66 @@ import math
 from data import InputError, Refused
 from data.formats.fields import TABLE, TEXT, TRUE_OR_FALSE, first_few, list_of, number, shown
 
-FIELDS = {  # of a message: what they must be where they are there, and not null
+FIELDS = {  # of a message: their kinds, if they are neither missing nor null
     "rank": number(0, 1 << 30), "deleted": TRUE_OR_FALSE, "review_result": TRUE_OR_FALSE,
     "message_id": TEXT, "parent_id": TEXT, "tree_state": TEXT,
 }
 
 
 def check_message(node):
-    """Refuse a message with fields that are not what they should be."""
+    """Refuse a message with fields of other kinds."""
     for name, kind in FIELDS.items():
         if node.get(name) is not None and not kind.fits(node[name]):
             raise Refused(f'has "{name}" {shown(node[name])}, which must be {kind.text}')
 
 
 def best_path(prompt):
-    """Follow the best replies through a tree of OASST1, from its prompt to an answer.
+    """Follow the best replies through a tree, from its prompt to an answer.
 
-    Of several answers, that of the lowest rank is taken. Of several questions, which nobody
-    ranked, the first that was answered. Deleted and rejected messages are not followed.
+    The best answer has the lowest rank, and the best question is the first one with an answer.
     """
-    path, question = [], prompt
-    while question and replies(question):
+    path, questions = [], [prompt]
+    while question := next(filter(replies, questions), None):
         answer = replies(question)[0]
         path += [question, answer]
-        question = next(filter(replies, replies(answer)), None)
+        questions = replies(answer)
     return path
 
 
 def replies(node):
-    """The replies to a message that stand, the best first; one without a rank comes last."""
+    """List the replies that are neither deleted nor rejected. Those without a rank come last."""
     nodes = [] if node.get("replies") is None else node["replies"]
     if not list_of(TABLE).fits(nodes):
         raise Refused('has something that is not a list of messages in "replies"')
     for one in nodes:
         check_message(one)
-    stand = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
-    return sorted(stand, key=lambda n: math.inf if n.get("rank") is None else n["rank"])
+    valid = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
+    return sorted(valid, key=lambda n: math.inf if n.get("rank") is None else n["rank"])
 
 
 def grow_trees(records, path):
-    """Join the flat messages of OASST1 to trees: [(where its prompt stands, the tree), ...]."""
+    """Join flat messages into trees: [(entry or line of the prompt, tree), ...]."""
     nodes = {}
     for where, message in records:
-        refuse = lambda why: InputError(f"{path}, {where} {why}: mend or remove it.")
-        if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
-            raise refuse('has no "message_id" and "parent_id", which others have')
         try:
+            if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
+                raise Refused('has no "message_id" and "parent_id", as the others have')
             check_message(message)
+            id = message["message_id"]
+            if id is None or id in nodes:
+                raise Refused(f'has the "message_id" {shown(id)} of another, or none')
         except Refused as error:
-            raise refuse(error) from None
-        if message["message_id"] is None or message["message_id"] in nodes:
-            raise refuse(f'has the "message_id" {shown(message["message_id"])} of another, or none')
-        nodes[message["message_id"]] = where, {**message, "replies": []}
+            raise InputError(f"{path}, {where} {error}: correct or remove it.") from None
+        nodes[id] = where, {**message, "replies": []}
     trees, seen = [], []
     for where, node in nodes.values():
         if node["parent_id"] is None:
             trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
         if node["parent_id"] in nodes:
             nodes[node["parent_id"]][1]["replies"].append(node)
-        else:  # what answers a message that was left out is lost with it
+        else:  # a prompt, or a reply to a message that the file lacks: the latter is left out
             seen.append(node)
-    for node in seen:  # which grows
+    for node in seen:  # the list grows
         seen += node["replies"]
     if len(seen) < len(nodes):
         names = first_few(sorted(nodes.keys() - {node["message_id"] for node in seen}))

@@ -1,4 +1,4 @@
-"""What a model makes of examples and prompts: the mean loss, and logits of what may follow."""
+"""The mean loss of examples, and the logits of the next token after prompts."""
 
 from os.path import commonprefix
 
@@ -7,19 +7,17 @@ from tqdm import tqdm
 
 from data import InputError
 from data.devices import distributed
+from data.formats.fields import shown
 from data.generate.sampling import check_length
 from data.tasks.examples import collate, count_targets
 
 
 @torch.no_grad()
 def mean_loss(models, examples, batch_size, desc=None):
-    """Mean loss per target over all examples, of each model; with a progress bar, if it has a name.
-
-    models: a `Beside`
-    """
+    """Compute each model's mean loss per target. models: a `Beside`; desc: names a progress bar"""
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
-    sums = []  # of each batch: its targets, and each model's sum of their losses
+    sums = []  # per batch: the number of targets, and each model's summed loss
     for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=not desc):
         idx, targets = collate(examples[start : start + batch_size])
         n, states = count_targets(targets), models.hidden(idx.to(models.device))
@@ -31,16 +29,15 @@ def mean_loss(models, examples, batch_size, desc=None):
 
 @torch.no_grad()
 def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
-    """Logits of what may follow each prompt, fp32 (n, choices) on the CPU, in the prompts' order;
-    of each model.
+    """Compute each model's logits of the next token: fp32 (n, choices) on the CPU.
 
-    models: a `Beside`; prompts: lists of ids; choices: ids, or None for every output of the head
-    What all prompts begin with goes through the models once; the rest of each, sorted by length
-    and padded on the right, goes after it. Only the last real position goes through the head.
+    models: a `Beside`; prompts: lists of ids; choices: ids, or None for all outputs of the head
+    The prompts' common prefix is computed once. The rest is sorted by length and padded on the
+    right. Only the last position of each prompt goes through the head.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     check_length(models.config, len(prompts[order[-1]]), "shorten the prompts")
-    prefix = commonprefix(prompts)[: len(prompts[order[0]]) - 1]  # at least one id is left of each
+    prefix = commonprefix(prompts)[: len(prompts[order[0]]) - 1]  # each keeps at least one id
     cache = models.new_cache(len(prefix))
     if prefix:
         models.hidden(torch.tensor([prefix], device=models.device), cache=cache)
@@ -58,16 +55,21 @@ def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
     return [torch.cat(of_one)[back] for of_one in zip(*distributed.join(parts))]
 
 
-def word_ids(tokenizer, words, before):
-    """The one token that each word begins with, where a space and it follow the text `before`."""
+def word_ids(tokenizer, words, before, most=1 << 30):
+    """Find the token with which each word begins after the text `before` and a space.
+
+    They are encoded together: sentencepiece puts a space of its own before every text.
+    most: tokens that a word may have
+    """
+    advice = "choose a model with a larger vocabulary, or for GLUE --head classifier"
     start = tokenizer.encode(before)
     ids = []
     for word in words:
         whole = tokenizer.encode(f"{before} {word}")
-        if whole[: len(start)] != start or len(whole) == len(start):
-            joined = f'The tokenizer joins "{before}" and " {word}"'
-            raise InputError(f"{joined}: this task cannot be asked.")
+        if whole[: len(start)] != start or not 0 < len(whole) - len(start) <= most:
+            where = f"{shown(' ' + word)} after {shown(before[-20:])}"
+            raise InputError(f"The tokenizer has no token for {where}: {advice}.")
         ids.append(whole[len(start)])
     if len(set(ids)) < len(ids):
-        raise InputError(f"The tokenizer begins several of {', '.join(words)} alike.")
+        raise InputError(f"The tokenizer begins several of {', '.join(words)} alike: {advice}.")
     return ids

@@ -1,8 +1,8 @@
-"""Plain text, cut into windows: what a language model's perplexity is measured on.
+"""Plain text in windows, for language modelling and perplexity.
 
-The text is encoded as a whole and cut into windows of `sequence_len` tokens that do not overlap,
-without a bos of their own, so that a window's first token is seen and not predicted: 1,024 tokens
-give 1,023 predictions. The last, shorter window counts too.
+The text is encoded as a whole and cut into windows of `sequence_len` tokens that do not overlap.
+A window has no bos of its own, so that 1,024 tokens give 1,023 predictions. The last, shorter
+window counts too.
 """
 
 import math
@@ -14,10 +14,7 @@ from data.tasks.scoring import mean_loss
 
 
 def read(path, tokenizer, sequence_len, max_examples=0):
-    """Read a file of UTF-8 text: [(ids, targets), ...], the first `max_examples` windows; 0: all.
-
-    Targets are the ids that follow, and IGNORE_INDEX for a window's last.
-    """
+    """Read UTF-8 text: [(ids, targets), ...], the first `max_examples` windows (0: all)."""
     if sequence_len < 2:
         raise InputError(f"--sequence_len {sequence_len}: a window needs at least 2 tokens.")
     ids = tokenizer.encode(read_text(path, "give --data a file of UTF-8 text"))
@@ -28,12 +25,12 @@ def read(path, tokenizer, sequence_len, max_examples=0):
 
 
 def perplexity(loss):
-    """Of the mean loss of a token, in nats; beyond the range of a float it is infinite."""
+    """Compute the perplexity from a mean loss in nats; infinity beyond the range of a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
 def load(cfg, tokenizer):
-    """Windows of --data: `Task`, scored by the perplexity of those held out, the text's end."""
+    """Read the windows of --data, and return the `Task`. The end of the text is held out."""
     windows = read(cfg.data, tokenizer, cfg.sequence_len, cfg.max_examples)
     kept = 0 if cfg.eval_only else len(windows) - max(1, round(len(windows) * cfg.held_out))
     train, held_out = windows[:kept], windows[kept:]
@@ -41,7 +38,7 @@ def load(cfg, tokenizer):
     def score(models):
         losses = mean_loss(models, held_out, cfg.batch_size, "perplexity")
         found = [dict(perplexity=perplexity(loss), examples=len(held_out)) for loss in losses]
-        if cfg.eval_only:  # the same windows: read once
+        if cfg.eval_only:  # train.py would compute the same loss once more
             found = [one | {"loss": loss} for one, loss in zip(found, losses)]
         return found
 

@@ -1,4 +1,4 @@
-"""What all tasks share (data/__init__.py): batches, splits, and the logits of next tokens."""
+"""data/tasks/examples.py and scoring.py: batches, splits, losses, and logits of next tokens."""
 
 import itertools
 import time
@@ -34,8 +34,8 @@ def test_batches_have_every_example_once_an_epoch():
 
 
 def test_an_iterations_batches_share_its_targets():
-    """Each weighs as many as it has, all together 1; a run that goes on gets the batches that it
-    would have had."""
+    """A batch's share is its part of the targets. A run that continues gets the same batches as one
+    without a break."""
     examples = [([i] * n, [i] * n) for i, n in enumerate((1, 2, 3, 5, 8, 13, 21), start=1)]
     stream = iteration_batches(examples, 2, 3, seed=0)
     first, second = next(stream), next(stream)

@@ -54,7 +54,7 @@ def test_a_broken_transfer_is_resumed(server, tmp_path, ranges):
     path = tmp_path / "new" / "file.bin"
     at = (700_000, 800_000) if ranges else (700_000, 100_000)
     for size in at:
-        with pytest.raises(InputError, match=f"broke off after {size:,} of 1,280,000 bytes.*go on"):
+        with pytest.raises(InputError, match=f"ended after {size:,} of 1,280,000 bytes.*continue"):
             download.download(server.url, path, SHA256)
         assert not path.exists()
     assert download.download(server.url, path, SHA256) == path
@@ -110,6 +110,10 @@ def test_fetching_unpacks(server, tmp_path, monkeypatch, capsys):
     seen = []
     download.command_line(seen.append, "X")  # what is there already is not fetched again
     assert seen == [str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["x.py", "--download", str(tmp_path / "one"), "--only", "X"])
+    monkeypatch.setitem(download.SOURCES, "Y", {"y.bin": ("http://127.0.0.1:9", SHA256)})
+    download.command_line(seen.append, "Y", "X")  # Y cannot be downloaded
+    assert (tmp_path / "one" / name).exists() and seen == [str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["x.py", "--help"])
     with pytest.raises(SystemExit):
         download.command_line(seen.append, "X")
@@ -131,7 +135,7 @@ def packed(path, name, content=b"content"):
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
 def test_archives_unpack_inside_their_folder(kind, tmp_path):
-    """What would land elsewhere does not; what is damaged is said to be."""
+    """An archive writes to no other folder, and a damaged one is refused."""
     (tmp_path / "in").mkdir()
     archive = tmp_path / "in" / f"a.{kind}"
     download.unpack(packed(archive, "CoLA/train.tsv"))

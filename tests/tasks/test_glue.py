@@ -1,4 +1,4 @@
-"""GLUE: reading its files, asking in words or with a classifier, and the metrics."""
+"""GLUE: its files, prompts for label words and for a classifier, and the metrics."""
 
 import json
 import re
@@ -113,8 +113,18 @@ def test_metrics():
     assert METRICS["pearson"](a, b) == pytest.approx(169.5 / (4.75 * 6665) ** 0.5)
 
 
-def test_metrics_are_those_of_scipy():
-    """Where it is installed: the correlations, with ties."""
+@pytest.mark.parametrize("name", ["pearson", "spearman", "matthews"])
+@pytest.mark.parametrize("value, other", [(0.1, 0.7), (0.1, 0.1), (-3.3, 0.7)])
+def test_a_constant_correlates_with_nothing(name, value, other):
+    """The mean of nine times 0.1 is rounded in fp64, which must not count as a variance."""
+    one, two = (torch.full((9,), each, dtype=torch.float64) for each in (value, other))
+    assert one.mean() != value and two.mean() != other
+    varied = torch.arange(9.0).double()
+    assert METRICS[name](one, two) == METRICS[name](one, varied) == METRICS[name](varied, two) == 0
+
+
+def test_metrics_match_scipy():
+    """The correlations, with ties, are those that scipy computes. Skipped without scipy."""
     stats = pytest.importorskip("scipy.stats")
     a, b = torch.randn(2, 200, generator=torch.Generator().manual_seed(0)).double().mul(3).round()
     assert METRICS["pearson"](a, b) == pytest.approx(stats.pearsonr(a, b)[0])
@@ -128,38 +138,38 @@ def tokenizer(tiny_model):
 
 @pytest.mark.parametrize("task", FORMS)
 def test_prompts(tokenizer, task):
-    """In words: the question whole; for a classifier: a bos token before each bare sentence."""
+    """For --head lm: the whole question. For a classifier: a bos token before each sentence."""
     form = FORMS[task]
     sentences = ["The sky was blue", "It was late"][: len(form.columns) - 1]
-    asked = glue.prompt(sentences, form, tokenizer, 500, "lm", glue.preamble_of([], form))
+    asked = glue.prompt(sentences, form, tokenizer, 500, glue.preamble_of([], form))
     assert asked[0] == tokenizer.bos_id
     whole = f"{form.heading}\n\n{form.question.format(*sentences)}{ANSWER}"
     assert tokenizer.decode(asked) == whole
     bare = [id for text in sentences for id in [tokenizer.bos_id, *tokenizer.encode(text)]]
-    assert glue.prompt(sentences, form, tokenizer, 500, "classifier") == bare
+    assert glue.prompt(sentences, form, tokenizer, 500, None) == bare
 
 
-@pytest.mark.parametrize("head", ["lm", "classifier"])
-def test_long_prompts_lose_the_longer_sentences_end(tokenizer, head):
+@pytest.mark.parametrize("preamble", ["", None])
+def test_long_prompts_lose_the_longer_sentences_end(tokenizer, preamble):
     """The shorter sentence and the question stay whole; without room for them it is refused."""
     sentences = ["The sky was blue " * 40, "It was late"]
-    ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, head)
+    ids = glue.prompt(sentences, FORMS["rte"], tokenizer, 60, preamble)
     text = tokenizer.decode(ids)
     assert 40 < len(ids) <= 60 and "The sky was blue The sky" in text and "It was late" in text
-    assert text.endswith(ANSWER) == (head == "lm")
-    with pytest.raises(InputError, match="--sequence_len 5"):
-        glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "lm")
+    assert text.endswith(ANSWER) == (preamble is not None)
+    with pytest.raises(InputError, match="--sequence_len 5 is too short"):
+        glue.prompt(sentences, FORMS["rte"], tokenizer, 5, "")
 
 
 def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
     """A character that is four tokens is not cut off four times."""
     texts = ["\U0001f9ff" * 60, "It was late"]
-    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, "classifier")
+    ids = glue.prompt(texts, FORMS["rte"], tokenizer, 120, None)
     assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
 
 
-def test_ratings_in_words(tiny_model, folder, tmp_path, monkeypatch):
-    """STS-B's rating is what is expected of the label words, and is learned as the nearest."""
+def test_ratings_with_label_words(tiny_model, folder, tmp_path, monkeypatch):
+    """STS-B's rating is the expectation over the label words; the nearest word is the target."""
     words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out
     monkeypatch.setitem(FORMS, "stsb", replace(FORMS["stsb"], words=words))
     result = run(tiny_model, folder, tmp_path, task="stsb", head="lm", max_iters=100)
@@ -181,7 +191,7 @@ def run(tiny_model, folder, out, **changes):
     ("stsb", None, "pearson"), ("qqp", None, "f1"), ("cola", None, "matthews"),
 ])
 def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, head, metric):
-    """Two lines are learned by heart, and the saved side network has the score of the run."""
+    """Training fits two lines, and the saved side network has the score of the run."""
     out = tmp_path / "out"
     result = run(tiny_model, folder, out, task=task, head=head)
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
@@ -201,7 +211,7 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
 ])
 def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
-    """What guessing reaches: the largest class beside accuracy, and 0 beside Matthews'."""
+    """Accuracy is shown beside the largest class's, and Matthews' correlation beside 0."""
     result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
     printed = capsys.readouterr().out
     assert re.search(shown, printed), printed
@@ -211,16 +221,16 @@ def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, show
 
 def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
     """Each file that would do."""
-    for folder, why in ((tmp_path, "has none of"), (tmp_path / "no", "is no folder with any of")):
+    for folder in (tmp_path, tmp_path / "no"):
         with pytest.raises(InputError) as error:
             glue.show(folder)
         said = str(error.value)
-        assert f"{folder} {why}" in said and "RTE/dev.tsv" in said
+        assert f"{folder} has none of" in said and "RTE/dev.tsv" in said
         assert "MNLI/dev_matched.tsv" in said and "MNLI/dev_mismatched.tsv" in said
 
 
-def test_the_base_is_scored_in_words(tiny_model, folder, tmp_path):
-    """--eval_only without --side leaves the base as it is, and asks in words; limits are kept."""
+def test_the_base_is_scored_with_label_words(tiny_model, folder, tmp_path):
+    """--eval_only without --side scores the base with label words, and keeps to the limits."""
     result = run(tiny_model, folder, tmp_path, task="sst2", eval_only=True, score_examples=4)
     assert result["examples"] == 4 and result["majority_class"] == 0.5
     assert result["trainable_parameters"] == 0

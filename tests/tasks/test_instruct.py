@@ -1,4 +1,4 @@
-"""data/tasks/instruct.py: what is read of a file of instructions, refused, and learned."""
+"""data/tasks/instruct.py: files of instructions, their mistakes, targets and answers."""
 
 import json
 from types import SimpleNamespace
@@ -110,8 +110,8 @@ MISTAKES = [  # what a file holds, and how it is refused
     (GOOD + "\n{oops", "line 2 is not JSON"),
     (GOOD + '\n\n{"instruction": "a"}', 'line 3 has no text in "output"'),
     (GOOD + "\n7", "line 2 is not an object"),
-    ('[{"output": "b"}]', 'entry 1 has no "instruction" .as Alpaca and Dolly., "messages",'),
-    ('{"prompt": "a", "completion": "b"}', 'line 1 has no "instruction" .* or tree in "prompt"'),
+    ('[{"output": "b"}]', 'entry 1 has no "instruction", "messages",'),
+    ('{"prompt": "a", "completion": "b"}', 'line 1 has no "instruction".* or tree in "prompt"'),
     ('{"instruction": 7, "output": "b"}', 'line 1 has no text in "instruction"'),
     ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, or JSON lines"),
     ('{"instruction": "a", "output": "  "}', "line 1 has an empty answer"),
@@ -217,7 +217,7 @@ def test_long_sequences_are_cut(tokenizer):
 
 
 def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
-    """What is too long for the model loses whole turns, oldest first, as in a chat; a single
+    """A conversation that is too long loses whole turns, oldest first, as in a chat; a single
     question that is too long loses its own beginning. The answer keeps its room."""
     model = from_pretrained(tiny_model, "nf4", torch.float32)
     turn = lambda i: "assistant: Yes." if i % 2 else f"user: Question {i}, is it so?"
@@ -247,7 +247,7 @@ class Echo:
 
 
 def test_a_question_that_is_too_long_loses_its_front(tokenizer):
-    """What is asked ends as it should, leaves room for an answer, and does not hold the answer."""
+    """The prompt keeps its end, leaves room for an answer, and does not contain the answer."""
     model, one = Echo(), say("user: " + "Tom went to the lake. " * 9, "assistant: lake")
     instruct.answers(model, tokenizer, PLAIN, [one])
     whole, _ = PLAIN.encode(one[:-1], tokenizer)

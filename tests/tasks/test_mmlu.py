@@ -18,6 +18,7 @@ import train
 from data import InputError
 from data.formats.save import save_pretrained
 from data.tasks import mmlu
+from data.tasks.scoring import choice_logits, word_ids
 from data.tokens.tokenizer import load_tokenizer
 from model import Transformer, from_pretrained
 from qst import Beside
@@ -93,16 +94,16 @@ def test_a_bad_row_is_refused_with_its_line(row, message, tmp_path):
 
 
 def test_a_folder_that_is_not_mmlu(tmp_path, folder):
-    """What is missing, unknown or empty is named."""
+    """The message names the file that is missing, unknown or empty."""
     with pytest.raises(InputError, match="--download"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test").mkdir()
     (tmp_path / "test/cooking_test.csv").write_text(ROW.format("A"))
-    with pytest.raises(InputError, match="cooking_test.csv is of none of MMLU's 57 subjects"):
+    with pytest.raises(InputError, match="cooking_test.csv belongs to none of MMLU's 57"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test/cooking_test.csv").rename(tmp_path / "test/virology_test.csv")
-    with pytest.raises(InputError, match="virology_dev.csv has 0 questions, but 5 shots"):
-        mmlu.read_shots(folder, mmlu.read(tmp_path, "test"), 5)
+    with pytest.raises(InputError, match="virology_dev.csv has 0 of the 5 shots"):
+        mmlu.read_shots(folder, mmlu.read(tmp_path, "test"))
     (tmp_path / "test/virology_test.csv").write_text("\n")
     with pytest.raises(InputError, match="virology_test.csv holds no questions"):
         mmlu.read(tmp_path, "test")
@@ -159,19 +160,23 @@ def byte_level(tmp_path, name):
     return load_tokenizer(tmp_path / name), list(range(start, start + 4))
 
 
+def letter_ids(tokenizer, prompt):
+    return word_ids(tokenizer, mmlu.LETTERS, prompt, most=1)
+
+
 @pytest.mark.parametrize("name", ["smollm2", "opt", "llama3", "qwen2"])
 def test_answers_of_byte_level_bpe(name, tmp_path, folder):
     """They are the tokens with the space in front; where these are two tokens, that is said."""
     prompt = mmlu.prompt("anatomy", [], mmlu.read(folder, "dev")["anatomy"][0])
-    with pytest.raises(InputError, match='" A" one token'):
-        mmlu.answer_ids(load_tokenizer(FIXTURES / "tokenizers" / name), prompt)
+    with pytest.raises(InputError, match="no token for ' A' after '.*Answer:'"):
+        letter_ids(load_tokenizer(FIXTURES / "tokenizers" / name), prompt)
     tokenizer, ids = byte_level(tmp_path, name)
-    assert mmlu.answer_ids(tokenizer, prompt) == ids
+    assert letter_ids(tokenizer, prompt) == ids
 
 
 def test_answers_of_sentencepiece(tokenizer):
     """They are the tokens behind a text, and not what " A" alone begins with."""
-    ids = mmlu.answer_ids(tokenizer, HEADING + ASKED)
+    ids = letter_ids(tokenizer, HEADING + ASKED)
     assert [tokenizer.token_bytes[i] for i in ids] == [b" A", b" B", b" C", b" D"]
     assert tokenizer.encode(HEADING + ASKED + " C") == [*tokenizer.encode(HEADING + ASKED), ids[2]]
     assert len(tokenizer.encode(" A")) == 2
@@ -222,7 +227,7 @@ def test_a_sample_is_fixed_and_keeps_all_in_order(folder):
 
 
 def test_evaluation_end_to_end(folder, tokenizer):
-    """A real model's accuracy is that of its own logits, without shots and of a sample too."""
+    """A real model's accuracy is that of its own logits, and so is the accuracy of a sample."""
     base = small_base("nf4", vocab_size=tokenizer.vocab_size, max_positions=900)
     (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, batch_size=2)
     right = 0
@@ -231,9 +236,9 @@ def test_evaluation_end_to_end(folder, tokenizer):
         for q in questions:
             prompt = mmlu.prompt(subject, shots, q)
             logits = base(torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]]))[0, -1]
-            right += logits[mmlu.answer_ids(tokenizer, prompt)].argmax().item() == q.answer
+            right += logits[letter_ids(tokenizer, prompt)].argmax().item() == q.answer
     assert result["accuracy"] == right / 9 and result["shortened"] == 0
-    (few,) = mmlu.evaluate(Beside([base]), tokenizer, folder, shots=0, max_examples=4)
+    (few,) = mmlu.evaluate(Beside([base]), tokenizer, folder, max_examples=4)
     assert few["examples"] == 4
 
 
@@ -259,10 +264,12 @@ def test_logits_are_those_of_transformers():
     library = transformers.AutoTokenizer.from_pretrained(where)
     encode = lambda text: library(text, add_special_tokens=False).input_ids
     tests = {subject: some[:10] for subject, some in mmlu.read(questions, "test").items()}
-    for subject, shots in mmlu.read_shots(questions, tests, 5).items():
+    for subject, shots in mmlu.read_shots(questions, tests).items():
         some = tests[subject]
-        logits, _ = mmlu.answer_logits(ours, tokenizer, subject, shots, some, 2048, 4)
-        for q, row in zip(some, logits):
+        prompts = [mmlu.encode(subject, shots, q, tokenizer, 2048)[0] for q in some]
+        letters = letter_ids(tokenizer, mmlu.prompt(subject, shots, some[0]))
+        (logits,) = choice_logits(Beside([ours]), prompts, letters, 4)
+        for q, row in zip(some, logits, strict=True):
             ids = encode(mmlu.prompt(subject, shots, q))
             with torch.no_grad():
                 last = theirs(torch.tensor([[tokenizer.bos_id, *ids]])).logits[0, -1]

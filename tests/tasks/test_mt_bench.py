@@ -70,6 +70,7 @@ def test_a_file_of_answers_is_finished(tiny_model, tmp_path, cut):
 @pytest.mark.parametrize("content, message", [
     ("hello", "is not an answer"), ('{"question_id": 1}\n', "is not an answer"),
     ('{"question_id": 1, "turns": ["a"]}', "is not an answer"), ("{oops\n", "is not an answer"),
+    ('{"question_id": 8\n' * 2, "is not an answer"),  # cut off, but not at the file's end
     ('{"question_id": 81, "model_id": "yours", "choices": []}\n', "is an answer of .yours., not"),
 ])
 def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
@@ -82,7 +83,7 @@ def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
 
 
 def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
-    """Another one, trained in the same folder too, or none, does not go on with it, under any name;
+    """Another one, trained in the same folder too, or none, does not continue it, under any name;
     the same one does."""
     folder, path = tmp_path / "side", tmp_path / "mine.jsonl"
     base = from_pretrained(tiny_model, "nf4", torch.float32)

@@ -27,7 +27,7 @@ def test_shots_stand_before_the_question(tokenizer, folder, task):  # noqa: F811
     first = take_shots(rows, 3)
     assert first == rows[:3] and take_shots([rows[0], rows[2], rows[1]], 2) == rows[:2]
     before = preamble_of(first, form)
-    text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, "lm", before))
+    text = tokenizer.decode(glue.prompt(rows[3][0], form, tokenizer, 500, before))
     answers = [form.words[round(label)] for _, label in first]
     asked = [form.question.format(*sentences) + ANSWER for sentences, _ in [*first, rows[3]]]
     assert text == "\n\n".join([form.heading, *map(" ".join, zip(asked, answers)), asked[-1]])
@@ -44,12 +44,12 @@ def test_too_many_shots(tokenizer, folder):  # noqa: F811
     rows, form = rows_of("sst2", folder)
     with pytest.raises(InputError, match="--shots 41 is more than the 40 examples"):
         take_shots(rows, 41)
-    with pytest.raises(InputError, match="--sequence_len 60 is too short for the shots and"):
-        glue.prompt(["A"], form, tokenizer, 60, "lm", preamble_of(rows[:9], form))
+    with pytest.raises(InputError, match="--sequence_len 60 is too short .* fewer --shots"):
+        glue.prompt(["A"], form, tokenizer, 60, preamble_of(rows[:9], form))
 
 
 def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypatch):  # noqa: F811
-    """They are not learned (here a class has one line). The side checkpoint has them, and is scored
+    """They are not trained on: here a class has one line. The checkpoint has them, and is scored
     with them where train.tsv is gone or another; a new run takes those of its data."""
     data, out, read, load = tmp_path / "data", tmp_path / "out", [], glue.load
     shutil.copytree(folder, data)
@@ -74,7 +74,7 @@ def test_shots_belong_to_what_is_trained(tiny_model, folder, tmp_path, monkeypat
 
 
 def test_a_side_checkpoint_goes_on_with_another_task(tiny_model, folder, tmp_path):  # noqa: F811
-    """What it leaves has that task's preamble; the run goes on, and can be run again."""
+    """The new checkpoint has that task's preamble; the run continues, and can be run again."""
     first, out = tmp_path / "first", tmp_path / "out"
     run(tiny_model, folder, first, task="sst2", shots=1, max_iters=2)
     settings = dict(task="rte", side=str(first), max_iters=2)
