@@ -108,7 +108,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
     linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and n not in IN_16_BITS}
     if surplus := sorted(found - needed | set(packed) - linear):
         names = first_few(surplus)
-        raise InputError(f"{folder} has {names}, which this architecture does not use, or not so.")
+        raise InputError(f"{folder} has {names}, which this architecture does not use in this form.")
     bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
 
     def read(ours):
