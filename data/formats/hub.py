@@ -94,7 +94,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
     A function returns a tensor or a `Quantized4bit`. Missing and surplus tensors are refused.
     config: a `ModelConfig`; tensors: from `open_files`; shapes: {our name: shape}
     """
-    packed = {}  # {NAME.weight: {field: its reader}}; bitsandbytes calls the field NAME.weight.field
+    packed = {}  # {NAME.weight: {FIELD: its reader}}; bitsandbytes names it NAME.weight.FIELD
     for field_name in [n for n in tensors if ".weight." in n]:
         name, _, rest = field_name.rpartition(".weight.")
         packed.setdefault(name + ".weight", {})[rest] = tensors.pop(field_name)
@@ -108,7 +108,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
     linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and n not in IN_16_BITS}
     if surplus := sorted(found - needed | set(packed) - linear):
         names = first_few(surplus)
-        raise InputError(f"{folder} has {names}, which this architecture does not use in this form.")
+        raise InputError(f"{folder} has {names}, which this architecture cannot use like this.")
     bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
 
     def read(ours):
