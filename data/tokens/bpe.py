@@ -6,8 +6,8 @@
 
 differs from the libraries `tokenizers` and `regex`:
     - The files write a byte as one visible character ("Ġ" is a space). Tokens are bytes here.
-    - `re` lacks \\p{L}, so the letters and numbers of Python's `unicodedata` are written out. A word
-      with characters that this Python's Unicode lacks can be split in another place.
+    - `re` lacks \\p{L}, so the letters and numbers of Python's `unicodedata` are written out. Words
+      with characters that this Python's Unicode lacks can be split differently.
 """
 
 import re

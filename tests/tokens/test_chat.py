@@ -239,3 +239,34 @@ def test_a_merged_model_keeps_its_frame(tiny_model, tmp_path):
     (folder / "chat_template.jinja").write_text(CHATML)
     chat.keep_frame(folder)
     assert (folder / "chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize("system", [[], ["system: Be kind."]])
+def test_a_prompt_keeps_as_many_turns_as_fit(system, tiny_model):
+    """With exactly the room for the last n turns, these remain, down to one that is too long."""
+    tokenizer, template = load_tokenizer(tiny_model), chat.ChatTemplate()
+    for n in range(1, 5):
+        lines = [f"user: Question {i}?\nassistant: Yes, {i}.".split("\n") for i in range(n)]
+        for kept in range(1, n + 1):
+            messages, want = (
+                say(*system, *sum(part, [])[:-1]) for part in (lines, lines[n - kept :])
+            )
+            ids, _ = template.encode(want, tokenizer)
+            fit = chat.prompt_that_fits(messages, tokenizer, template, len(ids))
+            assert fit == (ids, want)
+            if kept == 1:
+                assert chat.prompt_that_fits(messages, tokenizer, template, len(ids) - 1) == fit
+
+
+def test_a_long_conversation_is_encoded_few_times(tiny_model):
+    """Finding the turns that fit encodes a conversation of 1,000 turns a dozen times, not 1,000."""
+    tokenizer, calls = load_tokenizer(tiny_model), []
+
+    class Counted(chat.ChatTemplate):
+        def encode(self, messages, tokenizer):
+            calls.append(messages)
+            return super().encode(messages, tokenizer)
+
+    messages = say(*["user: Tom?", "assistant: Yes."] * 999, "user: Leo?")
+    ids, kept = chat.prompt_that_fits(messages, tokenizer, Counted(), 64)
+    assert len(ids) <= 64 and len(kept) > 1 and len(calls) < 15
