@@ -110,7 +110,7 @@ def test_chat_in_the_terminal(tiny_model, monkeypatch, capsys):
     assert first.strip() and first == reset != again and not empty.strip() and len(said) == 6
     said = talk_to("Tom?\n" + "Tom is sad and Leo is happy? " * 20 + "\nTom?\n")
     assert said[0] == first and "not asked: it has" in said[1] and said[2] == again
-    assert "oldest messages no longer fit" in "".join(talk_to("Tom lost a cat?\n" * 9))
+    assert "oldest messages, which no longer fit" in "".join(talk_to("Tom lost a cat?\n" * 9))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny_model, monkeypatch, capsys):
