@@ -12,7 +12,7 @@ from data import InputError
 from data.settings.flags import refuse_if
 
 FLAGS = {  # the flags of all commands of qst.py that generate
-    "max_new_tokens": dict(type=int, help="most tokens per answer: 128, in chat 512, in answer 1024"),
+    "max_new_tokens": dict(type=int, help="most tokens per answer: 128, chat 512, answer 1024"),
     "temperature": dict(type=float, default=0.0, help="temperature; 0: only the likeliest token"),
     "top_k": dict(type=int, default=0, help="number of likeliest tokens to choose from; 0: all"),
     "top_p": dict(type=float, default=1.0, help="total probability of the tokens to choose from"),

@@ -17,9 +17,7 @@ from functools import cache, lru_cache
 from heapq import heapify, heappop, heappush
 from itertools import groupby
 
-# --------------------------------------------------------------------------------------
-# Words: the regexes as the files write them. Their matches, joined, are the whole text.
-
+# Regexes of words, as the files write them. Their matches, joined, are the whole text.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -50,15 +48,9 @@ def word_pattern(regex):
     """Compile a regex with \\p{L}, \\p{N}, \\s and \\S in the meaning of the files."""
     regex = regex.replace(r"\S", r"[^\s]")
     for name, ranges in character_classes().items():
-        in_brackets = re.compile(r"(\[[^]]*)" + re.escape(name))
-        while in_brackets.search(regex):
-            regex = in_brackets.sub(lambda match: match[1] + ranges, regex)
+        regex = re.sub(r"(\[[^]]*)" + re.escape(name), lambda found: found[1] + ranges, regex)
         regex = regex.replace(name, f"[{ranges}]")
     return re.compile(regex)
-
-
-# --------------------------------------------------------------------------------------
-# Bytes
 
 
 def visible_bytes():
@@ -78,10 +70,6 @@ def to_bytes(token):
         return bytes(map(BYTE_OF.__getitem__, token))
     except KeyError:  # a token that was added as plain text
         return token.encode()
-
-
-# --------------------------------------------------------------------------------------
-# Merges
 
 
 LONGEST_WORD, MOST_WORDS = 64, 1 << 16  # the cache of words takes some 20 MB

@@ -1,8 +1,8 @@
 """Format conversations with a model's chat template, without running its Jinja code.
 
 A conversation (see data/tasks/instruct.py) becomes parts, [(text or id, is in an answer), ...]. A
-marker that is a token, such as <|im_end|>, is an *id*. A message is a *string*, which never becomes
-a special token: a user who writes "<|im_end|>" closes nothing.
+marker such as <|im_end|> is an *id*. A message is a *string*, which never becomes a special token:
+a user who writes "<|im_end|>" closes nothing.
 
 The markers in the folder's chat template choose the format:
     ChatML     <|im_start|>user\\n..<|im_end|>\\n               SmolLM2, Qwen2, Qwen2.5
@@ -38,8 +38,9 @@ class ChatTemplate:
 
         `Refused` gives the reason if the template cannot format it.
         """
-        if FORMATS[self.name] is not plain:
-            messages = [{**m, "content": with_input(m)} for m in messages]
+        if self.name not in FORMATS:
+            return plain(messages, tokenizer)
+        messages = [{**m, "content": with_input(m)} for m in messages]
         return FORMATS[self.name](messages, tokenizer, self.system)
 
     def encode(self, messages, tokenizer):
@@ -66,10 +67,6 @@ class ChatTemplate:
 def with_input(message):
     """Join the text of a message and an instruction's input."""
     return "\n\n".join(filter(None, (message["content"], message.get("input"))))
-
-
-# --------------------------------------------------------------------------------------
-# The formats
 
 
 def chatml(messages, tokenizer, system):
@@ -109,7 +106,7 @@ def llama2(messages, tokenizer, system):
     return parts
 
 
-def plain(messages, tokenizer, system):
+def plain(messages, tokenizer):
     """Format each instruction with `frame`, after any system message."""
     parts, before = [(tokenizer.bos_id, False)], ""
     for message in messages:
@@ -135,9 +132,7 @@ WRITTEN_OUT = (  # the plain format as a template, which transformers renders to
     "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
 )
-FORMATS = {
-    "ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2, "plain": plain, "written out": plain,
-}
+FORMATS = {"ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2}  # all others are plain
 
 
 def turns(messages, header, end, after=()):
@@ -145,19 +140,16 @@ def turns(messages, header, end, after=()):
 
     A question is one string with the text before it, as in the template.
     """
-    parts = []
+    parts, outside = [], lambda *texts: [(text, False) for text in texts]
     for message in messages:
         *head, last = header(message["role"])
         answer = message["role"] == "assistant"
-        parts += [(part, False) for part in head]
         if answer:
-            parts += [(last, False), (message["content"], True), (end, True)]
+            parts += [*outside(*head, last), (message["content"], True), (end, True)]
         else:
-            parts += [(last + message["content"], False), (end, False)]
-        parts += [(part, False) for part in after]
-    if not answer:
-        parts += [(part, False) for part in header("assistant")]
-    return parts
+            parts += outside(*head, last + message["content"], end)
+        parts += outside(*after)
+    return parts if answer else parts + outside(*header("assistant"))
 
 
 def markers(tokenizer, *texts):
@@ -188,9 +180,6 @@ def check_llama2(messages, roles):
             if message["role"] in roles and mark in with_input(message):
                 raise Refused(f"has {mark} in a message, which would look like a turn")
 
-
-# --------------------------------------------------------------------------------------
-# Recognizing a folder's template
 
 SIGNS = {  # texts that a template must contain
     "ChatML": ("<|im_start|>", "<|im_end|>"),
@@ -223,8 +212,7 @@ def load_template(folder):
             f"{path}: the chat template with {', '.join(seen)[:80] or repr(text[:60])} is unknown;"
             f" known are {', '.join(SIGNS)}. Remove it to use the plain format."
         )
-    system = {"ChatML": chatml_system, "LLaMA-3": llama3_system}.get(names[0], lambda text: "")
-    return ChatTemplate(names[0], system(text))
+    return ChatTemplate(names[0], own_system(names[0], text))
 
 
 def keep_frame(folder):
@@ -234,20 +222,16 @@ def keep_frame(folder):
         write_atomically(path, lambda file: file.write(WRITTEN_OUT.encode()))
 
 
-def chatml_system(text):
-    """Find the default system prompt of a ChatML template, if it has one."""
+def own_system(name, text):
+    """Find the system prompt that a template contains: ChatML's default, or LLaMA-3.1's dates."""
+    if name == "LLaMA-3":
+        # differs from 3.2's template, which asks the clock: a run must be repeatable.
+        dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+        return dates if "Cutting Knowledge Date" in text else ""
     # A Jinja literal, from its opening quote; only its own quote has a backslash inside.
     literal = r"""(['"])<\|im_start\|>system(?:\n|\\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
     found = re.search(literal, text)
     return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[2]) if found else ""
-
-
-def llama3_system(text):
-    """Return the dates in the system prompt of 3.1 and 3.2."""
-    if "Cutting Knowledge Date" not in text:
-        return ""
-    # differs from 3.2's template, which asks the clock: a run must be repeatable.
-    return "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 
 
 def prompt_that_fits(messages, tokenizer, template, room):

@@ -104,10 +104,6 @@ class SentencePiece(Tokenizer):
         return self.model.encode(text)
 
 
-# --------------------------------------------------------------------------------------
-# Reading the files
-
-
 def load_tokenizer(folder):
     """Load the tokenizer of a model's folder, and check that the model has all of its ids."""
     folder = Path(folder)
