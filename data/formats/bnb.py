@@ -29,10 +29,6 @@ NESTED = PLAIN | {
 }
 
 
-def is_field(name):
-    return name.rpartition(".weight.")[2].startswith((*FIELDS, STATE))
-
-
 def read_weight(where, codes, mine, quant):
     """Build a `Quantized4bit` from its codes and `mine`, {field: function that reads it}.
 

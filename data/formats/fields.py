@@ -16,11 +16,8 @@ NEEDED = object()  # marks a field without which a file is refused
 
 @dataclass(frozen=True)
 class Kind:
-    """Describe what a value may be.
-
-    text: the description, which follows "must be" in a message; fits: a function of the value
-    each: the kind of the parts of a list or table
-    """
+    """Describe what a value may be: text follows "must be" in a message, fits tests a value, and
+    each is the kind of the parts of a list or table."""
 
     text: str
     fits: Callable
@@ -29,16 +26,14 @@ class Kind:
 
 def whole(low, high):
     """Allow a number that JSON writes without a point: neither 4.0 nor true."""
-    return Kind(
-        f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high
-    )
+    fits = lambda v: type(v) is int and low <= v <= high
+    return Kind(f"a whole number from {low:,} to {high:,}", fits)
 
 
 def number(low, high):
     """Allow a number; NaN is refused, because it is between no two numbers."""
-    return Kind(
-        f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
-    )
+    fits = lambda v: type(v) in (int, float) and low <= v <= high
+    return Kind(f"a number from {low:g} to {high:g}", fits)
 
 
 def one_of(*known):

@@ -28,10 +28,9 @@ def file_size(path, advice):
         raise InputError(f"{path} is missing: {advice}.") from None
     except (OSError, ValueError) as error:  # ValueError: no possible file name
         raise InputError(f"{path} cannot be read ({reason(error)}): {advice}.") from None
-    if stat.S_ISDIR(about.st_mode):
-        raise InputError(f"{path} is a folder: {advice}.")
     if not stat.S_ISREG(about.st_mode):
-        raise InputError(f"{path} is a device or a pipe, not a file: {advice}.")
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe, not a file"
+        raise InputError(f"{path} is {kind}: {advice}.")
     return about.st_size
 
 
@@ -56,10 +55,7 @@ def read_text(path, advice="give a file of UTF-8 text", newline=None):
 
 
 def parse_json(text):
-    """Read strict JSON, with finite numbers and no name twice; a short ValueError gives the error.
-
-    text: str, or bytes of UTF-8
-    """
+    """Read strict JSON, str or UTF-8: only finite numbers, no name twice; else a ValueError."""
 
     def refuse(constant):
         raise ValueError(f"{constant} is not a JSON number")
@@ -143,17 +139,9 @@ def write_atomically(path, write):
 
 def write_json(path, content):
     """Write strict JSON: NaN and Infinity become null."""
-    text = json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
+    finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
+    text = json.dumps(finite, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def without_nan(content):
-    """Replace every number that is not finite by None."""
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def make_writable_folder(folder, flag):
