@@ -61,9 +61,8 @@ def find_files(folder):
             return read_file(folder / name)
         if (folder / f"{name}.index.json").exists():
             return read_shards(folder, folder / f"{name}.index.json")
-    raise InputError(
-        f"{folder} has no weights: model.safetensors, pytorch_model.bin or an index of either."
-    )
+    names = "model.safetensors, pytorch_model.bin or an index of either"
+    raise InputError(f"{folder} has no weights: copy {names} there.")
 
 
 def read_file(path):

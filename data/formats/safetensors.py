@@ -107,10 +107,8 @@ def write_safetensors(path, tensors, metadata=None):
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, place = {"__metadata__": metadata or {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        end = place + tensor.nbytes
-        header[name] = {
-            "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]
-        }
+        dtype, shape, end = names[tensor.dtype], list(tensor.shape), place + tensor.nbytes
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[place, end])
         place = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors

@@ -109,10 +109,8 @@ def stream(
 
 def check_length(config, length, advice):
     if length > config.max_positions:
-        raise InputError(
-            f"A sequence of {length} tokens is longer than the model's {config.max_positions}"
-            f" positions: {advice}."
-        )
+        sizes = f"{length} tokens is longer than the model's {config.max_positions} positions"
+        raise InputError(f"A sequence of {sizes}: {advice}.")
 
 
 def pad_left(prompts, device=None):

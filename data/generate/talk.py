@@ -73,10 +73,7 @@ def answer_prompts(args, load):
 
 
 def start(args, load, default_max_new_tokens):
-    """Start a conversation. args: --base, the flags of `sampling.FLAGS`, perhaps --system
-
-    load: function that returns the model and its tokenizer
-    """
+    """Start a conversation. load: function that returns the model and its tokenizer"""
     check(args)
     template = load_template(args.base)
     model, tokenizer = load()
@@ -91,9 +88,8 @@ class Talk:
 
     say: function of a prompt's ids and max_new_tokens, which yields the ids of the answer
     positions: the most tokens in a sequence; max_new_tokens: the most tokens in an answer
-
-    Every answer computes its whole prompt. A cache of the last answer would seldom help: the ids of
-    the history change when messages are dropped, and in LLaMA-2's format.
+    Every answer computes its whole prompt: the ids of the history change when messages are dropped,
+    and in LLaMA-2's format, so that a cache would seldom help.
     """
 
     def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):
@@ -133,28 +129,24 @@ class Talk:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, gives input() its arrow keys
         while True:
+            question = ""
             try:
                 question = input("\n> ").strip()
-            except KeyboardInterrupt:
-                continue
+                if question == "/exit":
+                    return
+                if question == "/reset":
+                    self.reset()
+                elif question:
+                    if dropped := self.ask(question):
+                        print(f"[dropped the {dropped} oldest messages, which no longer fit]")
+                    print_stream(self.answer())
             except EOFError:
                 return print()
-            if question == "/exit":
-                return
-            if question == "/reset":
-                self.reset()
-            elif question:
-                self.ask_and_print(question)
-
-    def ask_and_print(self, question):
-        try:
-            if dropped := self.ask(question):
-                print(f"[dropped the {dropped} oldest messages, which no longer fit]")
-            print_stream(self.answer())
-        except Refused as error:
-            print(f"[not asked: it {error}]")
-        except KeyboardInterrupt:
-            print(" [stopped]")
+            except Refused as error:
+                print(f"[not asked: it {error}]")
+            except KeyboardInterrupt:
+                if question:
+                    print(" [stopped]")
 
 
 def print_stream(pieces):

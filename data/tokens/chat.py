@@ -156,10 +156,8 @@ def markers(tokenizer, *texts):
     """Look up the ids of a template's markers."""
     for text in texts:
         if text not in tokenizer.special:
-            raise InputError(
-                f"The chat template of {tokenizer.folder} needs {text}, which its tokenizer lacks:"
-                " copy all tokenizer files of one model there."
-            )
+            needs = f"needs {text}, which its tokenizer lacks: copy all tokenizer files there"
+            raise InputError(f"The chat template of {tokenizer.folder} {needs}.")
     return [tokenizer.special[text] for text in texts]
 
 
@@ -208,10 +206,9 @@ def load_template(folder):
     names = [name for name, signs in SIGNS.items() if all(sign in text for sign in signs)]
     if len(names) != 1 or "<think>" in text:  # thinking models format their answers differently
         seen = dict.fromkeys(re.findall(r"<\|?\w+\|?>|\[/?[A-Z]+\]", text))
-        raise InputError(
-            f"{path}: the chat template with {', '.join(seen)[:80] or repr(text[:60])} is unknown;"
-            f" known are {', '.join(SIGNS)}. Remove it to use the plain format."
-        )
+        unknown = f"with {', '.join(seen)[:80] or repr(text[:60])} is unknown"
+        known = f"known are {', '.join(SIGNS)}. Remove it to use the plain format"
+        raise InputError(f"{path}: the chat template {unknown}; {known}.")
     return ChatTemplate(names[0], own_system(names[0], text))
 
 

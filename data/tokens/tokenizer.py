@@ -114,18 +114,14 @@ def load_tokenizer(folder):
     elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = leaf("bpe").load(folder)
     else:
-        raise InputError(
-            f"{folder} has no tokenizer: copy the model's tokenizer.model, its tokenizer.json, or"
-            " its vocab.json and merges.txt there."
-        )
+        files = "tokenizer.model, its tokenizer.json, or its vocab.json and merges.txt"
+        raise InputError(f"{folder} has no tokenizer: copy the model's {files} there.")
     path = folder / "config.json"
     vocab_size = field(path, read_json(path, optional=True), "vocab_size", ID, 0)
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
     if largest >= (vocab_size or math.inf):
-        raise InputError(
-            f"{folder}: its tokenizer has ids up to {largest}, but vocab_size in config.json is"
-            f" {vocab_size}: copy all files of one model there."
-        )
+        sizes = f"ids up to {largest}, but vocab_size in config.json is {vocab_size}"
+        raise InputError(f"{folder}: its tokenizer has {sizes}: copy all files of one model there.")
     return tokenizer
 
 
