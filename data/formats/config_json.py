@@ -129,14 +129,10 @@ def to_theirs(config):
     table = FIELDS[config.family].items()
     written = {theirs: getattr(config, ours) for ours, (theirs, *_) in table} | ONLY[config.family]
     if config.family == "opt":
-        removed = config.pre_norm and not config.final_norm
-        return written | dict(
-            model_type="opt", architectures=["OPTForCausalLM"], _remove_final_layer_norm=removed
-        )
-    return written | dict(
-        model_type="llama", architectures=["LlamaForCausalLM"],
-        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
-    )
+        written["_remove_final_layer_norm"] = config.pre_norm and not config.final_norm
+        return written | dict(model_type="opt", architectures=["OPTForCausalLM"])
+    written |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
+    return written | dict(model_type="llama", architectures=["LlamaForCausalLM"])
 
 
 def is_quantized(folder):

@@ -50,8 +50,7 @@ def read_text(path, advice="give a file of UTF-8 text", newline=None):
         content = io.BytesIO(read_bytes(path, advice))
         return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline).read()
     except UnicodeDecodeError as error:
-        message = f"{path} cannot be read as UTF-8 text ({reason(error)}): {advice}."
-        raise InputError(message) from None
+        raise InputError(f"{path} is not UTF-8 text ({reason(error)}): {advice}.") from None
 
 
 def parse_json(text):

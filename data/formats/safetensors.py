@@ -29,10 +29,7 @@ ENTRY = {  # the fields of a tensor
 
 
 def read_header(path):
-    """Check a file's header: {name: (dtype, shape, begin, end)} and the metadata {name: text}.
-
-    begin and end count from the start of the file.
-    """
+    """Check a header: {name: (dtype, shape, begin in the file, end)} and its metadata."""
     advice = "give a safetensors file"
     bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
     size = file_size(path, advice)
@@ -82,11 +79,10 @@ def map_tensor(path, dtype, shape, offset):
     if not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    nbytes = math.prod(shape) * dtype.itemsize
-    length, access = offset - start + nbytes, mmap.ACCESS_COPY
+    length = offset - start + math.prod(shape) * dtype.itemsize
     try:
         with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), length, access=access, offset=start)
+            view = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
     except (OSError, ValueError) as error:  # the file is gone, or the memory is full
         message = f"{path} cannot be read ({reason(error)}): close other programs."
         raise InputError(message) from None
@@ -124,8 +120,7 @@ def write_safetensors(path, tensors, metadata=None):
 def check_values(tensor, dtype, name):
     """Return a tensor, or refuse it if `dtype` cannot hold its values: NaN, infinite or too large.
 
-    tensor: floats, or a `Quantized4bit`, whose outer scales bound its values
-    name: names the tensor in a message
+    tensor: floats, or a `Quantized4bit`, whose outer scales bound its values; name: for messages
     """
     values = tensor
     if isinstance(tensor, Quantized4bit):

@@ -32,15 +32,15 @@ NUMBERS = r"\p{N}+|[^\p{N}]+"
 @cache
 def character_classes():
     """Return {"\\p{L}": the ranges of all letters, ...} for use in the brackets of a regex."""
-    ranges = {"L": "", "N": ""}
-    points = range(sys.maxunicode + 1)
-    for kind, run in groupby(points, lambda point: unicodedata.category(chr(point))[0]):
-        if kind in ranges:
-            first, *_, last = [*run] * 2
-            ranges[kind] += f"\\U{first:08x}-\\U{last:08x}"
     # Python's own \s also matches four control characters, U+001C to U+001F.
     spaces = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-    return {r"\p{L}": ranges["L"], r"\p{N}": ranges["N"], r"\s": spaces}
+    classes = {r"\p{L}": "", r"\p{N}": "", r"\s": spaces}
+    name = lambda point: r"\p{%s}" % unicodedata.category(chr(point))[0]
+    for kind, run in groupby(range(sys.maxunicode + 1), name):
+        if kind in classes:
+            first, *_, last = [*run] * 2
+            classes[kind] += f"\\U{first:08x}-\\U{last:08x}"
+    return classes
 
 
 @cache
@@ -53,15 +53,11 @@ def word_pattern(regex):
     return re.compile(regex)
 
 
-def visible_bytes():
-    """List the files' characters for the 256 bytes: visible Latin-1, and U+0100 and up."""
-    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in visible else next(others)) for byte in range(256)]
-
-
-BYTES = visible_bytes()
-BYTE_OF = {character: byte for byte, character in enumerate(BYTES)}
+# The files' characters for the 256 bytes: visible Latin-1, and U+0100 and up for the other bytes
+VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+BYTE_OF = {chr(byte): byte for byte in VISIBLE}
+BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(OTHERS)}
 
 
 def to_bytes(token):
@@ -89,7 +85,7 @@ class BytePairs:
         self.cached = lru_cache(MOST_WORDS)(self.encode_word)
         self.patterns = [word_pattern(regex) for regex in words]
         self.nfc, self.whole_words = nfc, dict(whole_words)
-        self.byte_ids = [vocab.get(character, unknown) for character in BYTES]
+        self.byte_ids = {byte: vocab.get(character, unknown) for character, byte in BYTE_OF.items()}
         self.ranks = {(vocab[a], vocab[b]): rank for rank, (a, b) in enumerate(merges)}
         self.merged = [vocab[a + b] for a, b in merges]
 

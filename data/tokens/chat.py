@@ -8,7 +8,7 @@ The markers in the folder's chat template choose the format:
     ChatML     <|im_start|>user\\n..<|im_end|>\\n               SmolLM2, Qwen2, Qwen2.5
     LLaMA-3    <|start_header_id|>user<|end_header_id|>\\n\\n..<|eot_id|>       also 3.1 and 3.2
     LLaMA-2    <s>[INST] .. [/INST] answer </s>
-    plain      `frame`, for a base model without a template; a merged model stores it as a template
+    plain      `frame`, if there is no template; a merged model stores it as a template
 The loss counts an answer and the token that ends it, so that the model learns to stop.
 
 differs from the templates: answers are encoded separately from the prompt, as in generation. The
@@ -34,17 +34,14 @@ class ChatTemplate:
     system: str = ""
 
     def parts(self, messages, tokenizer):
-        """Format a conversation, and the start of an answer if its last message is not one.
-
-        `Refused` gives the reason if the template cannot format it.
-        """
+        """Format a conversation, or raise `Refused`; after a question, an answer is begun."""
         if self.name not in FORMATS:
             return plain(messages, tokenizer)
         messages = [{**m, "content": with_input(m)} for m in messages]
         return FORMATS[self.name](messages, tokenizer, self.system)
 
     def encode(self, messages, tokenizer):
-        """Encode a conversation: its ids, and for each whether it belongs to an answer."""
+        """Encode a conversation: its ids, and for each whether it is in an answer."""
         ids, inside = [], []
         for part, answer in self.parts(messages, tokenizer):
             new = [part] if isinstance(part, int) else tokenizer.encode(part)
@@ -136,10 +133,7 @@ FORMATS = {"ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2}  # all others
 
 
 def turns(messages, header, end, after=()):
-    """Put each message between its role's header and the end token.
-
-    A question is one string with the text before it, as in the template.
-    """
+    """Put each message between its role's header and the end token, a question in one string."""
     parts, outside = [], lambda *texts: [(text, False) for text in texts]
     for message in messages:
         *head, last = header(message["role"])
