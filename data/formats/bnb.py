@@ -34,7 +34,7 @@ def read_weight(where, codes, mine, quant):
 
     where: names the file and the weight; quant: --quant, which must be the weight's own format
     """
-    refuse = lambda why: InputError(f"{where} {why}: get the folder anew.")
+    refuse = lambda why: InputError(f"{where} {why}: download the folder again.")
     nested = "nested_absmax" in mine
     needed = FIELDS if nested else FIELDS[:2]
     states = [n for n in mine if n.startswith(STATE)]
@@ -74,7 +74,7 @@ def read_state(where, tensor, table):
         if not TABLE.fits(state):
             raise ValueError("it is not a table")
     except ValueError as error:
-        message = f"{where} cannot be read as JSON ({error}): get the folder anew."
+        message = f"{where} cannot be read as JSON ({error}): download the folder again."
         raise InputError(message) from None
     return {name: field(where, state, name, *kind) for name, kind in table.items()}
 

@@ -121,7 +121,7 @@ def check_sizes(path, config):
         wrong = f"bos_token_id or eos_token_id {max(ids)} is not below vocab_size"
     else:
         return
-    raise InputError(f"{path}: {wrong}: get the file anew.")
+    raise InputError(f"{path}: {wrong}: download it again.")
 
 
 def to_theirs(config):

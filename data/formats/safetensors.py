@@ -132,11 +132,11 @@ def check_values(tensor, dtype, name):
     low, high = (value.item() for value in values.aminmax())  # NaN if any value is NaN
     most = min(torch.finfo(dtype).max, LARGEST_WEIGHT)
     if not -math.inf < low <= high < math.inf:
-        raise InputError(f"{name} has NaN or infinite values: get the file anew.")
+        raise InputError(f"{name} has NaN or infinite values: download it again.")
     if max(-low, high) > most:
         kind = str(dtype).removeprefix("torch.")
         found = f"values from {low:.3g} to {high:.3g}; in {kind} they may be at most {most:.3g}"
-        raise InputError(f"{name} has {found}: give another --dtype, or get the file anew.")
+        raise InputError(f"{name} has {found}: give another --dtype, or download it again.")
     return tensor
 
 

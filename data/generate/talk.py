@@ -1,6 +1,6 @@
 """Answer prompts, and hold conversations that remember their earlier messages.
 
-data/generate/sampling.py says what a model needs.
+The docstring of data/generate/sampling.py lists what a model needs.
 """
 
 import contextlib

@@ -38,7 +38,7 @@ class Tokenizer:
         self.folder, self.special, self.added = folder, special, {**added, **special}
         if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
             most = f"{MOST_ADDED:,} special tokens or one of over {LONGEST_ADDED} letters"
-            raise InputError(f"{folder}: its tokenizer has more than {most}: get it anew.")
+            raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
         self.token_bytes = {**token_bytes, **dict.fromkeys(special.values(), b"")}
         self.vocab_size = max(self.token_bytes) + 1
@@ -87,7 +87,7 @@ class SentencePiece(Tokenizer):
         except (OSError, RuntimeError, ValueError):  # also for a piece that is not UTF-8
             ids = ()
         if not ids or not math.isfinite(scores):
-            raise InputError(f"{path} is not a sentencepiece model, or is empty: get it anew.")
+            raise InputError(f"{path} is not a sentencepiece model, or is empty: get it again.")
         special = {model.id_to_piece(id): id for id in ids if model.is_control(id)}
         bos_id, *_ = end_ids(path.parent, "bos", special, model.bos_id())
         eos_ids = end_ids(path.parent, "eos", special, model.eos_id())
