@@ -35,7 +35,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(params=TEMPLATES)
 def model(request, tmp_path):
-    """(name, folder, tokenizer, template): a small tokenizer with the tokens that a format needs."""
+    """(name, folder, tokenizer, template): a small tokenizer with the tokens of a format."""
     name, text = request.param, TEMPLATES[request.param]
     llama = name.startswith("LLaMA")
     return name, *make_folder(tmp_path, "llama3" if llama else "smollm2", text)
