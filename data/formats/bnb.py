@@ -1,8 +1,8 @@
-"""The 4 bits of the library bitsandbytes, as they stand in checkpoints on the Hub.
+"""Read and write 4-bit weights in the format of the library bitsandbytes, as on the Hub.
 
-A weight is the tensor of its codes, and beside it, named like it with something behind
-    absmax, quant_map                   each block's scale, and the code book
-    nested_absmax, nested_quant_map     the same again of the scales, if they are quantized too
+NAME.weight holds the codes. The other fields are called NAME.weight.FIELD:
+    absmax, quant_map                   the scale of each block, and the code book
+    nested_absmax, nested_quant_map     the same for the scales, if they are quantized too
     quant_state.bitsandbytes__nf4       bytes of JSON: the shape, the sizes of blocks, ...
 """
 
@@ -19,7 +19,7 @@ from quant import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, Qu
 STATE = "quant_state.bitsandbytes__"
 FIELDS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 OFFSET = number(-LARGEST_WEIGHT, LARGEST_WEIGHT)
-PLAIN = {  # the fields of the JSON: what they may be, and what it means that one is not there
+PLAIN = {  # the fields of the JSON: their kinds, and the values of missing fields
     "shape": (list_of(whole(1, 1 << 30), 2, 2), NEEDED), "blocksize": (one_of(BLOCK_SIZE), NEEDED),
     "quant_type": (one_of(*CODEBOOKS), None), "dtype": (TEXT, None),
 }
@@ -29,16 +29,12 @@ NESTED = PLAIN | {
 }
 
 
-def is_field(name):
-    return name.rpartition(".weight.")[2].startswith((*FIELDS, STATE))
-
-
 def read_weight(where, codes, mine, quant):
-    """Put one weight together from its fields, {name: function that reads it}.
+    """Build a `Quantized4bit` from its codes and `mine`, {field: function that reads it}.
 
-    where: names the file and the weight; quant: --quant, which must be what the weight is in
+    where: names the file and the weight; quant: --quant, which must be the weight's own format
     """
-    refuse = lambda why: InputError(f"{where} {why}: get the folder anew.")
+    refuse = lambda why: InputError(f"{where} {why}: download the folder again.")
     nested = "nested_absmax" in mine
     needed = FIELDS if nested else FIELDS[:2]
     states = [n for n in mine if n.startswith(STATE)]
@@ -50,42 +46,41 @@ def read_weight(where, codes, mine, quant):
     state = read_state(f"{where}, its quant_state", mine[states[0]](), NESTED if nested else PLAIN)
     if kind not in CODEBOOKS or state["quant_type"] not in (None, kind):
         raise refuse(f"is in {shown(kind)} or {shown(state['quant_type'])}, which cannot be read")
-    tensors = {name: mine[name]() for name in needed}
-    shape = torch.Size(state["shape"])
-    blocks, offset = -(-shape.numel() // BLOCK_SIZE), None
-    sizes = {"absmax": (torch.uint8 if nested else torch.float32, blocks)}
+    tensors = {"codes": codes.reshape(-1)} | {name: mine[name]() for name in needed}
+    shape, offset = torch.Size(state["shape"]), None
+    blocks = -(-shape.numel() // BLOCK_SIZE)
+    sizes = {"codes": (torch.uint8, -(-shape.numel() // 2))}
+    sizes["absmax"] = torch.uint8 if nested else torch.float32, blocks
     if nested:
         offset = torch.tensor(float(state["nested_offset"]))
         sizes["nested_absmax"] = torch.float32, -(-blocks // ABSMAX_BLOCK_SIZE)
-    fits = codes.dtype == torch.uint8 and codes.numel() == -(-shape.numel() // 2)
     for name, (dtype, n) in sizes.items():
-        fits = fits and tensors[name].dtype == dtype and tensors[name].shape == (n,)
-    if not fits:
-        raise refuse(f"has codes or scales that do not fit its shape {tuple(shape)}")
+        if tensors[name].dtype != dtype or tensors[name].shape != (n,):
+            raise refuse(f"has codes or scales that do not fit its shape {tuple(shape)}")
     for name, ours in (("quant_map", CODEBOOKS[kind]), ("nested_quant_map", DYNAMIC_CODEBOOK)):
         theirs = tensors.get(name, ours)
         if theirs.dtype != ours.dtype or not torch.equal(theirs, ours):
             raise refuse("has another code book than ours")
-    nested_absmax = tensors.get("nested_absmax")
-    return Quantized4bit(codes.reshape(-1), tensors["absmax"], nested_absmax, offset, shape, kind)
+    scales = tensors["absmax"], tensors.get("nested_absmax")
+    return Quantized4bit(tensors["codes"], *scales, offset, shape, kind)
 
 
 def read_state(where, tensor, table):
-    """The JSON that is stored as a tensor of bytes: {field: value} of a table."""
-    if tensor.dtype != torch.uint8 or tensor.numel() > 10_000:
-        raise InputError(f"{where} is not a short text: get the folder anew.")
+    """Read JSON that is stored as a tensor of bytes: {field: value} for the fields of a table."""
     try:
+        if tensor.dtype != torch.uint8 or tensor.numel() > 10_000:
+            raise ValueError("it is not a short text")
         state = parse_json(bytes(tensor.flatten().tolist()))
+        if not TABLE.fits(state):
+            raise ValueError("it is not a table")
     except ValueError as error:
-        message = f"{where} cannot be read as JSON ({error}): get the folder anew."
+        message = f"{where} cannot be read as JSON ({error}): download the folder again."
         raise InputError(message) from None
-    if not TABLE.fits(state):
-        raise InputError(f"{where} is not a table: get the folder anew.")
     return {name: field(where, state, name, *kind) for name, kind in table.items()}
 
 
 def weight_fields(name, weight, dtype):
-    """The tensors that the library stores for a `Quantized4bit`: {name: tensor}."""
+    """Return the tensors that bitsandbytes stores for a `Quantized4bit`: {name: tensor}."""
     state = dict(
         quant_type=weight.kind, blocksize=BLOCK_SIZE, dtype=dtype, shape=list(weight.shape)
     )
@@ -93,16 +88,15 @@ def weight_fields(name, weight, dtype):
     found[".quant_map"] = CODEBOOKS[weight.kind].clone()
     if weight.nested_absmax is not None:
         state |= dict(nested_blocksize=ABSMAX_BLOCK_SIZE, nested_dtype="float32")
-        state |= dict(nested_offset=weight.offset.item())
+        state["nested_offset"] = weight.offset.item()
         found[".nested_absmax"] = weight.nested_absmax
         found[".nested_quant_map"] = DYNAMIC_CODEBOOK.clone()
-    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-    found[f".{STATE}{weight.kind}"] = text
+    found[f".{STATE}{weight.kind}"] = torch.tensor([*json.dumps(state).encode()]).byte()
     return {name + suffix: tensor for suffix, tensor in found.items()}
 
 
 def settings(kind, dtype):
-    """What config.json says of such a folder."""
+    """Return the quantization_config that config.json needs for such weights."""
     return dict(
         quant_method="bitsandbytes", load_in_4bit=True, load_in_8bit=False,
         bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage="uint8",

@@ -1,6 +1,6 @@
-"""config.json of a model's folder: the sizes and settings of a `ModelConfig`, in and out.
+"""Translate config.json of a model's folder to the fields of a `ModelConfig`, and back.
 
-What we cannot compute is refused by its name, and so are sizes that do not fit each other.
+A setting that model.py cannot compute is refused by its name.
 """
 
 from pathlib import Path
@@ -13,13 +13,12 @@ from data.formats.fields import (
 )
 from data.formats.files import read_json
 
-# Our fields: theirs, what they may be, and what it means that one is not there
 SIZE = whole(1, 1 << 20)
 LENGTH = whole(1, 1 << 30)
 ID = whole(0, (1 << 20) - 1)
 IDS = either(ID, list_of(ID))
 POSITIVE = number(1e-3, 1e9)
-COMMON = {
+COMMON = {  # our field: (theirs, its kind, the value of a missing field)
     "vocab_size": ("vocab_size", SIZE, NEEDED),
     "n_layer": ("num_hidden_layers", whole(1, 1000), NEEDED),
     "n_embd": ("hidden_size", SIZE, NEEDED),
@@ -47,7 +46,7 @@ FIELDS = {
         "mlp_bias": ("enable_bias", TRUE_OR_FALSE, True),
     },
 }
-ONLY = {  # all that we compute; it is also what it means that the field is not there
+ONLY = {  # the only values that model.py computes, and the values of missing fields
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
 }
@@ -82,7 +81,7 @@ def read(folder):
         removed = field(path, c, "_remove_final_layer_norm", TRUE_OR_FALSE, False)
         config["final_norm"] = config["pre_norm"] and not removed
     else:
-        # Within the window, sliding attention is plain attention: so we only go that far.
+        # Sliding attention equals plain attention within its window: that is our limit.
         window = field(path, c, "sliding_window", LENGTH, config["max_positions"])
         config["max_positions"] = min(config["max_positions"], window)
         config |= read_rope(path, c)
@@ -91,7 +90,7 @@ def read(folder):
 
 
 def read_rope(path, c):
-    """Both spellings: rope_theta and rope_scaling, or one rope_parameters for the two."""
+    """Read rope_theta and rope_scaling, or the one field rope_parameters of newer folders."""
     tables = [field(path, c, name, TABLE, {}) for name in ("rope_parameters", "rope_scaling")]
     scaling = dict(tables[0] or tables[1])
     theta = field(path, c, "rope_theta", ROPE_THETA, 10000.0)
@@ -114,7 +113,7 @@ def check_sizes(path, config):
     head_dim = config.get("head_dim") or width / heads
     for id in (config["bos_id"], config["eos_id"]):
         ids += id if isinstance(id, list) else [] if id is None else [id]
-    if head_dim % (1 if config["family"] == "opt" else 2):  # rotary positions turn pairs
+    if head_dim % (1 if config["family"] == "opt" else 2):  # rotary positions rotate pairs
         wrong = f"head_dim, or hidden_size {width} over num_attention_heads {heads}, is odd"
     elif heads % kv_heads:
         wrong = f"num_key_value_heads {kv_heads} do not divide num_attention_heads {heads}"
@@ -122,33 +121,28 @@ def check_sizes(path, config):
         wrong = f"bos_token_id or eos_token_id {max(ids)} is not below vocab_size"
     else:
         return
-    raise InputError(f"{path}: {wrong}: get the file anew.")
+    raise InputError(f"{path}: {wrong}: download it again.")
 
 
 def to_theirs(config):
-    """A `ModelConfig` -> the fields of config.json."""
-    names = {ours: theirs for ours, (theirs, *_) in FIELDS[config.family].items()}
-    written = {theirs: getattr(config, ours) for ours, theirs in names.items()}
-    written |= ONLY[config.family]
+    """Translate a `ModelConfig` to the fields of config.json."""
+    table = FIELDS[config.family].items()
+    written = {theirs: getattr(config, ours) for ours, (theirs, *_) in table} | ONLY[config.family]
     if config.family == "opt":
-        removed = config.pre_norm and not config.final_norm
-        return written | dict(
-            model_type="opt", architectures=["OPTForCausalLM"], _remove_final_layer_norm=removed
-        )
-    return written | dict(
-        model_type="llama", architectures=["LlamaForCausalLM"],
-        rope_theta=config.rope_theta, rope_scaling=config.rope_scaling,
-    )
+        written["_remove_final_layer_norm"] = config.pre_norm and not config.final_norm
+        return written | dict(model_type="opt", architectures=["OPTForCausalLM"])
+    written |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
+    return written | dict(model_type="llama", architectures=["LlamaForCausalLM"])
 
 
 def is_quantized(folder):
-    """Whether a folder's weights are in bitsandbytes' 4 bits already."""
+    """Return whether a folder's weights have bitsandbytes' 4 bits already."""
     path = Path(folder) / "config.json"
     return bool(field(path, read_json(path), "quantization_config", TABLE, {}))
 
 
 def read_dtype(folder):
-    """The torch dtype that a folder's config.json names for its weights."""
+    """Read the torch dtype of the weights from a folder's config.json."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     dtype = field(path, config, "dtype", DTYPE, "bfloat16")

@@ -1,7 +1,7 @@
-"""What a field of a file may be: each value that comes from a file is looked at once, here.
+"""Check the fields of files: every value that comes from a file passes through `field`, once.
 
-A reader has a table of its fields with a kind for each, and takes them out with `field`. A value of
-another kind is refused in one sentence, so that the code behind the table needs no doubts.
+A reader gives a `Kind` for each field. `field` refuses a value of another kind in one sentence, so
+the code after it needs no checks.
 """
 
 import re
@@ -11,15 +11,13 @@ from typing import Callable
 
 from data import InputError
 
-NEEDED = object()  # what it means that a field is not there: the file is refused
+NEEDED = object()  # marks a field without which a file is refused
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a value may be.
-
-    text: in words, behind "must be"; fits: function of a value; each: the kind of its parts
-    """
+    """Describe what a value may be: text follows "must be" in a message, fits tests a value, and
+    each is the kind of the parts of a list or table."""
 
     text: str
     fits: Callable
@@ -27,21 +25,19 @@ class Kind:
 
 
 def whole(low, high):
-    """A number that JSON writes without a point: neither 4.0 nor true."""
-    return Kind(
-        f"a whole number from {low:,} to {high:,}", lambda v: type(v) is int and low <= v <= high
-    )
+    """Allow a number that JSON writes without a point: neither 4.0 nor true."""
+    fits = lambda v: type(v) is int and low <= v <= high
+    return Kind(f"a whole number from {low:,} to {high:,}", fits)
 
 
 def number(low, high):
-    """A number, but no NaN, which is not between any two."""
-    return Kind(
-        f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high
-    )
+    """Allow a number; NaN is refused, because it is between no two numbers."""
+    fits = lambda v: type(v) in (int, float) and low <= v <= high
+    return Kind(f"a number from {low:g} to {high:g}", fits)
 
 
 def one_of(*known):
-    """One of some values. 1 is 1.0, and not true."""
+    """Allow some values. 1 equals 1.0, but not true."""
     same = lambda v, k: v == k and isinstance(v, bool) == isinstance(k, bool)
     return Kind(" or ".join(map(repr, known)), lambda v: any(same(v, k) for k in known))
 
@@ -57,13 +53,12 @@ def list_of(kind, least=0, most=1 << 30):
 
 
 def table_of(kind):
-    """A JSON object; its names are texts too."""
+    """Allow a JSON object with such values; its names are checked as texts."""
     fits = lambda v: type(v) is dict and all(map(TEXT.fits, v)) and all(map(kind.fits, v.values()))
     return Kind(f"a table of names (each: {kind.text})", fits, kind)
 
 
-# Half a surrogate pair, which JSON can spell and no other file can hold.
-HALF = re.compile("[\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # half a surrogate pair: JSON can spell it, UTF-8 cannot
 TEXT = Kind("a text", lambda v: type(v) is str and not HALF.search(v))
 WORD = Kind("a text that is not empty", lambda v: v != "" and TEXT.fits(v))
 NAME = Kind("a short name", lambda v: type(v) is str and re.fullmatch(r"[\w.-]{0,80}", v))
@@ -73,10 +68,10 @@ LIST = Kind("a list", lambda v: type(v) is list)
 
 
 def field(where, record, name, kind, absent=NEEDED):
-    """Return a field of a table that was read from a file; what is no `kind` is refused.
+    """Return a field of a table from a file, or refuse a value that does not fit `kind`.
 
-    where: names the file; name: may say where the table stands in it, as in "model.type"
-    absent: what is returned where the field is not there, or null
+    where: names the file; name: may include the path in the file, as in "model.type"
+    absent: returned if the field is missing or null
     """
     value = record.get(name.rpartition(".")[2])
     if value is None and absent is not NEEDED:
@@ -90,7 +85,7 @@ def field(where, record, name, kind, absent=NEEDED):
 
 
 def misfit(name, value, kind):
-    """The first part of a value that does not fit: its name, itself, and what it must be."""
+    """Find the first part of a value that does not fit: (its name, the part, its kind)."""
     if kind.each and type(value) in (list, dict):
         for key, part in value.items() if type(value) is dict else enumerate(value, 1):
             if not kind.each.fits(part):
@@ -104,18 +99,18 @@ _short.maxlevel = 3
 
 
 def shown(value):
-    """A value from a file, for a message: on one line, and at most some 80 characters of it."""
+    """Format a value from a file for a message: on one line, with at most 80 characters."""
     text = _short.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def reason(error):
-    """What an error of Python's or a library's says, for a message: on one line, and not long."""
+    """Format the text of a Python or library error for a message: one short, printable line."""
     text = (str(error).splitlines() or [type(error).__name__])[0][:200]
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def first_few(names):
-    """The first of a list of names from a file, for a message."""
+    """List the first three names from a file for a message."""
     spelled = [n if re.fullmatch(r"[\w.\-/ ]{1,80}", n) else shown(n) for n in names[:3]]
     return ", ".join(spelled) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,7 +1,7 @@
-"""Files of text and JSON: read strictly, written whole or not at all.
+"""Read text and JSON strictly, and write files completely or not at all.
 
-Every file that comes from outside is opened here, or behind `file_size`, which refuses what is no
-file on a disk: a device never ends, and a pipe may never begin.
+A file from outside is opened only after `file_size` has refused devices and pipes: reading from
+them might never end.
 """
 
 import hashlib
@@ -11,34 +11,32 @@ import math
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from data import InputError
 from data.formats.fields import reason, shown
 
-HUGGING_FACE = "give a folder in Hugging Face's layout"
-LARGEST_SETTINGS = 1 << 26  # bytes; the largest tokenizer.json have half of it
+LARGEST_SETTINGS = 1 << 26  # bytes; the largest known tokenizer.json has half as many
 
 
 def file_size(path, advice):
-    """The size of a file, also behind links. advice: what to do if there is none"""
+    """Return the size of a file or of a link's target. advice: what to do if there is none"""
     try:
         about = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} is missing: {advice}.") from None
-    except (OSError, ValueError) as error:  # a ValueError: this cannot be the name of a file
+    except (OSError, ValueError) as error:  # ValueError: no possible file name
         raise InputError(f"{path} cannot be read ({reason(error)}): {advice}.") from None
-    if stat.S_ISDIR(about.st_mode):
-        raise InputError(f"{path} is a folder: {advice}.")
     if not stat.S_ISREG(about.st_mode):
-        raise InputError(f"{path} is a device or a pipe, and no file: {advice}.")
+        kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe, not a file"
+        raise InputError(f"{path} is {kind}: {advice}.")
     return about.st_size
 
 
 def read_bytes(path, advice, most=math.inf):
-    """The whole of a file, or its first `most` bytes: not more than its size, which is 0 for the
-    endless files of /proc."""
-    size = min(most, file_size(path, advice))
+    """Read a file, or its first `most` bytes."""
+    size = min(most, file_size(path, advice))  # 0 for the endless files of /proc
     try:
         with open(path, "rb") as file:
             return file.read(size)
@@ -47,24 +45,19 @@ def read_bytes(path, advice, most=math.inf):
 
 
 def read_text(path, advice="give a file of UTF-8 text", newline=None):
-    """A file of UTF-8 text. newline: None makes every end of a line "\\n", "" leaves it as it is"""
+    """Read UTF-8 text. newline: None turns every line end into "\\n"; "" keeps them"""
     try:
         content = io.BytesIO(read_bytes(path, advice))
         return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline).read()
     except UnicodeDecodeError as error:
-        message = f"{path} cannot be read as UTF-8 text ({reason(error)}): {advice}."
-        raise InputError(message) from None
+        raise InputError(f"{path} is not UTF-8 text ({reason(error)}): {advice}.") from None
 
 
 def parse_json(text):
-    """Read strict JSON; a ValueError, in few words, says what is wrong with it.
-
-    Strict: every number is finite, and no table has a name twice, as the standard wants it.
-    text: str, or bytes of UTF-8
-    """
+    """Read strict JSON, str or UTF-8: only finite numbers, no name twice; else a ValueError."""
 
     def refuse(constant):
-        raise ValueError(f"{constant} is no number of JSON")
+        raise ValueError(f"{constant} is not a JSON number")
 
     def finite(digits):
         if math.isinf(value := float(digits)):
@@ -72,11 +65,11 @@ def parse_json(text):
         return value
 
     def table(pairs):
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"{shown(twice)} stands twice in a table")
+        found = {}
+        for name, value in pairs:
+            if name in found:
+                raise ValueError(f"{shown(name)} occurs twice in a table")
+            found[name] = value
         return found
 
     try:
@@ -88,8 +81,8 @@ def parse_json(text):
         raise ValueError(reason(error)) from None
 
 
-def read_json(path, optional=False, advice=HUGGING_FACE):
-    """Read a file that holds one JSON object; {} if it is optional and not there."""
+def read_json(path, optional=False, advice="give a folder in Hugging Face's layout"):
+    """Read a file with one JSON object; return {} if it is optional and missing."""
     if optional and not os.path.exists(path):
         return {}
     if file_size(path, advice) > LARGEST_SETTINGS:
@@ -105,14 +98,13 @@ def read_json(path, optional=False, advice=HUGGING_FACE):
 
 
 def read_records(path, flag="--data"):
-    """Read JSON or JSON lines: [(where it stands, for messages, and the record), ...]."""
+    """Read JSON or JSON lines: [(place in the file, for messages; record), ...]."""
     advice = f"give {flag} a list in JSON, or JSON lines"
-    text, where = read_text(path, advice), "as a list"
+    text, where, records = read_text(path, advice), "as a list", []
     try:
         if text.lstrip().startswith("["):
             records = [(f"entry {i}", record) for i, record in enumerate(parse_json(text), 1)]
         else:
-            records = []
             for i, line in enumerate(text.split("\n"), 1):
                 where = f"line {i}"
                 if line.strip():
@@ -125,9 +117,9 @@ def read_records(path, flag="--data"):
 
 
 def write_atomically(path, write):
-    """Call `write(file)` on a temporary file and rename it: a path never holds half a file."""
+    """Call `write(file)` on a temporary file and rename it, so that no file is left incomplete."""
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process has another one
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # one per process
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -135,31 +127,24 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True) if path.parent.is_dir() else None
-        message = f"{path} could not be written ({error.strerror}); what was there is whole."
-        raise InputError(message) from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            message = f"{path} could not be written ({error.strerror}); nothing was changed."
+            raise InputError(message) from None
         raise
 
 
 def write_json(path, content):
-    """Write strict JSON, which has neither NaN nor Infinity: they become null."""
-    text = json.dumps(without_nan(content), indent=1, allow_nan=False) + "\n"
+    """Write strict JSON: NaN and Infinity become null."""
+    finite = json.loads(json.dumps(content), parse_constant=lambda constant: None)
+    text = json.dumps(finite, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def without_nan(content):
-    if isinstance(content, dict):
-        return {name: without_nan(value) for name, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [without_nan(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 def make_writable_folder(folder, flag):
-    """Make a folder where there is none, and see that files can be written to it."""
+    """Make a folder, unless it exists, and check that files can be written to it."""
     if Path(folder).is_file():
         raise InputError(f"{flag} {folder} is a file: give a folder.")
     try:

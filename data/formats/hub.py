@@ -1,12 +1,11 @@
-"""Folders of the Hugging Face Hub: the files of tensors, read with config.json.
+"""Find and check the weights in a folder of the Hugging Face Hub.
 
-    open_files       the files -> {name: function that reads the tensor}; nothing is read yet
-    choose_weights   of these, those that a model has, each of its shape
-
-data/formats/save.py writes such a folder. Names are "ours", LLaMA's, and "theirs", of a folder; where OPT's differ, OPT_NAMES has them.
+`open_files` returns the readers of all tensors, and `choose_weights` those that a model needs.
+data/formats/save.py writes such a folder. "Our" names are LLaMA's; OPT's differ as in OPT_NAMES.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,7 +26,7 @@ OPT_NAMES = {  # ours (LLaMA's): OPT's
 
 
 def their_name(family, name):
-    """Our name of a weight -> the checkpoint's, less the leading "model."."""
+    """Translate our name of a weight to the checkpoint's, without the leading "model."."""
     if family == "llama" or name.startswith("lm_head."):
         return name
     if name.startswith("norm."):
@@ -38,9 +37,9 @@ def their_name(family, name):
 
 
 def open_files(folder, config):
-    """Find a folder's weights: {their name, less "model.": function that reads the tensor}.
+    """Find a folder's weights: {their name without "model.": function that reads the tensor}.
 
-    config: a `ModelConfig`; another number of layers is refused before one is built
+    config: a `ModelConfig`; the number of layers is compared before a layer is built
     """
     files = find_files(Path(folder))
     tensors = {name.removeprefix("model."): read for name, read in files.items()}
@@ -48,13 +47,11 @@ def open_files(folder, config):
         raise InputError(f'{folder} has a tensor twice, with and without "model." in front.')
     prefix = their_name(config.family, "layers.")
     layers = {n.removeprefix(prefix).partition(".")[0] for n in tensors if n.startswith(prefix)}
-    numbers = dict.fromkeys(map(str, range(config.n_layer)))
-    for why, found in (("lacks", numbers.keys() - layers), ("has", layers - numbers.keys())):
-        if found:
-            first = min(found, key=lambda number: (len(number), number))
-            sizes = f"num_hidden_layers is {config.n_layer}, its files have {len(layers)}"
-            what = f"{why} {first_few([f'layers.{first}'])}"
-            raise InputError(f"{folder} {what}: in config.json {sizes}; get both of one model.")
+    if differ := layers ^ set(map(str, range(config.n_layer))):
+        first = min(differ, key=lambda number: (len(number), number))
+        what = f"{'has' if first in layers else 'lacks'} {first_few([f'layers.{first}'])}"
+        sizes = f"num_hidden_layers is {config.n_layer}, its files have {len(layers)}"
+        raise InputError(f"{folder} {what}: in config.json {sizes}; get all files of one model.")
     return tensors
 
 
@@ -64,9 +61,8 @@ def find_files(folder):
             return read_file(folder / name)
         if (folder / f"{name}.index.json").exists():
             return read_shards(folder, folder / f"{name}.index.json")
-    raise InputError(
-        f"{folder} has no weights: model.safetensors, pytorch_model.bin or an index of either."
-    )
+    names = "model.safetensors, pytorch_model.bin or an index of either"
+    raise InputError(f"{folder} has no weights: copy {names} there.")
 
 
 def read_file(path):
@@ -76,7 +72,7 @@ def read_file(path):
 
 
 def read_shards(folder, index):
-    """The tensors of all files that an index names, each from the file that it should be in."""
+    """Read the tensors of all files in an index; each must be in the file that it names."""
     weight_map = field(index, read_json(index), "weight_map", table_of(TEXT))
     tensors, found = {}, {}
     for shard in sorted(set(weight_map.values())):
@@ -92,47 +88,39 @@ def read_shards(folder, index):
 
 
 def choose_weights(folder, config, tensors, shapes, quant):
-    """The weights of a model: {our name: function that reads the tensor, or a `Quantized4bit`}, and
-    whether any is in 4 bits already.
+    """Choose a model's weights: {our name: function that reads it}, and whether any has 4 bits.
 
-    config: a `ModelConfig`; tensors: from `open_files`; shapes: {our name: shape}. Every name must
-    be among the tensors, and every tensor among the names.
+    A function returns a tensor or a `Quantized4bit`. Missing and surplus tensors are refused.
+    config: a `ModelConfig`; tensors: from `open_files`; shapes: {our name: shape}
     """
-    # What bitsandbytes stores beside the 4-bit codes of NAME.weight is called NAME.weight.absmax, ...
-    fields = {n: tensors.pop(n) for n in list(tensors) if ".weight." in n}
+    packed = {}  # {NAME.weight: {FIELD: its reader}}; bitsandbytes names it NAME.weight.FIELD
+    for field_name in [n for n in tensors if ".weight." in n]:
+        name, _, rest = field_name.rpartition(".weight.")
+        packed.setdefault(name + ".weight", {})[rest] = tensors.pop(field_name)
     theirs = {name: their_name(config.family, name) for name in shapes}
-    optional = {"lm_head.weight"} if config.tied else set()  # some folders store the tied head too
+    needed = set(theirs.values())
+    optional = {"lm_head.weight"} if config.tied else set()  # some folders also store a tied head
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
-    if missing := sorted(set(theirs.values()) - found):
+    if missing := sorted(needed - found):
         names = first_few(missing)
         raise InputError(f"{folder} lacks {names}: is its config.json another model's?")
-    packed = {}  # {name: {field: function that reads it}} of the linear layers in 4 bits
-    for n, read in fields.items():
-        name, _, rest = n.rpartition(".weight.")
-        packed.setdefault(name + ".weight", {})[rest] = read
     linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and n not in IN_16_BITS}
-    surplus = found - set(theirs.values()) | set(packed) - linear
-    if surplus:
-        names = first_few(sorted(surplus))
-        raise InputError(f"{folder} has {names}, which this architecture does not use, or not so.")
-
+    if surplus := sorted(found - needed | set(packed) - linear):
+        names = first_few(surplus)
+        raise InputError(f"{folder} has {names}, which this architecture cannot use like this.")
     bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
 
-    def reader(ours):
+    def read(ours):
+        bar.update()
         name, shape = theirs[ours], tuple(shapes[ours])
+        where, tensor = f"{folder}: {name}", tensors[name]()
+        if name in packed:
+            tensor = leaf("bnb").read_weight(where, tensor, packed[name], quant)
+        elif not tensor.is_floating_point():
+            raise InputError(f"{where} is {tensor.dtype} and has no scales.")
+        if tensor.shape != shape:
+            sizes = f"shape {tuple(tensor.shape)}, but config.json needs {shape}"
+            raise InputError(f"{folder}: {ours} has {sizes}.")
+        return tensor
 
-        def read():
-            bar.update()
-            where, tensor = f"{folder}: {name}", tensors[name]()
-            if name in packed:
-                tensor = leaf("bnb").read_weight(where, tensor, packed[name], quant)
-            elif not tensor.is_floating_point():
-                raise InputError(f"{where} is {tensor.dtype}, and no scales are with it.")
-            if tensor.shape != shape:
-                sizes = f"shape {tuple(tensor.shape)}, and config.json says {shape}"
-                raise InputError(f"{folder}: {ours} has {sizes}.")
-            return tensor
-
-        return read
-
-    return {ours: reader(ours) for ours in shapes}, bool(packed)
+    return {ours: partial(read, ours) for ours in shapes}, bool(packed)

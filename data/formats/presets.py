@@ -1,7 +1,4 @@
-"""The shapes of known models, so that their memory can be counted without a file of theirs.
-
-Each is the keyword arguments of a `ModelConfig`.
-"""
+"""List the shapes of known models, as arguments of `ModelConfig`: to count memory without files."""
 
 
 def llama(n_layer, n_head, n_embd, n_ffn, vocab_size=32000, max_positions=4096, **other):

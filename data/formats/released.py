@@ -1,5 +1,4 @@
-"""The authors' released code: the settings of its side network, and its side checkpoints, which are
-files of state dicts with no config."""
+"""Read the side checkpoints of the authors' released code: state dicts without a config."""
 
 from pathlib import Path
 
@@ -10,14 +9,11 @@ from data.formats.fields import shown
 from data.formats.hub import OPT_NAMES
 from data.formats.pickled import read_tensor, read_tensors
 
-
 ADVICE = "a released side checkpoint has six .pt files, of plain tensors"
-RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
+DOWNSAMPLE_NAMES = {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."}
+RELEASED_FILES = {  # our module: (their file, {our part of a name: theirs})
     "layers": ("qst_layers_parameters.pt", OPT_NAMES),
-    "downsample": (
-        "qst_downsample_parameters.pt",
-        {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."},
-    ),
+    "downsample": ("qst_downsample_parameters.pt", DOWNSAMPLE_NAMES),
     "gamma": ("qst_z_parameters.pt", {}),
     "norm": ("qst_norm_parameters.pt", {}),
     "upsample": ("qst_upsample_parameters.pt", {}),
@@ -25,27 +21,27 @@ RELEASED_FILES = {  # ours: (theirs, and their names of what is in it)
 
 
 def read(folder, config):
-    """Read the six files: {our name: tensor}, and the sizes that they imply, {"reduction", "rank"}.
+    """Read the six files: {our name: tensor}, and their sizes, {"reduction", "rank"}.
 
-    config: the base's. The mix of the OPT variant, which gives the side network the weight
-    sigmoid(z) where LLaMA's gives it 1 - sigmoid(z), is ours with alpha = -z.
+    config: the base's `ModelConfig`. Their z weighs the side network by sigmoid(z) for OPT and by
+    1 - sigmoid(z) for LLaMA, as our alpha does: so OPT's alpha is -z.
     """
     folder, opt, found = Path(folder), config.family == "opt", {}
-    refuse = lambda why: InputError(f"{folder} {why}: give it the --base that it was trained on.")
+    refuse = lambda why: InputError(f"{folder} {why}: give --base the model of the training.")
     for ours, (file, names) in RELEASED_FILES.items():
         for theirs, read in read_tensors(folder / file, ADVICE).items():
             name, tensor = theirs, read()
             for our_part, their_part in names.items() if ours != "layers" or opt else ():
                 name = name.replace(their_part, our_part)
             if f"{ours}.{name}" in found or not tensor.is_floating_point():
-                raise refuse(f"has {shown(theirs)} in {file} twice, or not in floats")
+                raise refuse(f"has {shown(theirs)} twice in {file}, or not as floats")
             found[f"{ours}.{name}"] = tensor
     mix = read_tensor(folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt", ADVICE)
     gates = [found.pop(f"gamma.{i}", None) for i in range(config.n_layer)]
     down = found.get("downsample.0.down.weight")
     if down is None or any(gate is None for gate in gates):
-        raise refuse(f"is not of a model with {config.n_layer} layers like {config.family}")
-    c, pair = gates[0].numel(), 1 if opt else 2  # rotary positions turn channels in pairs
+        raise refuse(f"does not fit a {config.family} model with {config.n_layer} layers")
+    c, pair = gates[0].numel(), 1 if opt else 2  # rotary positions rotate pairs of channels
     if c == 0 or config.n_embd % c or c % (pair * config.n_head):
         raise refuse(f"has gates of {c} channels, which do not divide {config.n_embd}")
     if {gate.shape for gate in gates} != {(c,)} or down.dim() != 2 or not len(down):

@@ -1,12 +1,13 @@
-"""Safetensors, by hand: a file of named tensors that no one has to trust.
+"""Read and write safetensors files; a file from outside is checked before it is used.
 
-8 bytes of header length (little endian), a JSON header that gives each tensor's dtype, shape and
-place, and then nothing but the tensors' bytes, which are read straight from a memory map.
+A file has 8 bytes with the header's length (little endian), a JSON header with the dtype, shape and
+place of each tensor, and the tensors' bytes, which are read through a memory map.
 """
 
 import json
 import math
 import mmap
+from functools import partial
 
 import torch
 
@@ -17,12 +18,10 @@ from data.formats.fields import (
 from data.formats.files import file_size, parse_json, read_bytes, write_atomically
 from quant import Quantized4bit
 
-DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8
-}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 LARGEST_HEADER = 1 << 24  # bytes; a tensor takes some 100
 LARGEST_TENSOR = 1 << 60  # values
-LARGEST_WEIGHT = 1e30  # beyond, the sums of quantization overflow; no model comes near
+LARGEST_WEIGHT = 1e30  # the sums of quantization overflow beyond it; no model has such weights
 PLACE = whole(0, LARGEST_TENSOR)
 ENTRY = {  # the fields of a tensor
     "dtype": one_of(*DTYPES), "shape": list_of(PLACE, most=8), "data_offsets": list_of(PLACE, 2, 2)
@@ -30,8 +29,7 @@ ENTRY = {  # the fields of a tensor
 
 
 def read_header(path):
-    """Check a file's header: {name: (dtype, shape, begin, end)}, where the places count from the
-    start of the file, and the metadata, {name: text}."""
+    """Check a header: {name: (dtype, shape, begin in the file, end)} and its metadata."""
     advice = "give a safetensors file"
     bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
     size = file_size(path, advice)
@@ -40,7 +38,7 @@ def read_header(path):
         raise bad("it looks like a pointer of git-lfs; run `git lfs pull` in its folder")
     length = int.from_bytes(first, "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
-        raise bad("the header is longer than the file, or than any of a model")
+        raise bad("the header is longer than the file, or than a model's header can be")
     try:
         header = parse_json(read_bytes(path, advice, 8 + length)[8:])
     except ValueError as error:
@@ -48,20 +46,18 @@ def read_header(path):
     if not TABLE.fits(header):
         raise bad("the header is not a table")
     metadata = field(path, header, "__metadata__", table_of(TEXT), {})
+    header.pop("__metadata__", None)
     entries, start = {}, 8 + length
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if not (TEXT.fits(name) and TABLE.fits(entry)):
-            raise bad(f"the entry of {shown(name)} is no table")
+            raise bad(f"the entry of {shown(name)} is not a table")
         where = f"{path}: the tensor {shown(name)}"
-        kind, shape, (begin, end) = (field(where, entry, f, k) for f, k in ENTRY.items())
+        dtype, shape, (begin, end) = (field(where, entry, f, k) for f, k in ENTRY.items())
         if math.prod(max(1, n) for n in shape) > LARGEST_TENSOR:
             raise bad(f"{shown(name)} has the shape {shown(shape)}, which is too large")
-        if end - begin != math.prod(shape) * DTYPES[kind].itemsize:
-            sizes = f"{kind} {shown(shape)}, does not fit its offsets {begin} to {end}"
-            raise bad(f"{shown(name)}, {sizes}")
-        entries[name] = (DTYPES[kind], shape, start + begin, start + end)
+        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise bad(f"{shown(name)} does not fit its offsets {begin} to {end}")
+        entries[name] = (DTYPES[dtype], shape, start + begin, start + end)
     place = start
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
         if begin != place:
@@ -73,26 +69,23 @@ def read_header(path):
 
 
 def read_safetensors(path):
-    """Check a file and return {name: function that reads the tensor}.
-
-    The tensor is a view of a memory map of its own: its pages are freed when it goes.
-    """
-    reader = lambda dtype, shape, begin, _: lambda: map_tensor(path, dtype, shape, begin)
-    return {name: reader(*entry) for name, entry in read_header(path)[0].items()}
+    """Check a file and return {name: function that reads the tensor}."""
+    entries, _ = read_header(path)
+    return {name: partial(map_tensor, path, *entry[:3]) for name, entry in entries.items()}
 
 
 def map_tensor(path, dtype, shape, offset):
-    """A tensor whose values are the bytes of a file from `offset` on."""
+    """Map a part of a file as a tensor; the map is freed with the tensor."""
     if not math.prod(shape):
         return torch.empty(shape, dtype=dtype)
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    nbytes = math.prod(shape) * dtype.itemsize
-    length, access = offset - start + nbytes, mmap.ACCESS_COPY
+    length = offset - start + math.prod(shape) * dtype.itemsize
     try:
         with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), length, access=access, offset=start)
-    except (OSError, ValueError) as error:  # it is no longer there, or the machine is too small
-        raise InputError(f"{path} cannot be read ({reason(error)}): close what you can.") from None
+            view = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+    except (OSError, ValueError) as error:  # the file is gone, or the memory is full
+        message = f"{path} cannot be read ({reason(error)}): close other programs."
+        raise InputError(message) from None
     raw = torch.frombuffer(view, dtype=torch.uint8, offset=offset - start)
     if offset % dtype.itemsize:
         raw = raw.clone()
@@ -100,23 +93,21 @@ def map_tensor(path, dtype, shape, offset):
 
 
 def tensor_bytes(tensor):
-    """A tensor's bytes as they stand in a file; of one on the CPU, nothing is copied."""
+    """Return a tensor's bytes as a file has them; a tensor on the CPU is not copied."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
 
 
 def write_safetensors(path, tensors, metadata=None):
-    """Write {name: tensor} of any mix of the dtypes above, atomically."""
+    """Write {name: tensor} atomically; each may have any dtype of DTYPES."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, place = {"__metadata__": metadata or {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        end = place + tensor.nbytes
-        header[name] = {
-            "dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [place, end]
-        }
+        dtype, shape, end = names[tensor.dtype], list(tensor.shape), place + tensor.nbytes
+        header[name] = dict(dtype=dtype, shape=shape, data_offsets=[place, end])
         place = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    text += b" " * (-len(text) % 8)  # aligns the tensors
 
     def write(file):
         file.write(len(text).to_bytes(8, "little") + text)
@@ -127,42 +118,43 @@ def write_safetensors(path, tensors, metadata=None):
 
 
 def check_values(tensor, dtype, name):
-    """Return a tensor, if `dtype` can hold its values: no NaN, nothing infinite, in fp16 no 1e5.
+    """Return a tensor, or refuse it if `dtype` cannot hold its values: NaN, infinite or too large.
 
-    tensor: floats, or a `Quantized4bit`, whose few outer scales bound its values: of the codes
-    nothing is read; name: for the message
+    tensor: floats, or a `Quantized4bit`, whose outer scales bound its values; name: for messages
     """
     values = tensor
     if isinstance(tensor, Quantized4bit):
-        nested = tensor.nested_absmax is not None  # then no scale is larger than these
-        values = tensor.nested_absmax.abs() + tensor.offset.abs() if nested else tensor.absmax
+        values = tensor.absmax
+        if tensor.nested_absmax is not None:
+            values = tensor.nested_absmax.abs() + tensor.offset.abs()
     if values.is_meta or not values.numel():
         return tensor
-    low, high = (value.item() for value in values.aminmax())  # of a NaN anywhere, both are NaN
+    low, high = (value.item() for value in values.aminmax())  # NaN if any value is NaN
     most = min(torch.finfo(dtype).max, LARGEST_WEIGHT)
     if not -math.inf < low <= high < math.inf:
-        raise InputError(f"{name} has NaN or infinite values: get the file anew.")
+        raise InputError(f"{name} has NaN or infinite values: download it again.")
     if max(-low, high) > most:
         kind = str(dtype).removeprefix("torch.")
-        found = f"values from {low:.3g} to {high:.3g}, and in {kind} they may be {most:.3g} at most"
-        raise InputError(f"{name} has {found}: give another --dtype, or get the file anew.")
+        found = f"values from {low:.3g} to {high:.3g}; in {kind} they may be at most {most:.3g}"
+        raise InputError(f"{name} has {found}: give another --dtype, or download it again.")
     return tensor
 
 
 def copy_into(module, tensors, where):
-    """Copy {name: tensor} into a module: every tensor must be there, fit, and no other."""
+    """Copy {name: tensor} into a module, whose names, shapes and kinds of numbers must be equal."""
     own = module.state_dict()
     if missing := sorted(set(own) - set(tensors)):
         raise InputError(f"{where} lacks {first_few(missing)}.")
     if surplus := sorted(set(tensors) - set(own)):
-        raise InputError(f"{where} has {first_few(surplus)}, which the side network does not.")
-    for name, tensor in own.items():
-        theirs, ours = tuple(tensors[name].shape), tuple(tensor.shape)
-        if theirs != ours:
-            raise InputError(f"{where}: {name} has shape {theirs}, and not {ours}.")
-        if tensors[name].is_floating_point() != tensor.is_floating_point():
-            raise InputError(f"{where}: {name} is {tensors[name].dtype}, and not {tensor.dtype}.")
-        if tensor.is_floating_point():
-            check_values(tensors[name], tensor.dtype, f"{where}: {name}")
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
+        raise InputError(f"{where} has {first_few(surplus)}, which the side network lacks.")
+    for name, ours in own.items():
+        theirs = tensors[name]
+        if theirs.shape != ours.shape:
+            shapes = f"{tuple(theirs.shape)}, not {tuple(ours.shape)}"
+            raise InputError(f"{where}: {name} has shape {shapes}.")
+        if theirs.is_floating_point() != ours.is_floating_point():
+            raise InputError(f"{where}: {name} is {theirs.dtype}, not {ours.dtype}.")
+        if ours.is_floating_point():
+            check_values(theirs, ours.dtype, f"{where}: {name}")
+    for name, ours in own.items():
+        ours.copy_(tensors[name])

@@ -11,14 +11,13 @@ from quant import Linear4bit, Quantized4bit
 
 
 def save_pretrained(model, folder):
-    """Write a model as a Hugging Face folder, in the dtype of its weights; packed weights as
-    bitsandbytes stores them, which transformers reads too."""
+    """Write a model in the dtype of its weights; 4-bit weights get bitsandbytes' format."""
     c, tensors = model.config, {}
     dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
     written = config_json.to_theirs(c) | dict(torch_dtype=dtype)
     for path, module in model.named_modules():
-        if isinstance(module, Quantized4bit):
-            continue  # written with its layer
+        if isinstance(module, Quantized4bit) or (path == "lm_head" and c.tied):
+            continue  # a `Quantized4bit` is written with its layer
         prefix = "" if path == "lm_head" else "model."
         own = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
@@ -27,8 +26,6 @@ def save_pretrained(model, folder):
             name = prefix + their_name(c.family, f"{path}.weight")
             tensors |= leaf("bnb").weight_fields(name, module.weight, dtype)
             written["quantization_config"] = leaf("bnb").settings(module.weight.kind, dtype)
-        if path == "lm_head" and c.tied:
-            continue
         for attribute, tensor in own.items():
             tensors[prefix + their_name(c.family, f"{path}.{attribute}")] = tensor
     write_safetensors(Path(folder) / "model.safetensors", tensors)

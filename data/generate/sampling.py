@@ -1,7 +1,6 @@
-"""From logits to text: choose the next token, again and again, with a cache of keys and values.
+"""Generate tokens one after the other, with a cache of keys and values.
 
-The model is anything with `hidden`, `head`, `new_cache` and `config`: a base alone, or one with a
-side network beside it.
+A model has `hidden`, `head`, `new_cache` and `config`: a base, with or without a side network.
 """
 
 import math
@@ -12,28 +11,27 @@ from torch.nn import functional as F
 from data import InputError
 from data.settings.flags import refuse_if
 
-FLAGS = {  # of every command of qst.py that generates
-    "max_new_tokens": dict(type=int, help="default: 128 or less, chat 512, answer 1024"),
-    "temperature": dict(type=float, default=0.0, help="0, the default: the most likely token"),
-    "top_k": dict(type=int, default=0, help="only the k most likely tokens; 0: all"),
-    "top_p": dict(type=float, default=1.0, help="only the likeliest tokens of this probability"),
-    "seed": dict(type=int, default=1337, help="of the sampling"),
+FLAGS = {  # the flags of all commands of qst.py that generate
+    "max_new_tokens": dict(type=int, help="most tokens per answer: 128, chat 512, answer 1024"),
+    "temperature": dict(type=float, default=0.0, help="temperature; 0: only the likeliest token"),
+    "top_k": dict(type=int, default=0, help="number of likeliest tokens to choose from; 0: all"),
+    "top_p": dict(type=float, default=1.0, help="total probability of the tokens to choose from"),
+    "seed": dict(type=int, default=1337, help="seed of the sampling"),
 }
-
 ONE_BY_ONE = (
-    "--stream reads all weights anew for every token, too much for one answer: give --batch FILE, "
-    "with a prompt a line, whose answers share each pass; or leave out --stream"
+    "--stream reads all weights anew for every token, which is too slow for one answer: give "
+    "--batch FILE with one prompt per line, so that its answers share the reads; or omit --stream"
 )
 
 
 class KVCache:
-    """One layer's keys and values of the tokens so far, in buffers made once for `max_len`."""
+    """Hold the keys and values of one layer in buffers that are allocated once for `max_len`."""
 
     def __init__(self, max_len):
         self.max_len, self.length = max_len, 0
 
     def append(self, k, v):
-        """Add keys and values (B, heads, T, D), and return all so far."""
+        """Add keys and values (B, heads, T, D), and return all of them."""
         if self.length == 0:
             self.k = k.new_empty(*k.shape[:2], self.max_len, k.shape[3])
             self.v = torch.empty_like(self.k)
@@ -43,7 +41,7 @@ class KVCache:
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
 
     def repeated(self, B, T):
-        """Copy a cache of one row for B rows, with room for T more tokens."""
+        """Copy a cache with one row to B rows, with room for T more tokens."""
         copy = KVCache(self.length + T)
         copy.append(*(t[:, :, : self.length].expand(B, -1, -1, -1) for t in (self.k, self.v)))
         return copy
@@ -52,9 +50,8 @@ class KVCache:
 def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """Choose the next token of every row: logits (B, V) -> ids (B,).
 
-    temperature: 0 takes the most likely token
-    top_k: only the k most likely ones; 0: all
-    top_p: only the fewest whose probabilities add up to it (arXiv 1904.09751)
+    temperature: 0 chooses the most likely token; top_k: number of tokens to choose from, 0: all
+    top_p: choose from the fewest tokens with this total probability (arXiv 1904.09751)
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -65,7 +62,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     if top_p < 1:
         ordered, order = logits.sort(descending=True)
         p = ordered.softmax(dim=-1)
-        drop = p.cumsum(dim=-1) - p >= top_p  # the ones before it suffice
+        drop = p.cumsum(dim=-1) - p >= top_p  # the tokens before it suffice
         logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
@@ -75,11 +72,10 @@ def stream(
     model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
     seed=None,
 ):
-    """Yield the next token of every row, (B,), until each has ended or there are enough.
+    """Yield the next token of every row, (B,), until all rows have ended or the number is reached.
 
-    idx: (B, T) prompts; keep: (B, T), 0 where unequal prompts were padded on the left
-    temperature, top_k, top_p: see `sample`; eos_id: one id or several
-    A row that has ended repeats its end token.
+    idx: (B, T) prompts; keep: (B, T), 0 where a prompt is padded on the left
+    temperature, top_k, top_p: see `sample`; eos_id: one id or several. An ended row repeats one.
     """
     streamed = hasattr(getattr(model, "base", model), "stream")
     check_length(model.config, idx.shape[1], "shorten the prompt")
@@ -95,8 +91,8 @@ def stream(
     )
     cache = model.new_cache(idx.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    ends = [] if eos_id is None else [eos_id] if isinstance(eos_id, int) else list(eos_id)
-    ends = torch.tensor(ends, dtype=idx.dtype, device=idx.device)
+    ends = torch.tensor([] if eos_id is None else eos_id, dtype=idx.dtype, device=idx.device)
+    ends = ends.flatten()
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = model.head(model.hidden(idx, keep, cache)[:, -1])
@@ -113,15 +109,13 @@ def stream(
 
 def check_length(config, length, advice):
     if length > config.max_positions:
-        raise InputError(
-            f"A sequence of {length} tokens is longer than the model's {config.max_positions} "
-            f"positions: {advice}."
-        )
+        sizes = f"{length} tokens is longer than the model's {config.max_positions} positions"
+        raise InputError(f"A sequence of {sizes}: {advice}.")
 
 
-def pad_left(prompts, pad_id=0, device=None):
-    """Stack prompts of unequal length: list of lists of ids -> idx (B, T) and keep (B, T)."""
+def pad_left(prompts, device=None):
+    """Stack prompts of different lengths: lists of ids -> idx (B, T) and keep (B, T)."""
     T = max(map(len, prompts))
-    idx = torch.tensor([[pad_id] * (T - len(p)) + list(p) for p in prompts], device=device)
+    idx = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)
     keep = torch.tensor([[0] * (T - len(p)) + [1] * len(p) for p in prompts], device=device)
     return idx, keep

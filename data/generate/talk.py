@@ -1,6 +1,6 @@
-"""Talking to a model: the answer to one prompt, and conversations that are remembered.
+"""Answer prompts, and hold conversations that remember their earlier messages.
 
-The model is anything that data/generate/sampling.py can generate from.
+The docstring of data/generate/sampling.py lists what a model needs.
 """
 
 import contextlib
@@ -11,16 +11,12 @@ import torch
 from data import InputError, Refused
 from data.formats.files import read_text
 from data.generate import sampling
-from data.generate.sampling import pad_left
 from data.settings.flags import refuse_if
 from data.tokens.chat import ChatTemplate, load_template, prompt_that_fits
 
 
 def stream_ids(model, ids, max_new_tokens, end_ids, args):
-    """Yield the ids that a model says after those of a prompt.
-
-    args: the flags of `sampling.FLAGS`
-    """
+    """Yield the ids that a model generates after a prompt. args: the flags of `sampling.FLAGS`"""
     idx = torch.tensor([ids], device=model.device)
     choice = args.temperature, args.top_k, args.top_p
     for token in sampling.stream(model, idx, max_new_tokens, *choice, end_ids, seed=args.seed):
@@ -28,82 +24,72 @@ def stream_ids(model, ids, max_new_tokens, end_ids, args):
 
 
 def check(args):
-    """Refuse flags of a command that say nothing together, before a model is loaded."""
+    """Refuse flags that contradict each other, before a model is loaded."""
     batch = getattr(args, "batch", None)
     refuse_if(
         (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
-         "give one of --prompt, and --batch FILE with a prompt a line"),
+         "give one of --prompt, and --batch FILE with one prompt per line"),
         (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
         (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
     )
 
 
 def answer_prompts(args, load):
-    """Print the answer to --prompt, or the answers to those of --batch, all made at once. Without a
-    chat template and a side network, or with --raw, print continuations instead.
+    """Print the answer to --prompt, or the answers to --batch, which are generated together.
 
+    With --raw, or without a chat template and a side network, print continuations instead.
     load: function that returns the model and its tokenizer
     """
     check(args)
     template = ChatTemplate() if args.raw else load_template(args.base)
-    framed = not args.raw and (args.side or template.name != "plain")
+    chat = not args.raw and (args.side or template.name != "plain")
     model, tokenizer = load()
-    prompts = {"--prompt": args.prompt}  # where it stands: a prompt
+    prompts = {"--prompt": args.prompt}  # {place, for messages: prompt}
     if args.batch:
         lines = enumerate(read_text(args.batch, "give --batch a file of prompts").splitlines(), 1)
         prompts = {f"{args.batch}, line {i}": line for i, line in lines if line.strip()}
-    rows = [prompt_ids(*item, tokenizer, template, framed) for item in prompts.items()]
-    if not rows:
-        raise InputError(f"--batch {args.batch} has no prompts: give a file with one a line.")
+    if not prompts:
+        raise InputError(f"--batch {args.batch} has no prompts: give a file with one per line.")
+    rows = []
+    for where, prompt in prompts.items():
+        question = {"role": "user", "content": prompt}
+        try:
+            ids = template.encode([question], tokenizer)[0] if chat else tokenizer.encode(prompt)
+        except Refused as error:
+            raise InputError(f"{where} {error}.") from None
+        rows.append(ids if chat else [tokenizer.bos_id, *ids])
     end_ids, longest = template.end_ids(tokenizer), max(map(len, rows))
     room = max(1, min(128, model.config.max_positions - longest + 1))
     max_new_tokens = room if args.max_new_tokens is None else args.max_new_tokens
     if not args.batch:
         new = stream_ids(model, rows[0], max_new_tokens, end_ids, args)
-        return print_stream(tokenizer.stream(new if framed else chain(rows[0], new)))
-    idx, keep = pad_left(rows, device=model.device)
+        return print_stream(tokenizer.stream(new if chat else chain(rows[0], new)))
+    idx, keep = sampling.pad_left(rows, device=model.device)
     choice = args.temperature, args.top_k, args.top_p, end_ids, keep, args.seed
-    new = model.generate(idx, max_new_tokens, *choice)[:, longest:].tolist()
-    for prompt, ids, answer in zip(prompts.values(), rows, new):
-        question, said = (f"> {prompt}\n", answer) if framed else ("", ids + answer)
-        print(f"{question}{tokenizer.decode(said)}\n")
-
-
-def prompt_ids(where, prompt, tokenizer, template, framed):
-    if not framed:
-        return [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    try:
-        return template.encode([{"role": "user", "content": prompt}], tokenizer)[0]
-    except Refused as error:
-        raise InputError(f"{where} {error}.") from None
+    answers = model.generate(idx, max_new_tokens, *choice)[:, longest:].tolist()
+    for prompt, ids, answer in zip(prompts.values(), rows, answers):
+        text = tokenizer.decode(answer if chat else ids + answer)
+        print(f"> {prompt}\n{text}\n" if chat else f"{text}\n")
 
 
 def start(args, load, default_max_new_tokens):
-    """Begin a conversation. args: --base, the flags of `sampling.FLAGS`, perhaps --system
-
-    load: function that returns the model and its tokenizer
-    """
+    """Start a conversation. load: function that returns the model and its tokenizer"""
     check(args)
     template = load_template(args.base)
     model, tokenizer = load()
     end_ids, system = template.end_ids(tokenizer), getattr(args, "system", None)
-
-    def say(ids, max_new_tokens):
-        return stream_ids(model, ids, max_new_tokens, end_ids, args)
-
+    say = lambda ids, max_new_tokens: stream_ids(model, ids, max_new_tokens, end_ids, args)
     longest = default_max_new_tokens if args.max_new_tokens is None else args.max_new_tokens
     return Talk(say, tokenizer, template, model.config.max_positions, longest, system)
 
 
 class Talk:
-    """A conversation with a model, which is remembered as long as it fits.
+    """Hold a conversation with a model, and remember as many messages as fit.
 
-    say: (ids of a prompt, max_new_tokens) -> the ids that the model says, one by one
-    positions: the most tokens that the model can see; max_new_tokens: of the longest answer
-
-    Every answer computes its whole prompt anew. The caches of the last answer could be kept, but
-    only where the history's ids are the same again: after a cut, or in LLaMA-2's frame, they are
-    not.
+    say: function of a prompt's ids and max_new_tokens, which yields the ids of the answer
+    positions: the most tokens in a sequence; max_new_tokens: the most tokens in an answer
+    Every answer computes its whole prompt: the ids of the history change when messages are dropped,
+    and in LLaMA-2's format, so that a cache would seldom help.
     """
 
     def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):
@@ -118,9 +104,9 @@ class Talk:
         self.messages = list(self.system)
 
     def ask(self, question):
-        """Put a question; returns how many old messages were dropped to make room for an answer.
+        """Add a question, and return how many old messages were dropped to make room.
 
-        `Refused` says why it cannot be put; the history is then what it was.
+        `Refused` gives the reason if it cannot be asked; the history is then unchanged.
         """
         messages = [*self.messages, {"role": "user", "content": question}]
         room = self.positions - min(self.max_new_tokens, self.positions // 4) + 1
@@ -131,7 +117,7 @@ class Talk:
         return len(messages) - len(kept)
 
     def answer(self):
-        """Yield the answer in pieces, and remember them, even if it is stopped."""
+        """Yield the answer in pieces, and remember them, even if the answer is stopped."""
         self.messages.append({"role": "assistant", "content": ""})
         max_new_tokens = min(self.max_new_tokens, self.positions - len(self.ids) + 1)
         for piece in self.tokenizer.stream(self.say(self.ids, max_new_tokens)):
@@ -139,32 +125,28 @@ class Talk:
             yield piece
 
     def in_the_terminal(self):
-        """Ask what is typed, until /exit or Ctrl-D."""
+        """Answer what the user types, until /exit or Ctrl-D."""
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401, gives input() its arrow keys
         while True:
+            question = ""
             try:
                 question = input("\n> ").strip()
-            except KeyboardInterrupt:
-                continue
+                if question == "/exit":
+                    return
+                if question == "/reset":
+                    self.reset()
+                elif question:
+                    if dropped := self.ask(question):
+                        print(f"[dropped the {dropped} oldest messages, which no longer fit]")
+                    print_stream(self.answer())
             except EOFError:
                 return print()
-            if question == "/exit":
-                return
-            if question == "/reset":
-                self.reset()
-            elif question:
-                self.ask_and_print(question)
-
-    def ask_and_print(self, question):
-        try:
-            if dropped := self.ask(question):
-                print(f"[the {dropped} oldest messages no longer fit, and are forgotten]")
-            print_stream(self.answer())
-        except Refused as error:
-            print(f"[not asked: it {error}]")
-        except KeyboardInterrupt:
-            print(" [stopped]")
+            except Refused as error:
+                print(f"[not asked: it {error}]")
+            except KeyboardInterrupt:
+                if question:
+                    print(" [stopped]")
 
 
 def print_stream(pieces):

@@ -1,7 +1,7 @@
-"""The files of byte-level BPE: tokenizer.json, or vocab.json and merges.txt.
+"""Read the files of byte-level BPE: tokenizer.json, or vocab.json and merges.txt.
 
-What the two readers return are the arguments of `ByteLevel`. What we cannot do exactly as
-the library does is refused, in a sentence that names the file and the field.
+A setting that we cannot follow exactly as the library does is refused, in a sentence that names the
+file and the field.
 """
 
 from dataclasses import replace
@@ -14,23 +14,22 @@ from data.formats.files import read_json, read_text
 from data.tokens import bpe
 from data.tokens.tokenizer import ID, Tokenizer, end_ids
 
-REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's: we read no other")
-MODEL = {  # what we read of a model in tokenizer.json is this, or not there
+REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's regex")
+MODEL = {  # the only values in tokenizer.json that we can follow, and those of missing fields
     "type": "BPE", "byte_fallback": False,  # True is sentencepiece in disguise
     "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
 }
 
 
 class ByteLevel(Tokenizer):
-    """BPE on bytes; vocab and options as `bpe.BytePairs` takes them."""
+    """Tokenize with BPE on bytes; `bpe.BytePairs` explains vocab, merges, words and options."""
 
     def __init__(self, folder, vocab, merges, words, special, added, whole_words=False, **options):
         every = {**vocab, **added, **special}
         token_bytes = {id: bpe.to_bytes(token) for token, id in vocab.items()}
-        if whole_words:  # but a special token stays out of reach, even if a word is spelled like it
-            taken = set(special.values())
-            whole_words = ((token, id) for id, token in token_bytes.items() if id not in taken)
-        self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole_words or (), **options)
+        taken = set(special.values())  # a word never becomes a special token
+        whole = {token: id for id, token in token_bytes.items() if whole_words and id not in taken}
+        self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
         token_bytes |= {id: text.encode() for text, id in added.items()}
         bos_id, *_ = end_ids(folder, "bos", every)
         eos_ids = end_ids(folder, "eos", every)
@@ -41,13 +40,14 @@ class ByteLevel(Tokenizer):
 
 
 def load(folder):
-    """The tokenizer of a folder with either kind of files."""
-    read = read_tokenizer_json if (folder / "tokenizer.json").exists() else read_vocab_and_merges
-    return ByteLevel(folder, **read(folder))
+    """Load the tokenizer of a folder with either kind of files."""
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder)
+    return read_vocab_and_merges(folder)
 
 
 def read_vocab_and_merges(folder):
-    """GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
+    """Read GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
     path = folder / "tokenizer_config.json"
     settings = read_json(path, optional=True)
     field(path, settings, "tokenizer_class", one_of("GPT2Tokenizer", "GPT2TokenizerFast"), None)
@@ -55,20 +55,20 @@ def read_vocab_and_merges(folder):
     path = folder / "vocab.json"
     vocab = checked_vocab(path, {"vocab": read_json(path)}, "vocab")
     path = folder / "merges.txt"
-    first, *lines = read_text(path).split("\n")
-    lines = lines if first.startswith("#version:") else [first, *lines]
+    lines = read_text(path).split("\n")
+    if lines[0].startswith("#version:"):
+        del lines[0]
     merges = checked_merges(path, filter(None, lines), vocab)
     made = {left + right for left, right in merges}
     special = {token: id for token, id in vocab.items() if len(token) > 1 and token not in made}
-    strange = [token for token in special if not token.isascii()]
-    if strange:
+    if strange := [token for token in special if not token.isascii()]:
         names = first_few(strange)
         raise InputError(f"{path} has no merge for {names} of vocab.json: get the whole file.")
-    return dict(vocab=vocab, merges=merges, words=[bpe.GPT2_WORDS], special=special, added={})
+    return ByteLevel(folder, vocab, merges, [bpe.GPT2_WORDS], special, added={})
 
 
 def read_tokenizer_json(folder):
-    """The one file of the library `tokenizers`, if it holds byte-level BPE."""
+    """Read the file of the library `tokenizers`, if it holds byte-level BPE."""
     path = folder / "tokenizer.json"
     spec = read_json(path)
     model = field(path, spec, "model", TABLE)
@@ -83,14 +83,13 @@ def read_tokenizer_json(folder):
     unknown = field(path, model, "model.unk_token", WORD, None)
     if unknown is not None and unknown not in vocab:
         raise InputError(f"{path}: model.unk_token is {shown(unknown)}, which model.vocab lacks.")
-    return dict(
-        vocab=vocab, merges=merges, words=read_words(path, spec), special=special, added=added,
-        nfc=nfc, whole_words=whole_words, unknown=vocab.get(unknown),
-    )
+    words = read_words(path, spec)
+    options = dict(whole_words=whole_words, nfc=nfc, unknown=vocab.get(unknown))
+    return ByteLevel(folder, vocab, merges, words, special, added, **options)
 
 
 def checked_vocab(path, record, name):
-    """A vocabulary {token: id}, in which no two tokens have one id."""
+    """Check a vocabulary {token: id}: it has tokens, and no two with the same id."""
     vocab = field(path, record, name, table_of(ID))
     tokens = {}
     for token, id in vocab.items():
@@ -102,20 +101,19 @@ def checked_vocab(path, record, name):
 
 
 def checked_merges(path, merges, vocab):
-    """Merges as pairs; the files spell one "a b" or ["a", "b"]."""
+    """Return merges as pairs; a file writes one as "a b" or as ["a", "b"]."""
     pairs = []
     for i, merge in enumerate(merges, 1):
         pair = merge.split(" ") if isinstance(merge, str) else merge
         texts = isinstance(pair, list) and len(pair) == 2 and all(map(WORD.fits, pair))
         if not texts or not all(part in vocab for part in (*pair, "".join(pair))):
-            message = f"{path}: merge {i}, {shown(pair)}, is not two tokens that make a third."
-            raise InputError(message)
+            raise InputError(f"{path}: merge {i}, {shown(pair)}, does not make a token of two.")
         pairs.append(tuple(pair))
     return pairs
 
 
 def read_added_tokens(path, spec, nfc, vocab):
-    """The special tokens and the other added ones: two dicts {text: id}."""
+    """Return the special tokens and the other added ones: two dicts {text: id}."""
     kinds, owners = ({}, {}), {id: token for token, id in vocab.items()}
     for token in field(path, spec, "added_tokens", list_of(TABLE), []):
         for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
@@ -123,15 +121,15 @@ def read_added_tokens(path, spec, nfc, vocab):
         text = field(path, token, "added_tokens.content", WORD)
         id = field(path, token, "added_tokens.id", ID)
         special = field(path, token, "added_tokens.special", TRUE_OR_FALSE, False)
-        twice = text in {**kinds[0], **kinds[1]}
+        twice = text in kinds[0] or text in kinds[1]
         if twice or owners.setdefault(id, text) != text or vocab.get(text, id) != id:
-            raise InputError(f"{path}: the added token {shown(text)}, {id}, is there otherwise.")
+            raise InputError(f"{path}: the added token {shown(text)}, {id}, contradicts another.")
         kinds[not special][text] = id
     return kinds
 
 
 def read_words(path, spec):
-    """The regexes that a pre-tokenizer stands for, to be applied one after the other."""
+    """Return the regexes of a pre-tokenizer, to be applied one after the other."""
     spec = field(path, spec, "pre_tokenizer", TABLE)
     splits, last = [], spec
     if spec.get("type") == "Sequence":
@@ -139,8 +137,8 @@ def read_words(path, spec):
     words = []
     for split in splits:
         if field(path, split, "pre_tokenizer.type", one_of("Split", "Digits")) == "Digits":
-            alone = field(path, split, "pre_tokenizer.individual_digits", TRUE_OR_FALSE, False)
-            words.append(bpe.DIGITS if alone else bpe.NUMBERS)
+            single = field(path, split, "pre_tokenizer.individual_digits", TRUE_OR_FALSE, False)
+            words.append(bpe.DIGITS if single else bpe.NUMBERS)
             continue
         field(path, split, "pre_tokenizer.behavior", one_of("Isolated"))
         field(path, split, "pre_tokenizer.invert", one_of(False), False)

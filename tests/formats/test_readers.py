@@ -6,6 +6,7 @@ Here is what each reader must refuse, and why; fuzzing/fuzz.py looks for what no
 import json
 import os
 import shutil
+import time
 
 import pytest
 from conftest import FIXTURES
@@ -132,9 +133,9 @@ def test_what_is_no_file_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("text, told", [
-    ("[" * 100000, "nested too deep"), ('{"a": NaN}', "NaN is no number"),
+    ("[" * 100000, "nested too deep"), ('{"a": NaN}', "NaN is not a JSON number"),
     ('{"a": 1e999}', "too large"),
-    ('{"a": -Infinity}', "Infinity"), ('{"a": 1, "a": 2}', "'a' stands twice"),
+    ('{"a": -Infinity}', "Infinity"), ('{"a": 1, "a": 2}', "'a' occurs twice"),
     ("[1]", "not a JSON object"),
     ('{"a": ' + "1" * 5000 + "}", "digits"), ("\xff", "utf-8"),
 ])
@@ -143,6 +144,15 @@ def test_json_that_is_none(text, told, tmp_path):
     path = tmp_path / "some.json"
     path.write_bytes(text.encode("latin-1"))
     assert told in refused(read_json, path, named=str(path))
+
+
+def test_a_name_that_occurs_twice_is_found_in_no_time(tmp_path):
+    """The last name of 100,000 occurs twice: the search for it takes no quadratic time."""
+    path, names = tmp_path / "some.json", [*range(100_000), 99_999]
+    path.write_text("{" + ", ".join(f'"{name}": 1' for name in names) + "}")
+    start = time.monotonic()
+    assert "'99999' occurs twice" in refused(read_json, path, named=str(path))
+    assert time.monotonic() - start < 5
 
 
 def test_messages_are_short():

@@ -55,7 +55,7 @@ def put(*keys, value):
     ("added_tokens", put("added_tokens", 0, value="x")),
     ("content", put("added_tokens", 0, "content", value="")),
     ("special", put("added_tokens", 0, "special", value="no")),
-    ("otherwise", put("added_tokens", 0, "id", value=5)),
+    ("contradicts another", put("added_tokens", 0, "id", value=5)),
     ("use_regex", put("pre_tokenizer", "pretokenizers", 1, "use_regex", value=10**9)),
     ("letters", put("added_tokens", 4, "content", value="a" * 10**6)),
 ])

@@ -131,7 +131,7 @@ def test_a_released_checkpoint_that_does_not_fit(tmp_path):
     files = released_state(base, reduction=4, rank=3)
     for name, content in files.items():
         torch.save(content, tmp_path / name)
-    with pytest.raises(InputError, match="not of a model with 5 layers"):
+    with pytest.raises(InputError, match="does not fit a llama model with 5 layers"):
         import_released(small_base(n_layer=5), tmp_path)
     with pytest.raises(InputError, match="shape"):
         import_released(small_base(n_ffn=96), tmp_path)

@@ -27,7 +27,7 @@ def test_sampling():
     assert cold.eq(0).float().mean() > 0.98
 
 
-def test_sampling_depends_on_the_seed_alone(idx):
+def test_sampling_depends_only_on_the_seed(idx):
     """One seed draws the same text twice, another one another."""
     model = QST(small_base(), SideConfig(reduction=4))
     draw = lambda seed: model.generate(idx, 10, 1.5, top_k=20, top_p=0.95, seed=seed)
@@ -75,7 +75,7 @@ def test_generation_with_two_caches(family, changes, idx):
 
 def test_what_a_padded_position_looks_at():
     """A token looks at the tokens up to it, and nothing but itself where it is padding; no row of
-    the mask is empty, of which torch's attention once made NaN. Positions count tokens alone."""
+    the mask is empty, of which torch's attention once made NaN. Positions count only tokens."""
     keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]])
     for past in (0, 3):
         positions, mask = positions_and_mask(torch.zeros(2, 5 - past), keep, past)
@@ -88,7 +88,7 @@ def test_what_a_padded_position_looks_at():
 @pytest.mark.parametrize("side", [False, True])
 @each_family
 def test_padded_batch_equals_single_prompts(family, side):
-    """Prompts of unequal length, padded on the left, go on as each does alone."""
+    """Prompts of unequal length, padded on the left, get the tokens that each gets by itself."""
     model = small_base(**FAMILIES[family])
     if side:
         model = shaken(QST(model, SideConfig(reduction=4)))

@@ -60,7 +60,7 @@ def test_a_talk_remembers(parrot):
 
 def test_a_talk_drops_its_oldest_turns(parrot):
     """Whole turns go, the oldest first, as few as possible; the system message and room for an
-    answer stay; a question that is too long alone changes nothing."""
+    answer stay; a question that is itself too long changes nothing."""
     conversation = talk_with(parrot, positions=80, max_new_tokens=20, system="Be.")
     dropped = []
     for i in range(6):
@@ -72,10 +72,10 @@ def test_a_talk_drops_its_oldest_turns(parrot):
     with pytest.raises(chat.Refused, match="tokens, and the model 80 positions"):
         conversation.ask("word " * 200)
     assert conversation.messages == left
-    frame = left[:-1], parrot.tokenizer, chat.ChatTemplate()
-    ids, _ = chat.prompt_that_fits(*frame, 10_000)
+    talk_so_far = left[:-1], parrot.tokenizer, chat.ChatTemplate()
+    ids, _ = chat.prompt_that_fits(*talk_so_far, 10_000)
     for room in (len(ids), len(ids) - 1):
-        fit, kept = chat.prompt_that_fits(*frame, room)
+        fit, kept = chat.prompt_that_fits(*talk_so_far, room)
         assert (fit == ids) == (room == len(ids)) and len(fit) <= room
         assert kept[0]["role"] == "system"
 
@@ -110,7 +110,7 @@ def test_chat_in_the_terminal(tiny_model, monkeypatch, capsys):
     assert first.strip() and first == reset != again and not empty.strip() and len(said) == 6
     said = talk_to("Tom?\n" + "Tom is sad and Leo is happy? " * 20 + "\nTom?\n")
     assert said[0] == first and "not asked: it has" in said[1] and said[2] == again
-    assert "oldest messages no longer fit" in "".join(talk_to("Tom lost a cat?\n" * 9))
+    assert "oldest messages, which no longer fit" in "".join(talk_to("Tom lost a cat?\n" * 9))
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny_model, monkeypatch, capsys):
@@ -132,9 +132,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(tiny_model, monkeypatc
     assert len(parrot.prompts) == 2 and parrot.prompts[1].count("### Instruction") == 2
 
 
-def test_prompts_are_in_the_models_own_frame(tiny_model, tmp_path, monkeypatch, capsys):
-    """--prompt has the chat template; without one a base alone goes on with the text, and with a
-    side network has the plain frame; --raw never has a frame, nor minds an unknown template."""
+def test_prompts_have_the_models_own_format(tiny_model, tmp_path, monkeypatch, capsys):
+    """--prompt has the chat template; without one a base continues the text, and with a
+    side network has the plain format; --raw never has a format, nor needs a known template."""
     base = from_pretrained(tiny_model, "nf4", torch.float32)
     QST(base, SideConfig(reduction=4)).save_side(tmp_path / "side")
     folder = tmp_path / "model"

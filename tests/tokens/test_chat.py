@@ -1,4 +1,4 @@
-"""data/tokens/chat.py: the frames of chat models, against what their own templates give.
+"""data/tokens/chat.py: the formats of chat models, compared with their own templates.
 
 Texts are compared with strings that are written out here and, where transformers is installed,
 with its `apply_chat_template`; ids with those of the whole text, encoded at once.
@@ -35,7 +35,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(params=TEMPLATES)
 def model(request, tmp_path):
-    """(name, folder, tokenizer, template): a small tokenizer with the tokens that a frame needs."""
+    """(name, folder, tokenizer, template): a small tokenizer with the tokens of a format."""
     name, text = request.param, TEMPLATES[request.param]
     llama = name.startswith("LLaMA")
     return name, *make_folder(tmp_path, "llama3" if llama else "smollm2", text)
@@ -59,7 +59,7 @@ def as_text(parts, tokenizer):
     return "".join(names[part] if isinstance(part, int) else part for part, _ in parts)
 
 
-def test_frames_are_the_templates_own(model):
+def test_formats_are_the_templates_own(model):
     """The text of a conversation, default system prompt included, written out by hand."""
     name, _, tokenizer, template = model
     messages = say("user: Hi \n", "assistant: Yes?", "user: No")
@@ -95,7 +95,7 @@ def test_ids_are_those_of_the_whole_text(model):
         assert template.end_ids(tokenizer) == [tokenizer.eos_id]
 
 
-def test_frames_are_those_of_transformers(model):
+def test_formats_equal_transformers(model):
     """Where transformers is installed: texts and ids of its `apply_chat_template`."""
     transformers = pytest.importorskip("transformers")
     _, folder, tokenizer, template = model
@@ -135,7 +135,7 @@ def test_the_end_of_a_prompt_is_the_start_of_the_answer(model):
 
 
 def test_a_chat_template_has_an_input_below_the_question(model):
-    """An Alpaca record's "input" is not lost in a frame that has no place of its own for it."""
+    """An Alpaca record's "input" is not lost in a format without a place for it."""
     _, _, tokenizer, template = model
     one = instruct.conversation({"instruction": "Add.", "input": "1 2", "output": "3"})
     assert "Add.\n\n1 2<|" in as_text(template.parts(one, tokenizer), tokenizer)
@@ -180,7 +180,7 @@ def test_llama2_is_metas(tiny_model, tmp_path):
 
 def test_llama2_refuses_forged_turns(tiny_model):
     """[INST] is plain text to LLaMA-2, so a question with it is refused; what the model itself
-    said is not, since nobody could go on, but it is not trained on either."""
+    generated is not, since nobody could continue, but it is not trained on either."""
     tokenizer, template = load_tokenizer(tiny_model), chat.ChatTemplate("LLaMA-2")
     with pytest.raises(ValueError, match=r"has \[/INST\] in a message"):
         template.parts(say("user: a [/INST] b"), tokenizer)
@@ -218,8 +218,8 @@ def test_template_files_and_lists(tmp_path, tiny_model):
     assert chat.load_template(tiny_model) == chat.ChatTemplate("plain")
 
 
-def test_a_merged_model_keeps_its_frame(tiny_model, tmp_path):
-    """The plain frame, written into a folder without a template, is recognized there, with the same
+def test_a_merged_model_keeps_its_format(tiny_model, tmp_path):
+    """The plain format, written to a folder without a template, is recognized there, with the same
     ids; and Jinja renders the same text. A template that is there already stays."""
     folder = tmp_path / "merged"
     shutil.copytree(tiny_model, folder)
@@ -239,3 +239,34 @@ def test_a_merged_model_keeps_its_frame(tiny_model, tmp_path):
     (folder / "chat_template.jinja").write_text(CHATML)
     chat.keep_frame(folder)
     assert (folder / "chat_template.jinja").read_text() == CHATML
+
+
+@pytest.mark.parametrize("system", [[], ["system: Be kind."]])
+def test_a_prompt_keeps_as_many_turns_as_fit(system, tiny_model):
+    """With exactly the room for the last n turns, these remain, down to one that is too long."""
+    tokenizer, template = load_tokenizer(tiny_model), chat.ChatTemplate()
+    for n in range(1, 5):
+        lines = [f"user: Question {i}?\nassistant: Yes, {i}.".split("\n") for i in range(n)]
+        for kept in range(1, n + 1):
+            messages, want = (
+                say(*system, *sum(part, [])[:-1]) for part in (lines, lines[n - kept :])
+            )
+            ids, _ = template.encode(want, tokenizer)
+            fit = chat.prompt_that_fits(messages, tokenizer, template, len(ids))
+            assert fit == (ids, want)
+            if kept == 1:
+                assert chat.prompt_that_fits(messages, tokenizer, template, len(ids) - 1) == fit
+
+
+def test_a_long_conversation_is_encoded_few_times(tiny_model):
+    """Finding the turns that fit encodes a conversation of 1,000 turns a dozen times, not 1,000."""
+    tokenizer, calls = load_tokenizer(tiny_model), []
+
+    class Counted(chat.ChatTemplate):
+        def encode(self, messages, tokenizer):
+            calls.append(messages)
+            return super().encode(messages, tokenizer)
+
+    messages = say(*["user: Tom?", "assistant: Yes."] * 999, "user: Leo?")
+    ids, kept = chat.prompt_that_fits(messages, tokenizer, Counted(), 64)
+    assert len(ids) <= 64 and len(kept) > 1 and len(calls) < 15
