@@ -169,7 +169,7 @@ def test_a_run(tiny_model, tmp_path, no_answers, capsys):
     for flags, message in (
         (dict(eval_only=True, repair=8), "--repair needs training examples"),
         (dict(quant="none", repair=8), "--repair corrects a 4-bit base: give --quant nf4"),
-        (dict(method="lora", repair=8), "--repair is of --method"),
+        (dict(method="lora", repair=8), "--repair is for --method"),
         (dict(repair=64), "--repair 64 is more than layers.0.self_attn.q_proj has, 32: give less"),
     ):
         with pytest.raises(InputError, match=message):

@@ -91,7 +91,7 @@ def test_a_side_checkpoint_goes_on_with_another_task(tiny_model, folder, tmp_pat
 def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
     out = tmp_path / "out"
     run(tiny_model, folder, out, task="sst2", shots=1, max_iters=1)
-    with pytest.raises(InputError, match="--shots: --side .* has its own; leave it out"):
+    with pytest.raises(InputError, match="--shots is fixed by --side .*: remove the flag"):
         run(tiny_model, folder, out, task="sst2", side=str(out), eval_only=True, shots=2)
     for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
         with pytest.raises(InputError, match="--shots 2 stand before questions"):
