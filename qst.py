@@ -207,23 +207,22 @@ class Beside:
 
     def __init__(self, models, compiled=False):
         self.models, self.compiled, first = models, compiled, models[0]
-        self.config, self.device = first.config, first.device
-        if len(models) > 1:
+        self.config, self.device, self.several = first.config, first.device, len(models) > 1
+        if self.several:
+            self.base = first.base
             self.side = leaf("sweep").SideNetworks([model.side for model in models])
         self.compute = torch.compile(self.hidden, dynamic=True) if compiled else self.hidden
 
     def hidden(self, idx, keep=None, cache=None):
         """The hidden state of each model."""
-        first, *others = self.models
-        if not others:
-            return [first.hidden(idx, keep, cache)]
-        return forward(first.base.source or first.base, self.side, idx, keep, cache)
+        if self.several:
+            return forward(self.base.source or self.base, self.side, idx, keep, cache)
+        return [self.models[0].hidden(idx, keep, cache)]
 
     def new_cache(self, max_len):
-        first, *others = self.models
-        if not others:
-            return first.new_cache(max_len)
-        return first.base.new_cache(max_len) + self.side.new_cache(max_len)
+        if self.several:
+            return self.base.new_cache(max_len) + self.side.new_cache(max_len)
+        return self.models[0].new_cache(max_len)
 
 
 @torch.no_grad()
@@ -322,18 +321,17 @@ def merge_command(args):
 
 FLAGS = {
     "base": dict(required=True, help="folder of a LLaMA or OPT model"),
-    "side": dict(help="folder of a side checkpoint; without one, the base alone answers"),
-    "quant": dict(help="nf4, fp4, none, int4, int4-64, ...; default: --side's, or nf4"),
-    "dtype": dict(default="auto", help="fp32, bf16, fp16; auto: by the device"),
-    "device": dict(default="auto", help="auto: a GPU where there is one"),
-    "stream": dict(action="store_true", help="the 4-bit layers stay on disk or in host memory"),
-    "batch": dict(help="in place of --prompt, a file with one a line: all are answered at once"),
-    "prompt": dict(help="a question, framed by the chat template of --base; "
-        "without template and --side, a text to go on with"),
-    "raw": dict(action="store_true", help="always go on with the text"),
-    "system": dict(help="a system message before the conversation"),
-    "released": dict(required=True, help="the folder with the authors' six .pt files"),
-    "out": dict(required=True, help="what to write: a folder, or the file of answers"),
+    "side": dict(help="folder of a side checkpoint; without one, only the base answers"),
+    "quant": dict(help="nf4, fp4, none, int4, int4-64, ...; default: that of --side, or nf4"),
+    "dtype": dict(default="auto", help="fp32, bf16 or fp16; auto: by the device"),
+    "device": dict(default="auto", help="cpu, cuda, cuda:1 or mps; auto: a GPU if there is one"),
+    "stream": dict(action="store_true", help="keep the 4-bit layers on disk or in host memory"),
+    "batch": dict(help="file with one prompt per line, answered as one batch"),
+    "prompt": dict(help="your question, formatted with the chat template of --base"),
+    "raw": dict(action="store_true", help="continue the prompt as plain text"),
+    "system": dict(help="system message before the conversation"),
+    "released": dict(required=True, help="folder with the authors' six .pt files"),
+    "out": dict(required=True, help="folder, or file of answers, to write"),
     **sampling.FLAGS,
 }
 BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)

@@ -57,10 +57,6 @@ def pick_dtype(name, device):
     return names[name]
 
 
-# --------------------------------------------------------------------------------------
-# Memory
-
-
 def show_bytes(n):
     """1.2 GB, 3.4 MB, ... (powers of ten)"""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -70,8 +66,7 @@ def show_bytes(n):
 
 
 def peak_memory(device):
-    """Bytes: what torch allocated at most on a GPU, or the largest resident size on a CPU; 0 where
-    neither is known."""
+    """Peak bytes: torch's allocations on a GPU, the resident size on a CPU; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -86,17 +81,13 @@ def model_bytes(module):
     return sum({id(t): t.nbytes for t in tensors}.values())
 
 
-def activation_bytes(model, idx, targets, source=None):
-    """Bytes that a forward pass keeps for the backward pass, each storage counted once.
-
-    The model's own weights are not counted, nor what it makes and drops again.
-    source: of the base's hidden states, for a `QST`
-    """
-    return loss_and_kept(model, idx, targets, source)[1]
+def activation_bytes(*args):
+    return loss_and_kept(*args)[1]
 
 
 def loss_and_kept(model, idx, targets, source=None):
-    """The loss, and its `activation_bytes`."""
+    """The loss, and the bytes that forward stores for backward: each storage once, without the
+    model's own weights. source: of the base's hidden states, for a `QST`"""
     options = {"source": source} if source else {}
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end

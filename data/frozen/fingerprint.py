@@ -29,39 +29,27 @@ def fingerprint(base):
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
     weights = codes.copy()
-    for module in modules(base):
-        for name, tensor in packed(module):
-            part = some(tensor).cpu().numpy().tobytes()
-            weights.update(part)
-            if name == "codes":
-                codes.update(part)
-        for tensor in unpacked(module):
-            part = some(tensor).signbit().cpu().numpy().tobytes()
-            weights.update(part)
+    for name, tensor in tensors_of(base):
+        part = tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+        part = (part if name else part.signbit()).cpu().numpy().tobytes()
+        weights.update(part)
+        if name in ("codes", None):
             codes.update(part)
     hashes = {"codes": codes.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
     return {"quant": quant_kind(base)} | hashes | {"values": sample(base)}
 
 
-def some(tensor):
-    return tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+def tensors_of(base):
+    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others.
 
-
-def packed(module):
-    """The tensors of a quantized weight by name; also of one that devices/stream.py will load."""
-    if not isinstance(module, Linear4bit):
-        return ()
-    return (module.source() if hasattr(module, "source") else module.weight).named_buffers()
-
-
-def unpacked(module):
-    """A module's own tensors that are not quantized."""
-    return [] if isinstance(module, Quantized) else [*module.buffers(recurse=False)]
-
-
-def modules(base):
-    """All modules of a base, without --repair's branches, which belong to the side network."""
-    return [module for path, module in base.named_modules() if not path.endswith(".branch")]
+    --repair's branches are left out, because they belong to the side network.
+    """
+    for path, module in base.named_modules():
+        if isinstance(module, Linear4bit):  # data/devices/stream.py loads a weight from its source
+            weight = module.source() if hasattr(module, "source") else module.weight
+            yield from weight.named_buffers()
+        if not isinstance(module, Quantized) and not path.endswith(".branch"):
+            yield from ((None, tensor) for tensor in module.buffers(recurse=False))
 
 
 def quant_kind(base):
@@ -70,12 +58,11 @@ def quant_kind(base):
 
 
 def sample(base):
-    """Values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
+    """Some values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
     found = []
-    for module in modules(base):
-        for tensor in unpacked(module):
-            at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
-            found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
+    for _, tensor in (pair for pair in tensors_of(base) if pair[0] is None):
+        at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
+        found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
     return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
 
 

@@ -31,9 +31,8 @@ class TrainingLog:
     """
 
     COLUMNS = (
-        "iteration", "loss", "held_out_loss", "learning_rate", "tokens_per_second", "step_ms",
-        "alpha", "gate",
-    )
+        "iteration loss held_out_loss learning_rate tokens_per_second step_ms alpha gate"
+    ).split()
     STATE = (  # what a run that continues needs of the one before it
         "iteration loss held_out_loss loss_before best_loss best_iteration skipped failures tokens"
         " seconds step_ms curves cached_iterations cached_tokens cached_seconds rows"

@@ -46,10 +46,6 @@ def must_skip(optimizer):
     return found_inf is not None and found_inf.item() > 0
 
 
-# --------------------------------------------------------------------------------------
-# What an optimizer keeps of a parameter: {name: (shape, whether in 8 bits)}
-
-
 def adamw_state(p):
     return dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, False))
 

@@ -35,10 +35,9 @@ SCALER = {  # what fp16's GradScaler keeps
     "scale": number(1e-30, 1e30), "growth_factor": number(1, 1e3), "backoff_factor": number(0, 1),
     "growth_interval": whole(1, 1 << 31), "_growth_tracker": whole(0, 1 << 31),
 }
-MAY_DIFFER = (
-    "resume", "out_dir", "max_iters", "device", "stream", "threads", "compile", "log_interval",
-    "samples_interval", "preamble",  # which belongs to the data
-)
+MAY_DIFFER = (  # the preamble belongs to the data
+    "resume out_dir max_iters device stream threads compile log_interval samples_interval preamble"
+).split()
 
 
 def load(run):

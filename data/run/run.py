@@ -28,8 +28,6 @@ class Run:
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=half)
         self.losses = []  # of the batches since the last step
 
-    # A step
-
     def loss(self, h, targets, share):
         """The loss of a batch, scaled for fp16. h: what `hidden` returned
         share: the batch's part of the step's targets
@@ -63,8 +61,6 @@ class Run:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return total, taken
-
-    # The files
 
     def keep_files(self, task, result, shown):
         """Name the files of out_dir. Nothing is written yet.

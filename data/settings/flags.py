@@ -1,11 +1,4 @@
-"""Settings: a dataclass whose fields say what they are and what they may be, and become flags.
-
-    setting         make a field: its default, its help text, its choices and bounds
-    check           refuse values that the fields do not allow
-    from_table      make the dataclass from a table in a file, strictly
-    parse_settings  make the dataclass from the command line, --config and --resume
-    run_main        run a program, and print a user's mistake in one line
-"""
+"""Settings: a dataclass whose fields have help texts and allowed values, and become flags."""
 
 import argparse
 import operator
@@ -111,10 +104,6 @@ SETTINGS_FILE = "settings.json"  # in --out_dir, from the start of a run
 
 def true_or_false(text):
     return ("false", "true").index(text.lower()) == 1  # anything else is a ValueError
-
-
-# --------------------------------------------------------------------------------------
-# The command line
 
 
 class Parser(argparse.ArgumentParser):

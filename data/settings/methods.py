@@ -57,9 +57,6 @@ def check_quant(method, quant, streamed=False):
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
-# --------------------------------------------------------------------------------------
-# Settings of the side network by name: what the paper, LST and --variant set
-
 # The authors' released code. Unlike the paper, it has a gate and a mix per channel, norms, a bias
 # and a shared downsampler. Its mix starts at sigmoid(1) = 0.73: training does not start at the LLM.
 # differs from the released code: our mix is trained on a GPU, too, and OPT's is not swapped.

@@ -144,11 +144,15 @@ def base_folder(make=make_in_child):
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
     for cache in caches():
         folder = cache / f"tiny-{recipe}"
-        if not folder.is_dir() and can_write(cache):
-            make(folder)
         if folder.is_dir():
             return folder
-    raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
+        with contextlib.suppress(InputError):
+            make_writable_folder(cache, "QST_CACHE")
+            break
+    else:
+        raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
+    make(folder)
+    return folder
 
 
 def caches():
@@ -157,14 +161,6 @@ def caches():
         return [Path(chosen)]
     of_user = Path.home() / ".cache" / "qst"
     return [CACHE, of_user, Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
-
-
-def can_write(folder):
-    try:
-        make_writable_folder(folder, "QST_CACHE")
-    except InputError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
