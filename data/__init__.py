@@ -44,6 +44,7 @@ LEAVES = TASKS | {
     "released": "formats.released",  # qst.py import-released
     "talk": "generate.talk",  # qst.py generate, chat
     "mt_bench": "tasks.mt_bench",  # qst.py answer
+    "oasst": "tasks.oasst",  # trees of messages as instructions
 }
 
 

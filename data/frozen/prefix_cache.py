@@ -5,11 +5,7 @@ batch. A `PrefixCache` yields hidden states like the base. If all rows begin wit
 base continues after the prefix's keys and values. The side network reads all positions.
 """
 
-from os.path import commonprefix
-
 import torch
-
-WORTH = 8  # tokens, and a tenth of the whole: for fewer, copies and mask cost what they save
 
 
 class PrefixCache:
@@ -35,12 +31,3 @@ class PrefixCache:
         before = [*self.kept[:-1:every], self.kept[-1]]
         for h, rest in zip(before, self.base.states(idx[:, n:], None, past, every)):
             yield torch.cat([h.expand(B, -1, -1), rest], dim=1)
-
-
-def attach(base, examples):
-    """Give a base a `PrefixCache` of the examples' common prefix, if it is long enough."""
-    lengths = [len(ids) for ids, _ in examples] or [1]
-    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
-    if len(prefix) >= max(WORTH, sum(lengths) / len(lengths) / 10):
-        base.source = PrefixCache(base, prefix)
-    return base

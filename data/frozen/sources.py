@@ -5,17 +5,30 @@ object with a method `states` like the base's own. The layers may come from the 
 (--stream) or stand on several devices (--devices).
 """
 
+from os.path import commonprefix
+
 import torch
 
 from data import leaf
 from data.devices.device import pick_device, pick_dtype
 from data.settings.methods import SIDE_METHODS
 
+SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
+
 
 def first_device(cfg):
     """The device of a batch, and the dtype that the model computes in."""
     names = leaf("placement").parse(cfg.devices) if cfg.devices else [pick_device(cfg.device)]
     return names[0], pick_dtype(cfg.dtype, names[0])
+
+
+def share_prefix(base, examples):
+    """Compute the examples' common prefix once, if it is long enough; returns the base."""
+    lengths = [len(ids) for ids, _ in examples] or [1]
+    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
+    if len(prefix) >= max(SHORTEST_PREFIX, sum(lengths) / len(lengths) / 10):
+        base.source = leaf("prefix_cache").PrefixCache(base, prefix)
+    return base
 
 
 def load_base(from_pretrained, cfg, folder, config, task, runs):
@@ -43,7 +56,7 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
     else:
         base = load(device, cfg.stream)
     if cfg.method in SIDE_METHODS and not cfg.compile:
-        leaf("prefix_cache").attach(base, task.train + task.held_out)
+        share_prefix(base, task.train + task.held_out)
     if cache:
         cache.attach(base, lambda: load(device, cfg.stream))
     return base

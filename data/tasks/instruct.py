@@ -21,13 +21,12 @@ if __name__ == "__main__":  # imports start in the project's folder, two above t
 
 from tqdm import tqdm
 
-from data import IGNORE_INDEX, InputError, Refused
+from data import IGNORE_INDEX, InputError, Refused, leaf
 from data.devices import distributed
 from data.formats.fields import HALF, LIST, TABLE, TEXT
 from data.formats.files import read_records
 from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
-from data.tasks.oasst import best_path, check_message, grow_trees
 from data.tokens.chat import load_template, prompt_that_fits, with_input
 
 ROLES = {
@@ -48,9 +47,7 @@ def conversation(record):
     if "conversations" in record:
         return checked(record["conversations"], "conversations", "from", "value")
     if isinstance(record.get("prompt"), dict):
-        check_message(record)
-        ready = record.get("tree_state") in (None, "ready_for_export")
-        path = best_path(record["prompt"]) if ready else []
+        path = leaf("oasst").best_path(record)
         return checked(path, "prompt", "role", "text") if path else []
     return checked(question_and_answer(record), "", "role", "content")
 
@@ -110,7 +107,7 @@ def read_instructions(path, check=None):
     """
     records, made = read_records(path), []
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
-        records = grow_trees(records, path)
+        records = leaf("oasst").grow_trees(records, path)
     for where, record in records:
         try:
             if one := conversation(record):

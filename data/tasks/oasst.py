@@ -22,12 +22,15 @@ def check_message(node):
             raise Refused(f'has "{name}" {shown(node[name])}, which must be {kind.text}')
 
 
-def best_path(prompt):
-    """Follow the best replies through a tree, from its prompt to an answer.
+def best_path(tree):
+    """Follow the best replies through a tree, from its prompt to an answer; [] if it is unfinished.
 
     The best answer has the lowest rank, and the best question is the first one with an answer.
     """
-    path, questions = [], [prompt]
+    check_message(tree)
+    if tree.get("tree_state") not in (None, "ready_for_export"):
+        return []
+    path, questions = [], [tree["prompt"]]
     while question := next(filter(replies, questions), None):
         answer = replies(question)[0]
         path += [question, answer]

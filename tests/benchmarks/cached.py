@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from benchmarks.common import alone, print_row, print_table
-from data.frozen import prefix_cache
+from data.frozen import sources
 
 FORMS = {
     "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",
@@ -52,7 +52,7 @@ def prefix(*flags):
 
 
 def run_whole(words):
-    prefix_cache.WORTH = math.inf
+    sources.SHORTEST_PREFIX = math.inf
     return run_once(words)
 
 

@@ -241,7 +241,7 @@ def test_the_shape_of_a_folder(tmp_path):
     [
         ("--preset llama-9", "choose smollm2-135m, "),
         ("--preset opt-125m --side x", "leave out --side"),
-        ("--preset opt-125m --method lora --savings", "--savings is of --method qst and lst"),
+        ("--preset opt-125m --method lora --savings", "--savings is for --method qst and lst"),
         ("--preset opt-1.3b --sequence_len 4096", "2048 positions"),
     ],
 )

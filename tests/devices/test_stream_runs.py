@@ -83,9 +83,9 @@ def test_prompts_of_a_file(packed, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(method="qlora", reduction=None), "--stream is of --method qst and lst, and not of qlora"),
-    (dict(devices="cpu,cpu"), "neither for --devices"),
-    (dict(base="", data=""), "--stream needs a --base"),
+    (dict(method="qlora", reduction=None), "--stream is for --method qst and lst, not for qlora"),
+    (dict(devices="cpu,cpu"), "neither with --devices"),
+    (dict(base="", data=""), "--stream needs --base"),
     (dict(quant="fp4"), "is already quantized to nf4: give --quant nf4"),
 ])
 def test_what_cannot_be_streamed(changes, message, cfg):
@@ -116,7 +116,7 @@ def test_no_more_memory():
 
 def test_in_base_methods_are_refused(base):
     stream_from_memory(base, "cpu")
-    with pytest.raises(InputError, match="whose backward reads no weight of the base; that of"):
+    with pytest.raises(InputError, match="whose backward reads no weight of the base; not for --method"):
         qst.tune(base, SideConfig(method="qlora"))
 
 
