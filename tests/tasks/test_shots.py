@@ -96,5 +96,5 @@ def test_shots_and_other_flags(tiny_model, folder, tmp_path):  # noqa: F811
     for wrong in (dict(task="sst2", head="classifier"), dict(task="text")):
         with pytest.raises(InputError, match="--shots 2 needs a GLUE --task"):
             run(tiny_model, folder, out, shots=2, **wrong)
-    with pytest.raises(InputError, match="with which --side .* was trained, stand"):
+    with pytest.raises(InputError, match="of --side .* needs a GLUE --task"):
         run(tiny_model, folder, out, task="text", side=str(out), eval_only=True)
