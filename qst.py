@@ -1,4 +1,4 @@
-"""QST: a frozen base and the side network that reads it, step by step; saving, loading, commands.
+"""QST: the forward pass of a frozen base and its side network, side checkpoints, commands.
 
     python qst.py --base FOLDER --side FOLDER --prompt "..."
     python qst.py chat --base FOLDER --side FOLDER
@@ -32,11 +32,11 @@ from side import IN_BASE_METHODS, LoRALinear, SideConfig, SideNetwork
 
 
 def forward(base, side, idx, keep=None, cache=None):
-    """The forward pass of QST: idx (B, T) -> the hidden state that the LM head reads, (B, T, C).
+    """The forward pass of QST: idx (B, T) -> the input of the LM head, (B, T, C).
 
     base: the frozen `Transformer`, or what yields the same hidden states (data/frozen/sources.py)
     side: a `SideNetwork`, or several as one (data/run/sweep.py), which return a list
-    keep (B, past + T): 0 where a prompt is padded; cache: of `QST.new_cache`, to generate
+    keep (B, past + T): 0 where a prompt is padded; cache: from `QST.new_cache`, to generate
     """
     N = side.n_layer * side.every  # layers of the base; `every` is 1 in the paper
     of_base, of_side = (cache[:N], cache[N:]) if cache else (None, None)
@@ -49,7 +49,7 @@ def forward(base, side, idx, keep=None, cache=None):
         h_f = next(states)
         h_g = side.step(i, h_f, h_g, mask, rope, of_side)
     # differs from the paper: mixed after the final norm, as in the released code. The frozen head
-    # was trained to read that; the paper says no more than "h_f_N".
+    # was trained on normed states. The paper says only "h_f_N".
     h_f = next(states)
     return side.mix(h_f, h_g)
 
@@ -61,7 +61,8 @@ def without_graph(states):
 
 
 class Tuned(LanguageModel):
-    """A frozen base, and in `side` what a method trains inside it; in `QST`, beside it.
+    """A frozen base and its trainable part `side`: inside the base (LoRA, ...), or in the subclass
+    `QST` beside it.
 
     base: a frozen `Transformer`; config: a `SideConfig`, afterwards `side.config`
     """
@@ -78,7 +79,7 @@ class Tuned(LanguageModel):
         self.side = self.make_side(config)
 
     def make_side(self, config):
-        """What the method trains, before training; in-base methods modify the base."""
+        """Make the trainable part. Methods inside the base modify the base."""
         if config.rank > (C := self.config.n_embd):
             raise InputError(f"--rank {config.rank} is more than the base's {C} channels.")
         with torch.device(self.base.device):
@@ -92,13 +93,13 @@ class Tuned(LanguageModel):
                 for layer in self.base.modules():
                     if isinstance(layer, Linear4bit):
                         layer.branch = None  # of an earlier side network
-            labels = config.n_labels  # if there are any, a classifier takes the LM head's place
+            labels = config.n_labels  # if there are any, a classifier replaces the LM head
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
         return side
 
     def hidden(self, idx, keep=None, cache=None):
-        """idx (B, T) -> the state that the LM head reads, (B, T, C)."""
+        """idx (B, T) -> the hidden state that the LM head takes as input, (B, T, C)."""
         return self.base.hidden(idx, keep, cache)
 
     def head(self, h):
@@ -107,7 +108,7 @@ class Tuned(LanguageModel):
         return self.base.head(h) if classifier is None else classifier(h)
 
     def forward(self, idx, targets=None):
-        """idx (B, T), targets (B, T) the ids that follow -> logits (B, T, V), loss or None."""
+        """idx (B, T), targets (B, T), the ids that follow -> logits (B, T, V), loss or None."""
         logits = self.head(self.hidden(idx))
         return logits, None if targets is None else token_loss(logits, targets)
 
@@ -122,10 +123,8 @@ class Tuned(LanguageModel):
         """Do nothing: methods inside the base need no calibration."""
 
     def merge(self, dtype=torch.bfloat16):
-        """One frozen `Transformer` of plain weights that computes what this model computes."""
-        method = self.side.config.method
-        if method not in ("lora", "qlora", "peqa", "full"):
-            raise InputError(f"What --method {method} trains cannot be merged into the base.")
+        """Make one frozen `Transformer` of plain weights that computes the same."""
+        check_mergeable(self.side.config.method)
 
         def read(name):
             path, _, attribute = name.rpartition(".")
@@ -139,14 +138,14 @@ class Tuned(LanguageModel):
         return merged.freeze("none", dtype, self.device, read)
 
     def save_side(self, folder):
-        """Write side.safetensors, which has its settings in it, and side.json, a copy of these."""
+        """Write side.safetensors, with the settings in its metadata, and their copy side.json."""
         tensors = self.side.state_dict()
         checkpoint.write(folder, tensors, self.side.config, self.fingerprint)
 
     def load_side(self, folder):
-        """Replace the side network, settings and all, by a saved one, and return self.
+        """Replace the side network and its settings by saved ones, and return self.
 
-        It must have been trained on this base; every tensor must be there, and no other.
+        It must have been trained on this base, and have exactly the tensors of its settings.
         """
         config, trained_on = read_side(folder)
         if different := differences(trained_on, self.fingerprint):
@@ -162,7 +161,7 @@ class Tuned(LanguageModel):
 
     @staticmethod
     def from_side(base, folder):
-        """A base with what `save_side` left in a folder."""
+        """Load what `save_side` wrote to a folder beside, or into, a base."""
         return tune(base, read_side(folder)[0]).load_side(folder)
 
 
@@ -198,8 +197,7 @@ class QST(Tuned):
 
 
 class Beside:
-    """Models that share a base, which computes once for all of them. What is a tensor of one model
-    is a list here.
+    """Models that share one pass of their base. Results are lists, with one item per model.
 
     models: one `LanguageModel` of any kind, or several `QST`s
     compiled: whether `compute`, which is otherwise `hidden`, is compiled
@@ -225,9 +223,17 @@ class Beside:
         return self.models[0].new_cache(max_len)
 
 
+def check_mergeable(method):
+    if method not in ("lora", "qlora", "peqa", "full"):
+        raise InputError(
+            f"What --method {method} trains cannot be merged into the base. For a merged model, train "
+            "with --method qlora or lora."
+        )
+
+
 @torch.no_grad()
 def full_weight(module):
-    """The weight of a linear layer of any kind as one matrix in fp32."""
+    """The weight of any linear layer as one matrix in fp32."""
     if isinstance(module, LoRALinear):
         up, down = module.pair.up.weight.float(), module.pair.down.weight.float()
         return full_weight(module.linear) + module.scaling * up @ down
@@ -236,12 +242,12 @@ def full_weight(module):
 
 
 def tune(base, config):
-    """Add what a method trains to a base: a side network (`QST`), or modules in it (`Tuned`)."""
+    """Add the trainable part of a method to a base: a `QST`, or for methods inside it a `Tuned`."""
     return (QST if config.method in SIDE_METHODS else Tuned)(base, config)
 
 
 def import_released(base, folder):
-    """The authors' side checkpoint as a `QST` of their architecture, with the tensors' sizes."""
+    """Load the authors' side checkpoint as a `QST` with their architecture."""
     tensors, sizes = leaf("released").read(folder, base.config)
     model = QST(base, SideConfig(**RELEASED, **sizes))
     copy_into(model.side, tensors, folder)
@@ -309,6 +315,7 @@ def merge_command(args):
         raise InputError("merge needs --side: the --out_dir of a run of train.py.")
     if any(Path(args.out).glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
+    check_mergeable(read_side(args.side)[0].method)  # before the base is loaded
     model, _ = load_model(args)
     dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
     leaf("save").save_pretrained(model.merge(dtype), args.out)

@@ -1,14 +1,14 @@
 """Four bits per weight: code books, block-wise quantization, double quantization, `Linear4bit`.
-Integers of 3 or 4 bits, whose scales can learn, are in data/frozen/integers.py.
 
-A weight matrix is cut into blocks of 64 consecutive weights. Of each block we keep the largest
-magnitude, its `absmax`, and of each weight the index of the level nearest to weight / absmax in a
-code book of 16: 4 bits. So `weight ~ codebook[code] * absmax`. NF4, the code book of QLoRA (arXiv
-2305.14314 §3), has its levels where the weights are: at quantiles of the normal distribution.
+A weight matrix is cut into blocks of 64 consecutive weights. For each block we store the largest
+magnitude, its `absmax`. For each weight we store 4 bits: the index of the level nearest to
+weight / absmax in a code book of 16. So `weight ~ codebook[code] * absmax`. NF4, the code book of
+QLoRA (arXiv 2305.14314 §3), has levels where the weights are: at quantiles of N(0, 1).
 
-One fp32 absmax per 64 weights costs 32 / 64 = 0.5 bits per weight. Double quantization shrinks it
-with *the same function*: the absmax values, their mean subtracted, are themselves quantized in
-blocks of 256, to 8 bits. That costs 8 / 64 + 32 / (64 * 256) = 0.127 bits, 4.127 in all.
+One fp32 absmax per 64 weights costs 32 / 64 = 0.5 bits per weight. Double quantization applies *the
+same function* again: the mean of the absmax values is subtracted, and blocks of 256 of them, which
+belong to 16,384 weights, are quantized to 8 bits. That costs 8 / 64 + 32 / (64 * 256) = 0.127 bits
+per weight, so 4.127 in all.
 
 How memory is laid out, for a weight of n values (row-major, rows are outputs)
     codes          uint8 (ceil(n / 2),)        two codes a byte, the first in the high nibble
@@ -16,12 +16,12 @@ How memory is laid out, for a weight of n values (row-major, rows are outputs)
     nested_absmax  fp32  (ceil(n / 64 / 256),) scale of each block of absmax codes
     offset         fp32  ()                    the mean that was subtracted
 
-The bytes are those of the library bitsandbytes, which is what checkpoints on the Hub contain; but
-its absmax codes are off by one step in up to 0.3 % (it searches a grid of 65,536 points), and ours
-are the true nearest. Weights are buffers of an ordinary module, and the product is `F.linear`.
+The bytes are those of the library bitsandbytes, as in checkpoints on the Hub. One difference: up to
+0.3 % of bitsandbytes' absmax codes are off by one step, because it searches a grid of 65,536
+points, and ours are the true nearest. Weights are buffers, and the product is `F.linear`.
 
-Run `python quant.py` to see the code books, the errors and the bits per weight;
-tests/lectures/four_bits.py draws them.
+`python quant.py` prints the code books, the errors and the bits per weight;
+tests/lectures/four_bits.py draws them. data/frozen/integers.py has integers of 3 or 4 bits.
 """
 
 from functools import cache
@@ -49,8 +49,8 @@ NF4_CODEBOOK = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])
 
-# A tiny floating-point number: sign, 2 bits of exponent, 1 of mantissa. In the order of the bit
-# patterns (not sorted), in units of 1/12.
+# A floating-point number with a sign, 2 bits of exponent and 1 of mantissa, in units of 1/12. The
+# order is that of the bit patterns, so it is not sorted.
 FP4_CODEBOOK = torch.tensor([
     0.0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3
 ]) / 12
@@ -84,8 +84,11 @@ def codebook_on(kind, device):
 
 @cache
 def byte_table(kind, device):
-    """For each byte the levels of its two codes, as one 64-bit word: int64 (256,). So one look-up
-    decodes two weights, and `.view(torch.float32)` separates them."""
+    """For each byte of two codes their two levels, as one 64-bit word: int64 (256,).
+
+    byte 0x3C = codes 3 and 12 -> codebook[3], codebook[12]: two fp32 side by side, the first code
+    in front. One look-up decodes two weights, and `.view(torch.float32)` separates them.
+    """
     byte = torch.arange(256)
     levels = CODEBOOKS[kind][torch.stack([byte >> 4, byte & 15], dim=1)]  # (256, 2)
     return levels.view(torch.int64).view(256).to(device)
@@ -96,19 +99,19 @@ def byte_table(kind, device):
 
 
 def chunk_size(device):
-    """Weights to process at a time: on a CPU so few that the temporaries fit into its cache."""
+    """Number of weights to process at a time: on a CPU few, so that temporaries fit its cache."""
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
-@cache  # else each call would copy them to the GPU, and wait
+@cache  # otherwise each call would copy them to the GPU, and wait
 def bounds_on(codebook, device):
-    """The midpoints between a code book's sorted levels, and the code of each level."""
+    """The midpoints between a code book's sorted levels, and the code of each sorted level."""
     levels, order = codebook.sort(stable=True)  # FP4's are in the order of their bits
     return ((levels[1:] + levels[:-1]) / 2).to(device), order.to(device, torch.uint8)
 
 
 def nearest(values, codebook):
-    """Index of the level nearest to each value, (n,), in [-1, 1]; on a tie, the lower one."""
+    """Index of the level nearest to each value in [-1, 1], (n,); on a tie, of the lower level."""
     bounds, order = bounds_on(codebook, values.device)
     return order[torch.bucketize(values, bounds, out_int32=True)]
 
@@ -116,24 +119,25 @@ def nearest(values, codebook):
 def quantize_blockwise(values, codebook, block_size):
     """Quantize to the nearest of `codebook`'s levels times each block's largest magnitude.
 
-    values: any shape, taken as one row of n values in blocks, of which the last may be short
-    returns codes, uint8 (n,), or (ceil(n / 2),) two a byte for a code book of 16 levels,
-    and absmax, fp32 (number of blocks,)
+    values: any shape, as one row of n values in blocks; the last block may be short
+    returns codes, uint8 (n,), or for 16 levels (ceil(n / 2),) with two codes per byte; and absmax,
+    fp32 (number of blocks,)
     """
     values = values.reshape(-1)
     n, per_byte = values.numel(), 2 if len(codebook) == 16 else 1
     codes = torch.empty(-(-n // per_byte), dtype=torch.uint8, device=values.device)
     absmax = torch.empty(-(-n // block_size), device=values.device)
-    if values.is_meta:  # the loop below would only take its time
+    if values.is_meta:  # there is nothing to compute
         return codes, absmax
-    size = chunk_size(values.device) // (8 if values.is_cpu else 32)  # there are many temporaries
+    # The temporaries of a chunk take 8 times its own bytes on a CPU, and 32 times on a GPU.
+    size = chunk_size(values.device) // (8 if values.is_cpu else 32)
     for start in range(0, n, size):
         chunk = values[start : start + size].float()
         blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
-        # Times the reciprocal, as in bitsandbytes: dividing breaks exact ties another way.
+        # Multiply by the reciprocal, as bitsandbytes does: division decides exact ties differently.
         index = nearest((blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1), codebook)
-        if per_byte == 2:  # of an odd n, the last nibble is padding and stands for 0
+        if per_byte == 2:  # for an odd n, the last nibble is padding
             index = (index[::2] << 4) | index[1::2]
         part = codes[start // per_byte : (start + size) // per_byte]
         part.copy_(index[: len(part)])
@@ -142,9 +146,9 @@ def quantize_blockwise(values, codebook, block_size):
 
 
 def dequantize_blockwise(codes, table, absmax, block_size, out):
-    """Undo `quantize_blockwise` into `out`, (n,), and return it; its dtype is what to round to.
+    """Undo `quantize_blockwise` into `out`, (n,), round to its dtype, and return it.
 
-    table: what a byte of codes stands for: a code book of 256 levels, or a `byte_table`
+    table: the levels of a byte of codes: a code book of 256 levels, or a `byte_table`
     """
     size, per_byte = chunk_size(codes.device), table.itemsize // 4  # fp32 levels in an entry
     for start in range(0, len(out), size):
@@ -167,8 +171,8 @@ unpack_buffers = {}  # {(dtype, device): one buffer, as large as the largest wei
 
 
 def unpack_buffer(numel, dtype, device):
-    """The one buffer that all weights are unpacked into. On a CPU, fresh memory costs more than the
-    arithmetic that fills it."""
+    """The one buffer that all weights are unpacked into. On a CPU, new memory costs more time than
+    the arithmetic that fills it."""
     buffer = unpack_buffers.get((dtype, device))
     if buffer is None or buffer.numel() < numel:
         buffer = unpack_buffers[dtype, device] = torch.empty(numel, dtype=dtype, device=device)
@@ -176,9 +180,9 @@ def unpack_buffer(numel, dtype, device):
 
 
 class Quantized(nn.Module):
-    """What the two kinds of quantized tensors share. All that they store are buffers.
+    """Base class of quantized tensors, which are stored as buffers.
 
-    shape: of the tensor, a torch.Size; kind: "nf4", "int4-64", ...
+    shape: the tensor's torch.Size; kind: "nf4", "int4-64", ...
     """
 
     def __init__(self, shape, kind, **tensors):
@@ -189,13 +193,13 @@ class Quantized(nn.Module):
 
     @property
     def nbytes(self):
-        """All bytes it takes to store the tensor."""
+        """The bytes of all buffers."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
 
     def dequantize(self, dtype=torch.float32, out=None):
-        """Return the weights, rounded once, from the fp32 product to `dtype`.
+        """Return the weights. The fp32 product is rounded once, to `dtype`.
 
-        out: optional buffer of that dtype, of which what is returned is a view
+        out: optional buffer of that dtype; the result is then a view of it
         """
         if out is None:
             out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
@@ -204,7 +208,7 @@ class Quantized(nn.Module):
         return out.view(self.shape)
 
     def unpack(self, dtype):
-        """Dequantize into the buffer that all weights share: valid until the next unpack."""
+        """Dequantize into the buffer that all weights share. The next `unpack` overwrites it."""
         return self.dequantize(dtype, unpack_buffer(self.shape.numel(), dtype, self.codes.device))
 
     def product(self, x, bias=None):
@@ -215,7 +219,7 @@ class Quantized(nn.Module):
 class Quantized4bit(Quantized):
     """A tensor of 4-bit codes; the buffers are described at the top of this file."""
 
-    scales = None  # that can be trained: only integers have them
+    scales = None  # there are no trainable scales; integers have them
 
     def __init__(self, codes, absmax, nested_absmax, offset, shape, kind="nf4"):
         tensors = dict(codes=codes, absmax=absmax, nested_absmax=nested_absmax, offset=offset)
@@ -223,7 +227,7 @@ class Quantized4bit(Quantized):
 
     @property
     def op_args(self):
-        """What the operators below take."""
+        """The arguments of the operators below."""
         return self.codes, self.absmax, self.nested_absmax, self.offset, self.kind
 
     def fill(self, out):
@@ -231,8 +235,8 @@ class Quantized4bit(Quantized):
         torch.ops.qst.dequantize(*self.op_args, out)
 
     def product(self, x, bias=None):
-        """As in `Quantized`; but on a GPU, for a few rows of x, one kernel decodes and multiplies,
-        and the unpacked W is never in memory."""
+        """x (..., in_features) -> x @ W.T + bias. For a few rows of x on a GPU, one kernel decodes
+        and multiplies, and the unpacked W is never in memory."""
         rows = x.numel() // self.shape[1]
         if rows > MAX_ROWS:
             return super().product(x, bias)
@@ -244,12 +248,12 @@ class Quantized4bit(Quantized):
 def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     """Quantize a tensor of any shape and float dtype to 4 bits (QLoRA §3; QST §3.1, Eqs. 1-3).
 
-    kind: "nf4" or "fp4"; name: what to call the tensor when it cannot be quantized
+    kind: "nf4" or "fp4"; name: the tensor's name in error messages
     """
     if kind not in CODEBOOKS:
         raise InputError(f"4-bit type {kind!r} is unknown: choose one of {', '.join(CODEBOOKS)}.")
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
-    offset = absmax.mean()  # infinite also where the sum of finite values is
+    offset = absmax.mean()  # not finite if any value is not, or if the sum overflows
     if not weight.is_meta and not offset.isfinite():
         raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
     if not double_quant:
@@ -259,11 +263,11 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
 
 
 # --------------------------------------------------------------------------------------
-# The two operators, in plain torch: the reference, and what a CPU runs
+# The two operators in plain torch: the reference, and the implementation for CPUs
 
 
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
-    """Unpack a weight into `out`, (n,): first its scales, then, by the same function, itself."""
+    """Unpack a weight into `out`, (n,): first its scales, then the weight, by one function."""
     if nested_absmax is not None:
         table, scales = codebook_on("dynamic", codes.device), torch.empty_like(absmax).float()
         dequantize_blockwise(absmax, table, nested_absmax, ABSMAX_BLOCK_SIZE, scales)
@@ -278,7 +282,8 @@ def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
     return x @ weight.view(out_features, -1).T
 
 
-# `Library` and not `custom_op`: a call takes 2 us and not 17.
+# Registered operators let torch choose the plain version or a CUDA kernel by the device, and let
+# torch.compile and the meta device work with them. `custom_op` would take 17 us a call, not 2.
 library = torch.library.Library("qst", "DEF")
 WEIGHT = "Tensor codes, Tensor absmax, Tensor? nested_absmax, Tensor? offset, str kind"
 library.define(f"dequantize({WEIGHT}, Tensor(a!) out) -> ()")
@@ -293,8 +298,8 @@ torch.library.register_fake(
 # --------------------------------------------------------------------------------------
 # The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
 #
-# A product of many rows needs tensor cores, which `F.linear` has, and is long enough to hide the
-# unpacking. Generating a token has one row and reads each weight once: what counts is its bytes.
+# Many rows need the tensor cores of `F.linear`, and take long enough to hide the unpacking. A token
+# that is generated is one row and reads each weight once: only the bytes of the weight count.
 
 try:
     import triton
@@ -303,14 +308,14 @@ except ImportError:
     triton = None
 
 MAX_ROWS = 8  # of x, for matvec
-# No fusion: else a scale's product and sum become one instruction with one rounding, and the result
-# is not bit for bit the plain version's.
+# Without fusion a scale's product and sum are rounded one by one, as in the plain version: the
+# results are the same bit for bit.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def tile_blocks(dtype):
-    """Blocks in a tile: 16 bytes to store for each of 128 threads, the widest access there is. With
-    more, the tile goes through shared memory, and eight rows of x need too many registers."""
+    """Blocks per tile, so that each of 128 threads stores 16 bytes, the widest access. More would
+    go through shared memory, and eight rows of x would need too many registers."""
     return 32 // dtype.itemsize
 
 
@@ -320,14 +325,14 @@ if triton:
 
     @triton.jit
     def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block):
-        """The blocks with the numbers `block`, int64 (m,), of a weight: fp32 (m, 64)."""
+        """Decode the blocks with the numbers `block`, int64 (m,), of a weight: fp32 (m, 64)."""
         at = block[:, None] * HALF + tl.arange(0, HALF)
         byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (m, 32)
-        # Each thread looks up both levels of a byte, and so has neighbours to store.
+        # Each thread looks up both levels of a byte, so that it stores neighbours.
         level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
         there = block * HALF < nbytes
         scale = tl.load(absmax + block, mask=there, other=0)  # (m,)
-        if nested_absmax is not None:
+        if nested_absmax is not None:  # decided at compile time
             nested = tl.load(nested_absmax + block // NESTED, mask=there, other=0)
             scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
         return level.reshape(block.shape[0], BLOCK) * scale[:, None]
@@ -350,7 +355,7 @@ if triton:
         in_features, out_features, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     ):
         """One feature of y for all rows of x: decode a tile and multiply it with x. A row of the
-        matrix may begin and end inside of a block, whose other values meet zeros."""
+        matrix may begin and end inside of a block; the block's other values are masked."""
         feature = tl.program_id(0).to(tl.int64)
         start, stop = feature * in_features, (feature + 1) * in_features  # in the flat weight
         row = tl.arange(0, ROWS).to(tl.int64)
@@ -361,7 +366,7 @@ if triton:
             weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
             column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
             inside = (column >= 0) & (column < in_features)
-            # Zeros on both sides: what is in the block and not in the row may be infinite.
+            # Mask both factors: values outside of the row may be infinite, and 0 * inf is NaN.
             weight = tl.where(inside, weight, 0.0).to(tl.float32)
             at = row[:, None] * in_features + column
             value = tl.load(x + at, mask=inside & (row[:, None] < rows), other=0)
@@ -370,7 +375,7 @@ if triton:
         tl.store(y + row * out_features + feature, y_row, mask=row < rows)
 
     def on_device(codes, absmax, nested_absmax, offset, kind):
-        """What both kernels take first."""
+        """The first arguments of both kernels."""
         codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
         return codes, absmax, nested_absmax, offset, *codebooks, len(codes)
 
@@ -380,7 +385,7 @@ if triton:
         with torch.cuda.device_of(out):  # Triton launches on the current device, not on a tensor's
             grid = (triton.cdiv(n, tile * BLOCK_SIZE),)
             dequantize_kernel[grid](*on_device(*weight), out, n, BLOCKS=tile, **LAUNCH)
-        # The buffer has new contents: autograd must not take it for what it was.
+        # Tell autograd that the buffer has changed: Triton writes to it behind torch's back.
         torch.autograd.graph.increment_version(out)
 
     def launch_matvec(x, *weight_and_features):
@@ -404,8 +409,8 @@ if triton:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """`F.linear` of a packed weight. Backward unpacks the weight a second time, so that no unpacked
-    copy is kept; x is kept only if the scales are trained.
+    """`F.linear` with a packed weight. Backward unpacks the weight again instead of storing a copy;
+    x is stored only if the scales are trained.
 
     scales: `weight.scales`, an argument of its own so that autograd sees it
     """
@@ -425,8 +430,7 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class Linear4bit(nn.Module):
-    """A linear layer whose weight is frozen: `Quantized4bit`, or integers of 3 or 4 bits, of which
-    PEQA trains the scales.
+    """A linear layer with a frozen weight: `Quantized4bit`, or integers with trainable scales.
 
     x: (..., in_features), any float dtype, in which the product is computed and returned
     """
@@ -435,12 +439,12 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.branch = None  # what mends the weight's error: data/frozen/repair.py
+        self.branch = None  # a low-rank correction of the quantization error, with --repair
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
     def from_linear(cls, linear, kind="nf4", double_quant=True, name="the weight"):
-        """Quantize an `nn.Linear`, of which only the bias, if any, is kept as it is."""
+        """Quantize the weight of an `nn.Linear`; its bias is unchanged."""
         return cls(quantize_4bit(linear.weight.detach(), kind, double_quant, name), linear.bias)
 
     def forward(self, x):
