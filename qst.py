@@ -225,10 +225,8 @@ class Beside:
 
 def check_mergeable(method):
     if method not in ("lora", "qlora", "peqa", "full"):
-        raise InputError(
-            f"What --method {method} trains cannot be merged into the base. For a merged model, train "
-            "with --method qlora or lora."
-        )
+        advice = "for a merged model, train with --method qlora or lora"
+        raise InputError(f"--method {method} cannot be merged into the base: {advice}.")
 
 
 @torch.no_grad()

@@ -215,17 +215,17 @@ def fit(runs, task, cfg):
 
     new = [run for run in runs if not (cfg.resume and resume(run, cfg))]
     evaluate([run for run in new if "error" not in run.result])
-    start = min((run.log.iteration for run in runs if not run.error), default=cfg.max_iters)
-    steps, models, iteration = cfg.gradient_accumulation_steps, None, start
+    good = [run for run in runs if not run.error]
+    start = min((run.log.iteration for run in good), default=cfg.max_iters)
+    steps, models, iteration = cfg.gradient_accumulation_steps, beside(runs, cfg.compile), start
     rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
     with ExitStack() as files, stop_signals() as stop_requests:
-        for run in runs:
-            if not run.error:
-                run.begin(files)
+        for run in good:
+            run.begin(files)
         for iteration in range(start + 1, cfg.max_iters + 1):
             batches = next(rows)
-            active = [run for run in runs if run.log.iteration < iteration and not run.error]
-            if active and (models is None or models.models != [run.model for run in active]):
+            active = [run for run in good if run.log.iteration < iteration and not run.error]
+            if active and [run.model for run in active] != models.models:
                 models = beside(active, cfg.compile)
             for run in active:
                 run.log.begin()
@@ -237,17 +237,16 @@ def fit(runs, task, cfg):
                          for run, result in zip(active, results)]
             if must_evaluate:
                 evaluate(active)
-            if must_show:
-                for run in active:
-                    run.log.show(task.samples(run.model))
+            for run in active if must_show else []:
+                run.log.show(task.samples(run.model))
             must_stop = any(read_back) and any(distributed.join([bool(stop_requests)]))
             for run in active if any(read_back) else []:
                 run.write(save=must_evaluate or must_stop)
-            if must_stop or all(run.error for run in runs):
+            if must_stop or all(run.error for run in good):
                 break
     for run in runs:
         run.end()
-    if any(not run.error and run.interrupted for run in runs):
+    if any(run.interrupted for run in good if not run.error):
         print(f"Stopped after iteration {iteration}: continue with --resume.", flush=True)
 
 

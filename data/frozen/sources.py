@@ -1,8 +1,7 @@
 """How the frozen base comes into memory, and where its hidden states come from.
 
 Whatever yields the same hidden states can stand in for the base: its attribute `source` names an
-object with a method `states` like the base's own. The layers may come from the disk one by one
-(--stream) or stand on several devices (--devices).
+object with a method `states` like the base's own.
 """
 
 from os.path import commonprefix

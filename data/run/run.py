@@ -29,9 +29,7 @@ class Run:
         self.losses = []  # of the batches since the last step
 
     def loss(self, h, targets, share):
-        """The loss of a batch, scaled for fp16. h: what `hidden` returned
-        share: the batch's part of the step's targets
-        """
+        """The loss of a batch, scaled for fp16. h: what `hidden` returned; share: of the targets"""
         loss = self.model.loss_of(h, targets) * share
         self.losses.append(loss.detach())
         return self.scaler.scale(loss)

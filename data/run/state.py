@@ -75,10 +75,7 @@ def only_run_in(out_dir):
         os.close(folder)
 
 
-STOPPING = """
-Stopping after this iteration, to save the state. Ctrl-C again stops at once, and loses all after
-the last evaluation.
-"""
+STOPPING = "\nStopping after this iteration. Ctrl-C again stops at once, without saving.\n"
 
 
 @contextlib.contextmanager

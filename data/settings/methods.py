@@ -71,8 +71,7 @@ PAPER = dict(  # QST §3.2; the defaults of a `SideConfig`
 )
 LST = dict(downsample="linear", mix="side")  # arXiv 2206.06522 is the same with these two
 
-# What learned fastest on a real model in our study: see "Why does QST learn slowly?" in
-# tests/NEGATIVE.md.
+# What learned fastest in "Why does QST learn slowly?", tests/NEGATIVE.md.
 FAST = dict(
     every=0, read_embedding=False, reduction=8, downsample="linear", standardize=True, gate="sum",
     mix="residual", final_norm=True,
