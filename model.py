@@ -54,7 +54,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
     attention_bias: bool = False
     mlp_bias: bool = False
-    pre_norm: bool = True  # False: norms after attention and MLP, as in OPT-350m alone
+    pre_norm: bool = True  # False: norms after attention and MLP, as only in OPT-350m
     final_norm: bool = True
     embed_dim: int = 0  # 0: n_embd; OPT-350m embeds in 512 and projects to 1024
     tied: bool = False  # the LM head is the embedding
@@ -188,8 +188,8 @@ class DecoderLayer(nn.Module):
     """Attention, then MLP, each with a norm and a residual.
 
     x: (B, T, C)
-    mask: bool (B or 1, 1, T, S), S = past + T, True where a query may look; None: plain causal;
-        or torch's own of causal attention after a past
+    mask: bool (B or 1, 1, T, S), S = past + T, True where a query may attend; None: causal; or
+        `causal_lower_right`, torch's causal mask when the cache holds earlier tokens
     rope: what `rotary_table` returned
     cache: this layer's `KVCache`, or None
     """
@@ -275,8 +275,8 @@ CHUNK = 128  # positions whose logits are held at a time
 
 
 def token_loss(logits, targets, reduction="mean"):
-    """Mean cross-entropy, in fp32, of logits (..., V) and targets (...), the ids that follow; or,
-    of logits (..., 1) and ratings in fp32, the mean squared error."""
+    """Mean cross-entropy, in fp32, of logits (..., V) and targets (...), the next ids. If targets are
+    floats, ratings, it is the mean squared error of logits (..., 1)."""
     logits, targets = logits.flatten(0, -2).float(), targets.flatten().to(logits.device)
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
@@ -287,9 +287,9 @@ def token_loss(logits, targets, reduction="mean"):
 class _ChunkedLoss(torch.autograd.Function):
     """`token_loss(head(h), targets)` of a frozen head, with the logits of one chunk at a time.
 
-    h: (n, C). Forward computes its gradient, too, while a chunk's logits are there. It stores the
-    gradient of the sum of the losses, because that of the mean can underflow in fp16; backward
-    divides it by n, in place, and so can run only once.
+    h: (n, C). Forward computes the loss chunk by chunk, and with it the gradient with respect to h,
+    because a chunk's logits are freed afterwards. It stores d(sum of losses)/dh, because d(mean)/dh
+    can underflow in fp16. Backward multiplies this in place by grad / n, so it can run only once.
     """
 
     @staticmethod
@@ -317,7 +317,7 @@ class Transformer(LanguageModel):
     """A decoder-only language model: idx (B, T) -> logits (B, T, V)."""
 
     checkpoint = False  # whether backward recomputes a layer's activations from its input
-    source = None  # yields the same states with less work: see data/frozen/sources.py
+    source = None  # an object with a method `states` to use instead: data/frozen/sources.py
 
     def __init__(self, config):
         super().__init__()
@@ -408,7 +408,7 @@ class Transformer(LanguageModel):
         read = read or (lambda name: weights.pop(name).detach())
         device_of = device if callable(device) else lambda name: device
         if self.config.tied:
-            del self.lm_head.weight  # until the embedding's is in its place
+            del self.lm_head.weight  # it is set below, to the embedding's
         for path, module in list(self.named_modules()):
             tensors = {}
             for name, _ in list(module.named_parameters(recurse=False)):
@@ -445,9 +445,9 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     """Load a LLaMA or OPT folder, quantize it tensor by tensor, and freeze it.
 
     quant: see `Transformer.freeze`; nf4 and fp4 are always double-quantized
-    dtype: of everything that is not quantized, and so of what the model computes in
+    dtype: of the weights that are not quantized, and of the computation
     device: one for all, or a function of a weight's name (data/devices/placement.py)
-    stream: whether the layers of a 4-bit folder stay in its memory map (data/devices/stream.py)
+    stream: leave 4-bit layers in the mapped file, copy each when needed (data/devices/stream.py)
     Peak memory is the 4-bit model and the largest tensor. A 4-bit folder is used unchanged.
     """
     config = read_config(folder)
@@ -489,7 +489,7 @@ def main(argv):
     if argv[:1] == ["quantize"] and len(argv) == 3 and not argv[2].startswith("-"):
         return quantize_folder(*argv[1:])
     if argv:
-        raise InputError("It is `python model.py`, or `python model.py quantize IN OUT`.")
+        raise InputError("Usage: `python model.py`, or `python model.py quantize IN OUT`.")
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
         weights = count_weights(PRESETS[name])

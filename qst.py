@@ -38,10 +38,11 @@ def forward(base, side, idx, keep=None, cache=None):
     side: a `SideNetwork`, or several as one (data/run/sweep.py), which return a list
     keep (B, past + T): 0 where a prompt is padded; cache: from `QST.new_cache`, to generate
     """
-    N = side.n_layer * side.every  # layers of the base; `every` is 1 in the paper
+    N = side.n_layer * side.every  # layers of the base; `every` is 1 in the paper, and n_layer N
     of_base, of_side = (cache[:N], cache[N:]) if cache else (None, None)
     positions, mask = positions_and_mask(idx, keep, past=cache[0].length if cache else 0)
-    states = without_graph(base.states(idx, keep, of_base, side.every))  # h_f_0, ..., h_f_N
+    # It yields the embedding h_f_0, each layer's output h_f_1 ... h_f_N, and last the normed h_f_N.
+    states = without_graph(base.states(idx, keep, of_base, side.every))
     h_f = next(states)
     rope = side.rotary_table(positions, h_f.dtype)
     h_g = side.start(h_f)
@@ -50,11 +51,11 @@ def forward(base, side, idx, keep=None, cache=None):
         h_g = side.step(i, h_f, h_g, mask, rope, of_side)
     # differs from the paper: mixed after the final norm, as in the released code. The frozen head
     # was trained on normed states. The paper says only "h_f_N".
-    h_f = next(states)
+    h_f = next(states)  # the normed h_f_N
     return side.mix(h_f, h_g)
 
 
-@torch.no_grad()  # it is on while a state is computed, and off between two of them
+@torch.no_grad()  # on a generator: on while it runs, off between two calls of `next`
 def without_graph(states):
     """Compute hidden states without a graph, so that backward never enters the base."""
     yield from states
@@ -87,12 +88,12 @@ class Tuned(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            if config.repair and config.method != "qlora":  # whose pairs start as the branches
+            if config.repair and config.method != "qlora":  # QLoRA's pairs start as the branches
                 side.repair = leaf("repair").branches(self.base, config.repair)
             elif not config.repair:
                 for layer in self.base.modules():
                     if isinstance(layer, Linear4bit):
-                        layer.branch = None  # of an earlier side network
+                        layer.branch = None  # remove the branch of an earlier side network
             labels = config.n_labels  # if there are any, a classifier replaces the LM head
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None
@@ -161,7 +162,7 @@ class Tuned(LanguageModel):
 
     @staticmethod
     def from_side(base, folder):
-        """Load what `save_side` wrote to a folder beside, or into, a base."""
+        """Load a saved side network, or the trained part of another method, for a base."""
         return tune(base, read_side(folder)[0]).load_side(folder)
 
 
@@ -186,8 +187,7 @@ class QST(Tuned):
         """With --standardize, measure the base's channels on some texts, tuples of ids.
 
         Some channels of a real model are hundreds of times larger than the others and almost
-        constant. They hide what the downsamplers should read. 64 texts are enough: 99 % of the
-        deviations are within 6.4 % of those from 358 other texts.
+        constant. They hide what the downsamplers should read. 64 texts are enough.
         measure: `channel_statistics`, or a cached version of it
         """
         if self.side.config.standardize:
@@ -290,8 +290,8 @@ def chat_command(args):
 
 
 def answer_command(args):
-    """Answer the questions of MT-Bench, in the format of FastChat. A file that an earlier run has
-    begun is finished; both turns of a question are one conversation."""
+    """Answer the questions of MT-Bench, in the format of FastChat. An unfinished file is continued;
+    both turns of a question are one conversation."""
     if args.side:
         read_side(args.side)  # refuse a missing one before anything is written
     start = lambda: leaf("talk").start(args, lambda: load_model(args), 1024)
@@ -320,8 +320,8 @@ def merge_command(args):
     copy_tokenizer(args.base, args.out)
     leaf("chat").keep_frame(args.out)
     dtype = str(dtype).removeprefix("torch.")
-    print(f"{args.out}: {model.side.config.method}, merged in {dtype}; --quant none loads it as it "
-          "is, and without it its weights are quantized to NF4")
+    print(f"{args.out}: {model.side.config.method}, merged in {dtype}. Load it with --quant none; "
+          "without this flag its weights are quantized to NF4.")
 
 
 FLAGS = {

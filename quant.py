@@ -17,8 +17,8 @@ How memory is laid out, for a weight of n values (row-major, rows are outputs)
     offset         fp32  ()                    the mean that was subtracted
 
 The bytes are those of the library bitsandbytes, as in checkpoints on the Hub. One difference: up to
-0.3 % of bitsandbytes' absmax codes are off by one step, because it searches a grid of 65,536
-points, and ours are the true nearest. Weights are buffers, and the product is `F.linear`.
+0.3 % of bitsandbytes' absmax codes are off by one step, because it looks them up in a table of
+65,536 points; ours are exactly the nearest. Weights are buffers, and the product is `F.linear`.
 
 `python quant.py` prints the code books, the errors and the bits per weight;
 tests/lectures/four_bits.py draws them. data/frozen/integers.py has integers of 3 or 4 bits.
@@ -39,9 +39,9 @@ ABSMAX_BLOCK_SIZE = 256  # absmax values that share a nested absmax
 # --------------------------------------------------------------------------------------
 # Code books
 
-# Quantiles of N(0, 1) at equal steps of probability: eight from 0.9677083 down to 1/2, seven from
-# 1 - 0.9677083 up to 1/2, both without 1/2 itself; an exact 0; and all divided by the largest
-# (QLoRA §3). tests/core/test_quant.py derives them.
+# Quantiles of N(0, 1), divided by the largest (QLoRA §3). The eight positive ones have equal steps
+# of probability from 0.9677083 to 1/2, without 1/2; the seven negative ones from 1 - 0.9677083 to
+# 1/2, without 1/2. Between them is 0. tests/core/test_quant.py derives them.
 NF4_CODEBOOK = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -49,8 +49,8 @@ NF4_CODEBOOK = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])
 
-# A floating-point number with a sign, 2 bits of exponent and 1 of mantissa, in units of 1/12. The
-# order is that of the bit patterns, so it is not sorted.
+# bitsandbytes' FP4: a sign, 2 bits of exponent and 1 of mantissa, in units of 1/12. The index of a
+# level is its bit pattern, so the levels are not sorted.
 FP4_CODEBOOK = torch.tensor([
     0.0, 0.0625, 8, 12, 4, 6, 2, 3, -0.0, -0.0625, -8, -12, -4, -6, -2, -3
 ]) / 12
@@ -99,7 +99,7 @@ def byte_table(kind, device):
 
 
 def chunk_size(device):
-    """Number of weights to process at a time: on a CPU few, so that temporaries fit its cache."""
+    """Weights per chunk: few on a CPU, so that temporaries stay in its cache."""
     return 1 << 20 if device.type == "cpu" else 1 << 26
 
 
@@ -298,8 +298,8 @@ torch.library.register_fake(
 # --------------------------------------------------------------------------------------
 # The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
 #
-# Many rows need the tensor cores of `F.linear`, and take long enough to hide the unpacking. A token
-# that is generated is one row and reads each weight once: only the bytes of the weight count.
+# With many rows of x, `F.linear` uses tensor cores, and unpacking takes little of its time. When a
+# token is generated, x has one row, and the time is that of reading the weight: 4 bits are faster.
 
 try:
     import triton
@@ -308,14 +308,14 @@ except ImportError:
     triton = None
 
 MAX_ROWS = 8  # of x, for matvec
-# Without fusion a scale's product and sum are rounded one by one, as in the plain version: the
-# results are the same bit for bit.
+# No fused multiply-add: a scale's product and sum are rounded one by one, as in the plain version,
+# so that `dequantize` has the same bits on every device.
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def tile_blocks(dtype):
-    """Blocks per tile, so that each of 128 threads stores 16 bytes, the widest access. More would
-    go through shared memory, and eight rows of x would need too many registers."""
+    """Blocks of 64 per tile: 128 threads (4 warps) store 16 bytes each, the widest access. A larger
+    tile goes through shared memory, and eight rows of x need too many registers."""
     return 32 // dtype.itemsize
 
 
@@ -449,8 +449,8 @@ class Linear4bit(nn.Module):
 
     def forward(self, x):
         scales, bias = self.weight.scales, None if self.bias is None else self.bias.to(x.dtype)
-        learns = x.requires_grad or (scales is not None and scales.requires_grad)
-        if torch.is_grad_enabled() and learns:
+        needs_graph = x.requires_grad or (scales is not None and scales.requires_grad)
+        if torch.is_grad_enabled() and needs_graph:
             y = _FrozenLinear.apply(x, scales, self.weight, bias)
         else:
             y = self.weight.product(x, bias)

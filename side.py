@@ -40,7 +40,7 @@ DOWNSAMPLERS = ("linear", "lora", "adapter", "maxpool", "avgpool")
 
 @dataclass
 class SideConfig:
-    """What is trained; None means as in PAPER, of method lst as in LST (settings/methods.py)."""
+    """Settings of what is trained. None: the paper's value, or LST's (data/settings/methods.py)."""
 
     method: str = setting("qst", "QST, or another method", tuple(METHODS), group="side network")
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
@@ -103,7 +103,7 @@ def make_downsample(config, n_in, n_out):
         modules = low_rank(n_in, n_out, config.rank, act, PackedInputLinear)
     elif config.downsample == "linear":
         modules = nn.Sequential(OrderedDict(down=PackedInputLinear(n_in, n_out, bias=False)))
-    else:  # the largest or the mean of neighbouring channels, which torch calls a length
+    else:  # max or mean of `reduction` neighbouring channels
         pool = nn.MaxPool1d if config.downsample == "maxpool" else nn.AvgPool1d
         modules = nn.Sequential(OrderedDict(pool=pool(config.reduction)))
     if config.downsample_norm:
@@ -149,11 +149,11 @@ class SideNetwork(nn.Module):
         self.model_config = side_model_config(base_config, config.reduction)
         self.n_layer = n = base_config.n_layer // self.every
         C, c = base_config.n_embd, self.model_config.n_embd
-        # The downsampler of h_g_0, if it has one of its own, is the first; the layers' follow.
+        # downsample[0] is for h_g_0, unless that is shared or absent; then come the side layers'.
         self.n_first = int(config.read_embedding and not config.share_first)
         downsamplers = (make_downsample(config, C, c) for _ in range(self.n_first + n))
         self.downsample = nn.ModuleList(downsamplers)
-        for name in ("mean", "scale"):  # of the channels of what is read: see QST.calibrate
+        for name in ("mean", "scale"):  # per channel of h_f, set by `QST.calibrate`
             self.register_buffer(name, torch.zeros(n + 1, C) if config.standardize else None)
         self.gamma = self.alpha = None
         if config.gate != "sum":
@@ -175,7 +175,7 @@ class SideNetwork(nn.Module):
                 module.bits = h_f_bits
 
     def standardized(self, i, h_f):
-        """h_f_i, with --standardize with channels of mean 0 and variance 1."""
+        """h_f_i; with --standardize, its channels have mean 0 and variance 1."""
         if self.mean is None:
             return h_f
         mean, scale = self.mean[i].to(h_f.device), self.scale[i].to(h_f.device)

@@ -1,9 +1,9 @@
 """One dataclass of settings, one loop, one `main(cfg)`.
 
-    python train.py                                       the embedded default: offline, on a CPU
+    python train.py                                       the built-in example: offline, on a CPU
     python train.py --base FOLDER --data FILE.jsonl       a real LLaMA or OPT, real instructions
-    python train.py --base FOLDER --task rte --data GLUE  and with --eval_only, its score as it is
-    python train.py --config out/result.json              a run again; other flags count more
+    python train.py --base FOLDER --task rte --data GLUE  with --eval_only: score without training
+    python train.py --config out/result.json              repeat a run; your flags count more
     python train.py --help                                every setting
 
 A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
@@ -58,7 +58,7 @@ class TrainConfig(SideConfig):
     base: str = setting("", "folder of a LLaMA or OPT model; default: the built-in example",
         group="most used")
     data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
-    variant: str = of_side("paper", "named settings; fast learns faster", tuple(VARIANTS))
+    variant: str = of_side("paper", "preset: paper, released code, or fast", tuple(VARIANTS))
     max_iters: int = setting(None, "number of iterations (optimizer steps)", at_least=1)
     learning_rate: float = setting(None, "peak learning rate", above=0, below=math.inf)
     batch_size: int = setting(None, "sequences per batch and process", at_least=1)
@@ -74,8 +74,8 @@ class TrainConfig(SideConfig):
         at_least=0, below=2**63)
     head: str = setting(None, "frozen LM head, or a new classifier for GLUE; default: classifier "
         "for GLUE, lm with --shots", ("lm", "classifier"))
-    quant: str = setting(None, "storage of the base: nf4, fp4, none; for peqa int4, int3, or in "
-        "groups of 64 int4-64; default: by the method, or that of --side", group="model")
+    quant: str = setting(None, "storage of the base: nf4, fp4, none; for peqa int4, int3, or "
+        "int4-64 in groups of 64; default: by the method, or that of --side", group="model")
     dtype: str = setting("auto", "fp32, bf16 or fp16; auto: bf16 on NVIDIA, else fp32")
     device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: a GPU if there is one")
     devices: str = setting("", "several devices for the base's layers, in order: cuda:0,cuda:1")
@@ -87,8 +87,8 @@ class TrainConfig(SideConfig):
     optimizer: str = setting(None, "adamw, or muon for matrices and AdamW for the rest; default: "
         "adamw, with --variant fast muon", ("adamw", "muon"), group="training")
     gradient_accumulation_steps: int = setting(1, "batches per iteration", at_least=1)
-    alpha_lr_factor: float = setting(25.0, "alpha's learning rate over the others'", above=0)
-    lr_schedule: str = setting(None, "after the warm-up", ("constant", "linear", "cosine"))
+    alpha_lr_factor: float = setting(25.0, "alpha's rate, as a multiple of the others'", above=0)
+    lr_schedule: str = setting(None, "schedule after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the learning rate rises", at_least=0)
     weight_decay: float = setting(0.0, "weight decay of matrices", at_least=0)
     beta1: float = setting(0.9, "AdamW's decay of the first moment", above=0, below=1)
@@ -113,10 +113,10 @@ class TrainConfig(SideConfig):
     log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
 
     def __post_init__(self):
-        """Not SideConfig's: what is None stays None until `resolve` has seen all settings."""
+        """Keep None, unlike SideConfig: `resolve` fills it in when it has seen all settings."""
 
 
-DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the embedded default)
+DEFAULTS = {  # setting: (for a real base, for it on GLUE, for the built-in example)
     "reduction": (16, 16, 4),
     "sequence_len": (384, 512, 128),
     "batch_size": (4, 16, 32),
@@ -155,7 +155,7 @@ def resolve(cfg):
     cfg = with_defaults(cfg, defaults)
     if not cfg.eval_only:  # a base may be evaluated in any form
         check_quant(cfg.method, cfg.quant)
-    return replace(cfg, **vars(side_config(cfg)))  # which fills in what is still None
+    return replace(cfg, **vars(side_config(cfg)))  # SideConfig fills in what is still None
 
 
 def with_defaults(cfg, defaults):
@@ -165,7 +165,7 @@ def with_defaults(cfg, defaults):
 
 
 def settings_of_side(cfg):
-    """The settings with those of --side, which flags must not contradict."""
+    """Take the side network's settings from its checkpoint; refuse a flag with another value."""
     side, trained_on = read_side(cfg.side)
     if cfg.method not in (side.method, "qst"):
         raise InputError(f"--side {cfg.side} has --method {side.method}, not {cfg.method}.")
@@ -201,7 +201,7 @@ def train_step(runs, batches, iteration, models=None):
 
 
 def fit(runs, task, cfg):
-    """Train the runs side by side. Each keeps its best side network, and loads it at the end.
+    """Train the runs together. Each keeps its best side network, and loads it at the end.
 
     The state for --resume is saved with every evaluation, and when the runs are stopped. A run
     whose saved state is ahead of another's waits for it.
@@ -232,7 +232,8 @@ def fit(runs, task, cfg):
             results = train_step(active, batches, iteration, models) if active else []
             must_evaluate = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             must_show = cfg.samples_interval and iteration % cfg.samples_interval == 0
-            # Whether the losses have been read back from the device: not in every iteration.
+            # True if the losses were copied to the CPU, on a GPU at each log_interval. Only then do
+            # we write, and ask the other processes whether to stop: both wait for the GPU.
             read_back = [run.record_step(*result, batches, must_evaluate or must_show)
                          for run, result in zip(active, results)]
             if must_evaluate:
@@ -299,7 +300,7 @@ def load_task(cfg, tokenizer, config):
 
 
 def make_model(cfg, base, task, measure=channel_statistics):
-    """The base with a new side network, or with that of --side; or the base alone.
+    """The base with a new side network, or with that of --side; or only the base.
 
     measure: see `QST.calibrate`
     """
@@ -352,7 +353,7 @@ def train(settings, base, task, folder, cfg):
     if not runs:
         return results
     introduce(folder, runs, task.train)
-    # An untrained classifier is at chance; and a base that is only in the cache cannot answer.
+    # An untrained classifier is at chance, and with --cache_hidden the base may not be in memory.
     scored = not task.n_labels and not cfg.cache_hidden
     before = task.score(beside(runs)) if scored else [{} for _ in runs]
     fit(runs, task, cfg)
@@ -365,7 +366,7 @@ def train(settings, base, task, folder, cfg):
 
 
 def evaluate(settings, base, task, cfg):
-    """The scores of each --side, or of the base, and the loss where it is not one of them."""
+    """Score each --side, or the base. If the scores have no loss, add the held-out loss."""
     models = Beside([make_model(own, base, task) for own in settings])
     results = task.score(models)
     if task.held_out and "loss" not in results[0]:
@@ -410,7 +411,7 @@ def main(cfg):
 
 def parse_args(argv=None):
     parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
-    shown = {name: "{}, on GLUE {}, embedded {}".format(*row) for name, row in DEFAULTS.items()}
+    shown = {name: "{}, on GLUE {}, built-in {}".format(*row) for name, row in DEFAULTS.items()}
     return parse_settings(parser, TrainConfig, argv, PAPER | shown)
 
 

@@ -80,8 +80,8 @@ VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
 
 
 def settings_of_run(variant, task):
-    """The settings of --variant; fast has an optimizer and a learning rate, too. The embedded
-    default, 128 channels wide, needs a side network of more than 16 channels."""
+    """The settings of --variant; fast has an optimizer and a learning rate, too. The built-in
+    example, 128 channels wide, needs a side network of more than 16 channels."""
     if variant != "fast":
         return VARIANTS[variant]
     small = dict(reduction=4) if task == "tiny" else {}

@@ -1,4 +1,4 @@
-"""The embedded default: a small bilingual world, made by a grammar, and a task in it.
+"""The built-in example: a small bilingual world, made by a grammar, and a task in it.
 
 The base model of `python train.py` learns to read little stories, in English and in French, and
 to answer a question about each *in the language of the story*. The task of the side network is to
@@ -133,11 +133,11 @@ def make_in_child(folder, module="train"):
     own = {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     own |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
-        raise InputError("The embedded default's base could not be made: see what is said above.")
+        raise InputError("The built-in example's base could not be made: see what is said above.")
 
 
 def base_folder(make=make_in_child):
-    """Return the folder of the embedded default's base model; make it if it is not there yet.
+    """Return the folder of the built-in example's base model; make it if it is not there yet.
 
     make: function of the folder, which calls `train.make_tiny_base` in this process or in another
     """
@@ -195,7 +195,7 @@ def task(n, seed):
 
 
 def load(cfg, tokenizer):
-    """The embedded default: `Task`, scored by the answers that are right in every letter."""
+    """The built-in example: `Task`, scored by the answers that are right in every letter."""
     template = chat.load_template(tokenizer.folder)
 
     def score(model, held_out):
