@@ -7,7 +7,7 @@ import sys
 
 import halves
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 
 def suite(folder, last):

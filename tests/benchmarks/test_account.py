@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import small_config
+from helpers import small_config
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from account import AS_WRITTEN, SAVINGS, AccountConfig, main, memory_report, parse_args, rows
-from conftest import shaken, small_base, small_config
+from helpers import shaken, small_base, small_config
 from benchmarks.live import Live
 from torch.nn import functional as F
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_base
-from test_resume import SETTINGS
+from helpers import ROOT, SETTINGS, small_base
 
 import train
 from data.devices import distributed

@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, shaken, short_run, small_base
-from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa: F401
+from helpers import (
+    DEVICE, DRY, GPU, ROOT, each_dtype, needs_gpu, needs_gpu_or_dry_run, shaken, short_run,
+    small_base,
+)
 
 import train
 from data.devices.device import to_device
@@ -20,6 +22,7 @@ from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
 
+pytestmark = needs_gpu_or_dry_run
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 METHODS = {
     "qst": {}, "qst, few bits": dict(h_f_bits=4, checkpoint=True), "qst, 8 bits": dict(h_f_bits=8),

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from account import AccountConfig, memory_report, parse_args, stream_from_memory, transfer
-from conftest import FIXTURES, short_run, small_base, small_config
+from helpers import FIXTURES, short_run, small_base, small_config
 
 import qst
 import train

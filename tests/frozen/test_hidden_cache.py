@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import short_run, small_config
-from test_resume import cfg, left, one_thread  # noqa: F401
+from helpers import curves, left, short_run, small_config
 
 import train
 from data import InputError
@@ -33,11 +32,6 @@ def asked(monkeypatch):
     return calls
 
 
-def curves(out_dir):
-    rows = (Path(out_dir) / "log.csv").read_text().splitlines()[1:]
-    return np.array([float(cell or "nan") for row in rows for cell in row.split(",")[1:3]])
-
-
 @pytest.mark.parametrize(
     "settings, atol",
     [(dict(h_f_bits=16), 2e-3), (dict(h_f_bits=16, dtype="bf16"), 2e-2),
@@ -50,7 +44,7 @@ def curves(out_dir):
     ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every", "8, whole blocks",
          "4, whole blocks, bf16", "devices"],
 )
-def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # noqa: F811
+def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
     with 16 bits. Once all is written, no layer of the base is asked."""
     if settings.get("task") == "text":
@@ -81,7 +75,7 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # 
     assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 12
 
 
-def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
+def test_goes_on_and_mends(cfg, asked, tmp_path):
     """What an interrupted run has written serves the next; of a damaged file only the damage is
     made again, with the same bytes; what is generated has the base."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
@@ -110,7 +104,7 @@ def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
     """After training the layers come back, generate (not beside --stream), and score as ever."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12, stream=stream)
     if stream:
@@ -135,7 +129,7 @@ def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
     np.testing.assert_allclose(scored[1], scored[2], atol=0.02)
 
 
-def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
+def test_a_sweep_from_the_cache(cfg, asked, tmp_path):
     """A laboratory: many side networks, and no base. Each is what it is alone with the cache."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8, max_iters=12)
     train.main(TrainConfig(**cfg))
@@ -148,7 +142,7 @@ def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
     assert left(worst) == left(tmp_path / "alone")
 
 
-def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):
     """Loaded again from the cache's run, it computes a score once for all side networks."""
     load, prompts = train.load_task, [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=12)
@@ -175,7 +169,7 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
     (dict(h_f_bits=4, sweep="downsample=avgpool reduction=2 seed=1,2"), ["avgpool", 2], 16),
     (dict(h_f_bits=4, sweep="h_f_bits=8 seed=1,2"), None, 8),
 ], ids=["part", "linear", "pool", "bits"])
-def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):  # noqa: F811
+def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):
     """And not what the sweep's other flags say; also where runs look at different batches."""
     cfg |= dict(max_iters=12) | settings
     found = []
@@ -188,7 +182,7 @@ def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["states.bin", "last.bin", "sums.bin", "cache.json"])
-def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_a_missing_file(name, cfg, tmp_path, monkeypatch):
     """What it had is made again, and the base is loaded again once, not for each batch."""
     loads, load = [], train.from_pretrained
     monkeypatch.setattr(train, "from_pretrained", lambda *args: loads.append(1) or load(*args))
@@ -207,7 +201,7 @@ def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
     (dict(every=0), "every is 0"), (dict(fingerprint=None), "lacks the field 'fingerprint'"),
     (dict(pool=3), "another pooling"),
 ])
-def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
+def test_a_damaged_cache_json(changes, message, cfg, tmp_path):
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
     train.main(TrainConfig(**cfg))
     path = tmp_path / "cache" / "cache.json"
@@ -216,7 +210,7 @@ def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
         train.main(TrainConfig(**cfg))
 
 
-def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
+def test_other_bases_and_examples(cfg, tiny_model, tmp_path):
     """Each is refused in a sentence, and nothing is touched."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
     train.main(TrainConfig(**cfg))
@@ -260,7 +254,7 @@ def test_examples_of_the_same_ids_are_one():
     assert targets_by_ids(examples) == {key([5, 6]): (3, [0, 1]), key([8]): (1, [])}
 
 
-def test_room_is_checked_before(cfg, tmp_path):  # noqa: F811
+def test_room_is_checked_before(cfg, tmp_path):
     """Nothing is written that has no room."""
     folder = tmp_path / "cache"
     with pytest.raises(InputError, match="needs .* GB, and --cache_limit_gb is 1e-06: --h_f_bits"):

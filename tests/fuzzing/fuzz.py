@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 
 sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[:2]]
-import conftest  # noqa: E402, F401, which finds the project and the tests
+import helpers  # noqa: E402, F401, which finds the project and the tests
 from fuzz_readers import READERS  # noqa: E402
 from mutants import mutant, write  # noqa: E402
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 
 BROKEN = """
 import sys

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 
 PAGE = (ROOT / "tests/lectures/README.md").read_text()
 STEPS = re.findall(r"```console\n\$ (.*?)\n(.*?)```\n(.*?)(?=```console|\n## |\Z)", PAGE, re.S)

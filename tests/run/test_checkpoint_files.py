@@ -8,9 +8,8 @@ from itertools import count
 
 import pytest
 import torch
-from conftest import sign_again, small_base, small_config
+from helpers import change, refused, sign_again, small_base, small_config
 from mutants import VALUES, dump
-from test_readers import change, refused
 
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 from data.frozen.fingerprint import alike, sample

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import cfg, left, one_thread  # noqa: F401
+from helpers import left
 
 import train
 from data import InputError
@@ -18,7 +18,7 @@ from qst import QST, read_side
 from train import TrainConfig
 
 
-def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):
     """Its states are those of the repaired base. Runs that read it have the same repair, which is
     computed once, in their checkpoints; and a run with another repair is refused."""
     repaired, mend = [], repair.low_rank_part
@@ -48,11 +48,11 @@ def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):  # noqa: F811
         train.main(TrainConfig(**cfg | given))
 
 
-def base_of(cfg):  # noqa: F811
+def base_of(cfg):
     return train.from_pretrained(cfg["base"], "nf4", torch.float32)
 
 
-def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):  # noqa: F811
+def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):
     """It is that of a base on one device."""
     cfg |= dict(h_f_bits=16, max_iters=12)
     for devices in ("", "cpu,cpu"):
@@ -65,7 +65,7 @@ def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):  # noqa: F811
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_sweep(cfg, monkeypatch):  # noqa: F811
+def test_a_compiled_sweep(cfg, monkeypatch):
     """Each run is what it is alone, up to rounding. (Without the C++ code, which takes long.)"""
     compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
@@ -78,7 +78,7 @@ def test_a_compiled_sweep(cfg, monkeypatch):  # noqa: F811
     assert len(set(found[True].values())) == 2
 
 
-def test_answers_of_a_sweep(cfg, monkeypatch):  # noqa: F811
+def test_answers_of_a_sweep(cfg, monkeypatch):
     """--samples_interval shows those of each run."""
     asked, load = [], train.load_task
 
@@ -93,7 +93,7 @@ def test_answers_of_a_sweep(cfg, monkeypatch):  # noqa: F811
     assert asked == ["scalar", "sum"] * 2
 
 
-def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):
     """Each has the loss that it has alone, and the base computes once for all; what cannot read
     one stream of hidden states is refused."""
     sides = []
@@ -126,7 +126,7 @@ def loss_in(folder):
     return json.loads((folder / "result.json").read_text())["loss"]
 
 
-def test_a_run_that_cannot_be_made_is_a_row(cfg):  # noqa: F811
+def test_a_run_that_cannot_be_made_is_a_row(cfg):
     """The other runs of a sweep are what they would have been; so it is with one whose state does
     not fit."""
     cfg |= dict(max_iters=8)

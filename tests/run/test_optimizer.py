@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import run_of, small_base
+from helpers import run_of, small_base
 
 import train
 from data.run.adamw8bit import AdamW8bit

@@ -14,50 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import METHOD_RUNS, ROOT, left
 
 import train
 from data import InputError
 from data.run import resume, state
 from data.run.log import TrainingLog
 from data.run.run import Run
-from data.tasks import tiny
 from train import TrainConfig
-
-SETTINGS = dict(
-    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
-    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
-)
-
-
-@pytest.fixture
-def cfg(tiny_model, tmp_path, no_answers):
-    return settings_of_a_short_run(tiny_model, tmp_path)
-
-
-def settings_of_a_short_run(tiny_model, tmp_path):
-    """Settings of a run of less than a second."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
-    return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So that a run can be forked."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def left(out_dir):
-    """What a run has made: the bytes of its tensors, and its log without times."""
-    log = (Path(out_dir) / "log.csv").read_text().splitlines()
-    tensors = [(Path(out_dir) / name).read_bytes() for name in
-               ("side.safetensors", "last/side.safetensors")]
-    return tensors, [line.split(",")[:4] for line in log]
-
 
 def stop_after(monkeypatch, iteration):
     """Let a run be asked to stop while it computes an iteration."""
@@ -82,17 +46,6 @@ def stop_after(monkeypatch, iteration):
     monkeypatch.setattr(train, "train_step", step)
 
 
-WITHOUT_SIDE = dict(reduction=None)
-METHODS = [
-    dict(method="qst"), dict(method="qst", optimizer_bits=8, gradient_accumulation_steps=2),
-    dict(method="qst", optimizer="muon", variant="fast"), dict(method="lst"),
-    dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
-    dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
-    dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
-    dict(method="qst", dtype="fp16"), dict(method="qst", repair=4),
-]
-
-
 def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
     """It says how to go on, not that nothing was learned; nor a loss that nobody has measured. What
     it has learned so far can be asked."""
@@ -111,7 +64,7 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
         assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize("changes", METHOD_RUNS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, capsys):
     """Stopped after 5 of 8 iterations, between two evaluations, and gone on: same bytes."""
     cfg = cfg | changes | dict(max_iters=8)

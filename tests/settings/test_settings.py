@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, fields, replace
 
 import pytest
-from conftest import ROOT, command, run_script
+from helpers import ROOT, command, run_script
 
 import qst
 import train
