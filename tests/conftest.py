@@ -23,6 +23,9 @@ from model import Transformer, quantize_folder
 # it would stop all others for good.
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
+# No test cuts the power, and each of thousands of files would wait for the disk.
+os.fsync = lambda descriptor: None
+
 
 def pytest_configure(config):
     config.pluginmanager.register(Halves(config))

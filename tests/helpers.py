@@ -9,8 +9,10 @@ import json
 import os
 import runpy
 import shutil
-import subprocess
+import signal
 import sys
+import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,11 +170,57 @@ def run_script(script, *words, cwd=ROOT):
     return printed.getvalue()
 
 
-def command(*args):
-    """Run a script of the repository as a user does, in a process of its own."""
-    return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+class Forked:
+    """A function in a process of its own, a fork of this one, where torch is loaded already: it
+    ends as `python` would with it, and what it has printed and its exit code are kept."""
+
+    def __init__(self, function):
+        self.files = [tempfile.TemporaryFile("w+") for _ in range(2)]
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.be_it(function)
+
+    def be_it(self, function):
+        code = 1
+        try:
+            for number, file in enumerate(self.files, start=1):
+                os.dup2(file.fileno(), number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+            function()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+            print(end.code, file=sys.stderr) if isinstance(end.code, str) else None
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    def wait(self):
+        """Its exit code, and what it has printed to stdout and to stderr."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        for file in self.files:
+            file.seek(0)
+        return code, *(file.read() for file in self.files)
+
+    def ended(self):
+        """Whether it has, before anyone waits for it."""
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def run_forked(script, *words):
+    """Run a script in a `Forked` process, as a user does."""
+
+    def run():
+        sys.argv[:] = [str(ROOT / script), *map(str, words)]
+        os.chdir(ROOT)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+    return Forked(run)
 
 
 def short_run(base, tmp_path, records, **settings):

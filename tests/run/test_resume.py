@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import METHOD_RUNS, ROOT, left
+from helpers import METHOD_RUNS, left, run_forked
 
 import train
 from data import InputError
@@ -151,16 +149,13 @@ def kill_at_the_next_state(child, out_dir, patience, later):
 def test_a_signal_from_outside(cfg):
     """SIGTERM, as a job scheduler sends it, ends a real process in good order."""
     words = [f"--{name}={value}" for name, value in (cfg | dict(max_iters=100000)).items()]
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = run_forked("train.py", *words)
     out_dir = Path(cfg["out_dir"])
-    while not (out_dir / "state.safetensors").exists() and run.poll() is None:
-        time.sleep(0.05)
-    run.terminate()
-    printed, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "continue with --resume" in printed
+    while not (out_dir / "state.safetensors").exists() and not run.ended():
+        time.sleep(0.01)
+    run.kill(signal.SIGTERM)
+    code, printed, _ = run.wait()
+    assert code == 0 and "continue with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
     assert result["interrupted"] and 4 <= result["iterations"] < 100000
     assert resume.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
