@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -200,8 +201,12 @@ class Forked:
     def kill(self, number=signal.SIGKILL):
         os.kill(self.pid, number)
 
-    def wait(self):
-        """Its exit code, and what it has printed to stdout and to stderr."""
+    def wait(self, seconds=120):
+        """Its exit code, and what it has printed to stdout and to stderr; it is killed if it takes
+        longer."""
+        end = time.monotonic() + seconds
+        while not self.ended():
+            time.sleep(0.005) if time.monotonic() < end else self.kill()
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         for file in self.files:
             file.seek(0)
@@ -287,8 +292,12 @@ def refused(call, *args, named=""):
     with pytest.raises(InputError) as caught:
         call(*args)
     text = str(caught.value)
-    assert text.isprintable() and len(text) < 600 and named in text, text
+    assert is_a_sentence(text, named), text
     return text
+
+
+def is_a_sentence(text, named):
+    return text.isprintable() and len(text) < 600 and named in text
 
 
 def copy_folder(name, tmp_path, **config):
