@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import left
+from helpers import left, small_config
 
 import train
 from data import InputError
+from data.formats.save import save_pretrained
 from data.frozen import repair
 from data.run import sweep
 from data.run.state import FILES
+from model import Transformer, read_config
 from qst import QST, read_side
 from train import TrainConfig
 
@@ -65,11 +67,15 @@ def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_sweep(cfg, monkeypatch):
+def test_a_compiled_sweep(cfg, tmp_path, monkeypatch):
     """Each run is what it is alone, up to rounding. (Without the C++ code, which takes long.)"""
     compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    cfg |= dict(max_iters=3, eval_interval=3)
+    layer = shutil.copytree(cfg["base"], tmp_path / "layer")  # of one layer, which takes less long
+    torch.manual_seed(0)
+    size = read_config(layer).vocab_size
+    save_pretrained(Transformer(small_config(vocab_size=size, n_layer=1, max_positions=128)), layer)
+    cfg |= dict(base=str(layer), max_iters=3, eval_interval=3)
     found = {}
     for compiled in (False, True):
         table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum", compile=compiled))
