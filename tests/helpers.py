@@ -73,7 +73,7 @@ KINDS = {method: kinds[0] for method, kinds in METHODS.items()} | {"peqa": "int4
 # Of runs of less than a second.
 SETTINGS = dict(
     reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
-    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
+    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=1 / 9, device="cpu",
 )
 WITHOUT_SIDE = dict(reduction=None)
 METHOD_RUNS = [
@@ -240,7 +240,7 @@ def short_run(base, tmp_path, records, **settings):
 def settings_of_a_short_run(tiny_model, tmp_path):
     """Settings of a run of less than a second."""
     data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
+    data.write_text("\n".join(json.dumps(record) for record in tiny.task(36, seed=1)))
     return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
 
 

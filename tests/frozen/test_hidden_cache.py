@@ -20,6 +20,14 @@ from train import TrainConfig
 
 
 @pytest.fixture
+def cfg(cfg):
+    """Half of the data: an epoch has four iterations."""
+    data = Path(cfg["data"])
+    data.write_text("\n".join(data.read_text().split("\n")[:20]))
+    return cfg | dict(max_iters=6, eval_interval=2, held_out=0.2)
+
+
+@pytest.fixture
 def asked(monkeypatch):
     """A list with an item for each product of a 4-bit layer."""
     calls, forward = [], Linear4bit.forward
@@ -48,7 +56,7 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
     with 16 bits. Once all is written, no layer of the base is asked."""
     if settings.get("task") == "text":
-        Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 400)
+        Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 200)
         cfg |= dict(data=str(Path(cfg["data"]).with_suffix(".txt")), sequence_len=32)
     if n_embd := settings.get("n_embd"):  # whose states are kept, and come, packed
         cfg |= dict(base=str(shutil.copytree(tiny_model, tmp_path / "wide")))
@@ -57,7 +65,6 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):
         torch.manual_seed(0)  # and not what the tests before this one have left
         save_pretrained(Transformer(config), cfg["base"])
     cfg |= {name: value for name, value in settings.items() if name != "n_embd"}
-    cfg |= dict(max_iters=12)
     found, counts = [], []
     for name in ("alone", "writing", "reading"):
         asked.clear()
@@ -66,20 +73,20 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):
         found.append(curves(tmp_path / name))
         counts.append(len(asked))
         read = result["cached_iterations"], result["tokens_per_second_cached"]
-        assert read == (0, 0) if name == "alone" else read[0] >= 4 and read[1] > 0
+        assert read == (0, 0) if name == "alone" else read[0] >= 2 and read[1] > 0
         assert result["loss_after"] < result["loss_before"]
     for curve in found[1:]:
         np.testing.assert_allclose(curve, found[0], atol=atol, rtol=0)
         # Rounding grows with the iterations: the first four are nearer.
         np.testing.assert_allclose(curve[:4], found[0][:4], atol=atol / 4, rtol=0)
-    assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 12
+    assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 6
 
 
 def test_goes_on_and_mends(cfg, asked, tmp_path):
     """What an interrupted run has written serves the next; of a damaged file only the damage is
     made again, with the same bytes; what is generated has the base."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
-    train.main(TrainConfig(**cfg | dict(max_iters=3)))
+    train.main(TrainConfig(**cfg | dict(max_iters=1)))
     sums = np.fromfile(tmp_path / "cache" / "sums.bin", np.uint32)
     assert 0 < (sums == 0).sum() < len(sums)
     asked.clear()
@@ -106,7 +113,7 @@ def test_goes_on_and_mends(cfg, asked, tmp_path):
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
     """After training the layers come back, generate (not beside --stream), and score as ever."""
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12, stream=stream)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, stream=stream)
     if stream:
         quantize_folder(cfg["base"], tmp_path / "nf4")
         cfg |= dict(base=str(tmp_path / "nf4"))
@@ -131,7 +138,7 @@ def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
 
 def test_a_sweep_from_the_cache(cfg, asked, tmp_path):
     """A laboratory: many side networks, and no base. Each is what it is alone with the cache."""
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8, max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8)
     train.main(TrainConfig(**cfg))
     asked.clear()
     table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum learning_rate=1e-2,3e-3"))
@@ -145,7 +152,7 @@ def test_a_sweep_from_the_cache(cfg, asked, tmp_path):
 def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):
     """Loaded again from the cache's run, it computes a score once for all side networks."""
     load, prompts = train.load_task, [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"))
     train.main(TrainConfig(**cfg))
 
     def scoring(*args):
@@ -171,7 +178,7 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
 ], ids=["part", "linear", "pool", "bits"])
 def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):
     """And not what the sweep's other flags say; also where runs look at different batches."""
-    cfg |= dict(max_iters=12) | settings
+    cfg |= settings
     found = []
     for folder in ("", *2 * [str(tmp_path / "cache")]):
         rows = train.main(TrainConfig(**cfg, cache_hidden=folder))["runs"]
@@ -186,14 +193,14 @@ def test_a_missing_file(name, cfg, tmp_path, monkeypatch):
     """What it had is made again, and the base is loaded again once, not for each batch."""
     loads, load = [], train.from_pretrained
     monkeypatch.setattr(train, "from_pretrained", lambda *args: loads.append(1) or load(*args))
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
     expected = train.main(TrainConfig(**cfg))["loss_after"]
     (tmp_path / "cache" / name).unlink()
     loads.clear()
     assert train.main(TrainConfig(**cfg))["loss_after"] == pytest.approx(expected, abs=2e-3)
     assert len(loads) == (2 if name in ("states.bin", "last.bin") else 1)
     loads.clear()
-    assert train.main(TrainConfig(**cfg))["cached_iterations"] == 12 and len(loads) == 1
+    assert train.main(TrainConfig(**cfg))["cached_iterations"] == 6 and len(loads) == 1
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -224,7 +231,7 @@ def test_other_bases_and_examples(cfg, tiny_model, tmp_path):
     for settings, message in (
         (dict(base=str(other)), "of another base"), (dict(quant="fp4"), "of another --quant"),
         (dict(dtype="bf16"), "of another --dtype"), (dict(data_seed=5), "of other examples"),
-        (dict(sequence_len=40), "of other examples"), (dict(max_examples=30), "other examples"),
+        (dict(sequence_len=40), "of other examples"), (dict(max_examples=15), "other examples"),
     ):
         with pytest.raises(InputError, match=message):
             train.main(TrainConfig(**cfg | settings))

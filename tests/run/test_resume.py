@@ -84,7 +84,7 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("words", ["", "variant=paper,fast gate=scalar"])
 def test_resume_knows_the_settings(words, cfg, monkeypatch):
     """--resume with --out_dir alone, whatever the run or sweep was given; flags count more."""
-    cfg = TrainConfig(**cfg | dict(sweep=words))
+    cfg = TrainConfig(**cfg | dict(sweep=words, max_iters=8))
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         train.main(cfg)
@@ -163,6 +163,7 @@ def test_a_signal_from_outside(cfg):
 
 def test_a_damaged_state(cfg, tmp_path, capsys):
     """The one before it is used, and said so; without any that is whole, nothing is touched."""
+    cfg |= dict(max_iters=8)
     train.main(TrainConfig(**cfg))
     expected, out_dir = left(cfg["out_dir"]), Path(cfg["out_dir"])
 

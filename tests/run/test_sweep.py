@@ -30,7 +30,7 @@ SWEEPS = {
 @pytest.mark.parametrize("words", SWEEPS.values(), ids=SWEEPS)
 def test_each_run_is_what_it_is_alone(words, cfg):
     """The bytes of the side network, the log, the scores."""
-    cfg |= dict(max_iters=8)
+    cfg |= dict(max_iters=5)
     table = train.main(TrainConfig(**cfg, sweep=words))
     names = [row["settings"] for row in table["runs"]]
     assert len(names) == 4 == len(set(names))
@@ -48,11 +48,11 @@ def test_each_run_is_what_it_is_alone(words, cfg):
 
 
 def test_the_base_computes_once(cfg, tmp_path, monkeypatch):
-    """Six runs ask each linear layer as often as one does, also for a score after a beginning that
+    """Four runs ask each linear layer as often as one does, also for a score after a beginning that
     all prompts share; two that are standardized, also look at the 32 training examples, four
     at a time. What they generate, of lengths of their own, is what each generates alone."""
     asked, forward, load = [], Linear4bit.forward, train.load_task
-    prompts = [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
+    prompts = [[1, 5, 9, i, *range(i, 12)] for i in range(3, 8)]
 
     def counted(layer, x):
         asked.extend([1] * (len(x) > 1))  # what is generated, one row, may be each run's own
@@ -70,13 +70,13 @@ def test_the_base_computes_once(cfg, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_task", answering)
     counts = []
     cfg |= dict(max_iters=4)
-    for words in ("seed=1", "seed=1,2,3 gate=scalar,sum", "standardize=true,false seed=1,2"):
+    for words in ("seed=1", "seed=1,2 gate=scalar,sum", "standardize=true,false seed=1,2"):
         asked.clear()
         names = [row["settings"] for row in train.main(TrainConfig(**cfg, sweep=words))["runs"]]
         counts.append(len(asked))
         results = [json.loads((Path(cfg["out_dir"]) / name / "result.json").read_text())
                    for name in names]
-        for result in results[-1:] * (len(results) == 6):
+        for result in results[-1:] * ("gate" in words):
             alone = train.main(TrainConfig(**result["config"] | dict(out_dir=str(tmp_path / "a"))))
             for when in ("before", "after"):
                 for what in ("scored", "said"):
