@@ -42,6 +42,7 @@ def test_a_run(cfg, tmp_path):
     assert runs["whole"] == runs["streamed"] == runs["mixed"]
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_evaluation(cfg, tmp_path):
     """--eval_only, of the base and of a side network, and MMLU's prompts: one pass a batch."""
     train.main(TrainConfig(**cfg))
