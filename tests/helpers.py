@@ -248,7 +248,7 @@ def glue_run(tiny_model, folder, out, **changes):
     """Train on a task of GLUE, and return the result."""
     settings = dict(
         base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4,
-        max_iters=60, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
+        max_iters=40, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
         device="cpu", eval_interval=20,
     )
     return train.main(TrainConfig(**settings | changes))

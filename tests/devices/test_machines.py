@@ -182,16 +182,20 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
 def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
     """After each kill there is no base, or a whole one; and the next run makes or takes it."""
-    short_recipe(monkeypatch, tmp_path)
-    torch.set_num_threads(1)  # so that this process can be forked
-    rng = random.Random(0)
+    short_recipe(monkeypatch, tmp_path / "whole")
+    start = time.monotonic()
+    make()
+    takes, rng = time.monotonic() - start, random.Random(0)
+    tmp_path /= "killed"
+    tmp_path.mkdir()
+    monkeypatch.setattr(tiny, "CACHE", tmp_path)
     for _ in range(8):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
                 make()
             os._exit(0)
-        time.sleep(rng.uniform(0.01, 0.9))
+        time.sleep(rng.uniform(0, takes))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         for folder in tmp_path.iterdir():
