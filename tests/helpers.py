@@ -14,9 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 # Of models this small two threads compute no faster, and where there is other work they wait for
 # each other; set before torch is loaded, here and in the processes that tests start.
@@ -36,7 +34,6 @@ from data.formats.safetensors import (  # noqa: E402
     read_header, read_safetensors, write_safetensors,
 )
 from data.run.checkpoint import digest  # noqa: E402
-from data.run.run import Run  # noqa: E402
 from data.settings.methods import FAST, RELEASED  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
@@ -128,26 +125,6 @@ def moved(model, seed=1):
     for parameter in model.parameters():
         parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
     return model
-
-
-def run_of(loss_of, optimizer, scaler, cfg, rate):
-    """A `Beside` and a `Run` with a function of (idx, targets) in place of a model, and a constant
-    learning rate."""
-    models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"), compiled=False)
-    run = Run.__new__(Run)
-    run.model, run.losses = SimpleNamespace(loss_of=loss_of), []
-    run.optimizer, run.scaler = optimizer, scaler
-    constant = dict(warmup_iters=0, max_iters=9, lr_schedule="constant")
-    run.cfg = replace(cfg, learning_rate=rate, **constant)
-    return models, run
-
-
-def oracle(folder):
-    """What transformers gives, of a folder in fixtures."""
-    names = dict(input_ids="idx", mask_right="right", mask_left="left", greedy_from_8="greedy",
-                 logits_mask_right="logits_right", logits_mask_left="logits_left")
-    z = np.load(folder / "expected.npz")
-    return {names.get(k, k): torch.from_numpy(v) for k, v in z.items()}
 
 
 # --------------------------------------------------------------------------------------

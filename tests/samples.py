@@ -1,8 +1,9 @@
 """Examples of what comes from outside: lines of data sets, trees of answers, a long and nasty text,
-and the side networks that the authors have released."""
+the side networks that the authors have released, and what transformers computes."""
 
 import json
 
+import numpy as np
 import torch
 from helpers import FIXTURES
 
@@ -97,3 +98,11 @@ def released_state(base, reduction, rank, seed=0):
         "qst_upsample_parameters.pt": {"weight": r(d, s), "bias": r(d)},
         f"lm_head_z_{'parameters' if opt else 'path'}.pt": torch.nn.Parameter(r(d)),
     }
+
+
+def oracle(folder):
+    """What transformers gives, of a folder in fixtures."""
+    names = dict(input_ids="idx", mask_right="right", mask_left="left", greedy_from_8="greedy",
+                 logits_mask_right="logits_right", logits_mask_left="logits_left")
+    z = np.load(folder / "expected.npz")
+    return {names.get(k, k): torch.from_numpy(v) for k, v in z.items()}

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import FIXTURES, TEST_DATA, needs_test_data, oracle, small_base, small_config
+from helpers import FIXTURES, TEST_DATA, needs_test_data, small_base, small_config
+from samples import oracle
 
 from data import InputError
 from data.tokens.tokenizer import load_tokenizer

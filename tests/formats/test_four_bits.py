@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import FIXTURES, copy_folder, oracle, run_script, small_config
+from helpers import FIXTURES, copy_folder, run_script, small_config
+from samples import oracle
 from torch import nn
 
 from data import InputError
