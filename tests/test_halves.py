@@ -7,19 +7,23 @@ import sys
 
 import halves
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 
 def suite(folder, last):
-    """Run a suite of many files in two processes; the last file is of the second."""
+    """Run a suite of many files in two processes; the last file is of the second, for whom the
+    first one waits."""
     (folder / "conftest.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "import halves; halves.MANY = 3; halves.os.cpu_count = lambda: 2\n"
         "def pytest_configure(config): config.pluginmanager.register(halves.Halves(config))\n"
     )
+    mark = folder / "the second is there"
+    here = "import time\nfrom pathlib import Path\nMARK = Path(" + repr(str(mark)) + ")\n"
+    wait = "for _ in range(60000):\n        MARK.exists() or time.sleep(0.01)"
     for i in range(5):
-        wait = "import time; time.sleep(1)" if i == 0 else last if i == 4 else "pass"
-        body = f"def test_a(): pass\ndef test_b():\n    {wait}\n"
+        does = f"{wait}" if i == 0 else f"MARK.touch(); {last}" if i == 4 else "pass"
+        body = f"{here}def test_a(): pass\ndef test_b():\n    {does}\n"
         (folder / f"test_{i}.py").write_text(body)
     env = {name: value for name, value in os.environ.items() if name != halves.FOLDER}
     return subprocess.run(
@@ -30,7 +34,7 @@ def suite(folder, last):
 
 @pytest.mark.parametrize("last, found", [
     ("pass", "^10 passed"), ("assert 1 == 2", "assert 1 == 2"),
-    ("__import__('pytest').skip('why')", "(?s)test_4.py:3: why.*^9 passed, 1 skipped"),
+    ("__import__('pytest').skip('why')", "(?s)test_4.py:6: why.*^9 passed, 1 skipped"),
     ("__import__('os')._exit(7)", "The second process: 7"),
     ("__import__('os')._exit(1)", "The second process: 1"),  # as after a test that hangs
 ], ids=["pass", "failure", "skip", "crash", "exit"])

@@ -3,11 +3,13 @@
 import importlib
 import json
 import re
+import subprocess
 
 import bench
 import pytest
 from benchmarks import learning, memory, methods, paper, speed, step, streaming
 from benchmarks.common import write_model
+from helpers import run_forked
 
 from data import InputError
 from model import PRESETS, ModelConfig
@@ -156,9 +158,14 @@ def test_no_curve_is_left_out_of_the_pictures(runs):
     assert "loss, by peak memory" in (runs / "out/score.svg").read_text()
 
 
-def test_a_run_that_fails_is_reported(tmp_path, capsys):
+def test_a_run_that_fails_is_reported(tmp_path, monkeypatch, capsys):
     """Its error is one line, no earlier run is taken for it, and without any run it ends."""
     (tmp_path / "result.json").write_text("{}")
+
+    def run(words, **_):
+        return subprocess.CompletedProcess(words, *run_forked(words[1], *words[2:]).wait())
+
+    monkeypatch.setattr(learning.subprocess, "run", run)
     learning.learn_once(["--max_iters", "0"], tmp_path)
     assert "--max_iters 0 must be at least 1" in capsys.readouterr().err
     with pytest.raises(InputError, match="holds no run"):

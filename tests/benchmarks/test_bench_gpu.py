@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmarks import gpu, gpu_common, gpu_steps, gpu_trace
 from benchmarks.gpu_common import Sizes, target
-from conftest import run_script
+from helpers import run_script
 
 from data import InputError
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from account import AccountConfig, memory_report
-from conftest import shaken, small_base, small_config
+from helpers import shaken, small_base, small_config
 
 import train
 from data import InputError

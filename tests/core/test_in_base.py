@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, each_family, small_base
-from test_methods import KINDS, make, moved
+from helpers import FAMILIES, KINDS, each_family, moved, small_base, tuned
 from torch.nn import functional as F
 
 from data.formats.hub import OPT_NAMES
@@ -19,7 +18,7 @@ from side import SideConfig
 def test_merging(method, family, tmp_path, idx):
     """A Hugging Face folder of plain weights has the logits of base and parts, to rounding; in
     transformers too."""
-    model = moved(make(method, family))
+    model = moved(tuned(method, family))
     expected = model(idx)[0].detach()
     save_pretrained(model.merge(torch.float32), tmp_path)
     ours = from_pretrained(tmp_path, "none", torch.float32)
@@ -33,7 +32,7 @@ def test_merging(method, family, tmp_path, idx):
 
 def test_lora_adds_a_low_rank_product():
     """A layer is x (W + 16 / rank up down), W being the weight in 4 bits."""
-    layer = moved(make("qlora")).base.layers[0].self_attn.q_proj
+    layer = moved(tuned("qlora")).base.layers[0].self_attn.q_proj
     x = torch.randn(2, 32)
     product = 4 * layer.pair.up.weight @ layer.pair.down.weight
     weight = layer.linear.weight.dequantize() + product
@@ -44,7 +43,7 @@ def test_lora_adds_a_low_rank_product():
 def test_lora_is_pefts(family, tmp_path, idx):
     """With the same branches, logits and gradients are peft's (rank 4, alpha 16, all linears)."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    model = moved(make("lora", family))
+    model = moved(tuned("lora", family))
     save_pretrained(small_base("none", **FAMILIES[family]), tmp_path)
     names = {"opt": "q_proj k_proj v_proj out_proj fc1 fc2"}.get(
         family, "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -73,7 +72,7 @@ def test_lora_is_pefts(family, tmp_path, idx):
 
 def test_the_adapter_is_houlsbys(idx):
     """Behind the attention and the MLP, before the residual: y + up(silu(down(y)))."""
-    model = moved(make("adapter"))
+    model = moved(tuned("adapter"))
     layer, plain = model.base.layers[1], small_base("none").layers[1]
     x = torch.randn(2, 7, 32)
     for name in ("self_attn", "mlp"):
@@ -85,7 +84,7 @@ def test_the_adapter_is_houlsbys(idx):
 
 def test_full_finetuning_keeps_a_tied_head_tied(tmp_path, idx):
     """One parameter is embedding and head, once in the file too, also after it is loaded."""
-    model = moved(make("full", "opt"))
+    model = moved(tuned("full", "opt"))
     assert model.base.lm_head.weight is model.base.embed_tokens.weight
     assert not list(model.base.buffers())
     model.save_side(tmp_path)

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import FAMILIES, each_family, shaken, small_base
+from helpers import FAMILIES, KINDS, each_family, moved, small_base, tuned
 
 import qst
 import train
@@ -17,27 +17,10 @@ from data.run.run import Run
 from data.tasks import tiny
 from model import PRESETS, Transformer, count_weights, from_pretrained
 from qst import QST, tune
-from side import IN_BASE_METHODS, METHODS, SideConfig
+from side import IN_BASE_METHODS, SideConfig
 from train import TrainConfig
 
-KINDS = {method: kinds[0] for method, kinds in METHODS.items()} | {"peqa": "int4-16"}
 each_method = pytest.mark.parametrize("method", KINDS)
-
-
-def make(method, family="llama", kind=None, **settings):
-    base = small_base(kind or KINDS[method], **FAMILIES[family])
-    torch.manual_seed(2)
-    return tune(base, SideConfig(**dict(method=method, reduction=4, rank=4) | settings))
-
-
-def moved(model, seed=1):
-    """Move what learns away from its start, and scales and whole models only a little."""
-    if model.side.config.method not in ("peqa", "full"):
-        return shaken(model, seed)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.data *= 1 + 0.2 * torch.rand_like(parameter)
-    return model
 
 
 def gradients(model, idx):
@@ -51,12 +34,12 @@ def gradients(model, idx):
 def test_a_method_starts_at_its_base(method, family, idx):
     """Bit for bit at the base as it is stored: for qlora in NF4, for peqa in integers."""
     expected = small_base(KINDS[method], **FAMILIES[family])(idx)
-    assert torch.equal(make(method, family)(idx)[0], expected)
+    assert torch.equal(tuned(method, family)(idx)[0], expected)
 
 
 def test_lst_predicts_from_the_side_network_alone(idx):
     """LST is QST with linear downsamplers and h = upsample(h_g): not at the base."""
-    model = make("lst")
+    model = tuned("lst")
     assert (model.side.config.downsample, model.side.config.mix) == ("linear", "side")
     assert model.side.alpha is None and type(model) is QST
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
@@ -70,7 +53,7 @@ def test_lst_predicts_from_the_side_network_alone(idx):
 @each_method
 def test_what_learns(method, family, idx):
     """Just the intended parameters, all of them with a gradient, and nothing else of the base."""
-    model = moved(make(method, family))
+    model = moved(tuned(method, family))
     c, learned = model.config, gradients(model, idx)
     assert set(learned) == {name for name, _ in model.named_parameters()}
     # A bias of the keys changes no softmax.
@@ -91,7 +74,7 @@ def test_what_learns(method, family, idx):
 @each_method
 def test_a_method_learns(method, idx):
     """The loss of one batch falls in 20 steps of the loop."""
-    model = make(method)
+    model = tuned(method)
     rate = 3e-3 if method in ("peqa", "full") else 1e-2
     cfg = train.resolve(TrainConfig(method=method, learning_rate=rate, warmup_iters=0))
     run = Run(model, cfg)
@@ -106,7 +89,7 @@ def test_a_method_learns(method, idx):
 def test_saved_is_loaded(method, family, tmp_path, idx):
     """Into a fresh base of the same kind, bit for bit; another base is refused, and so is one that
     has parts already."""
-    model = moved(make(method, family))
+    model = moved(tuned(method, family))
     model.save_side(tmp_path)
     fresh = lambda seed=0: small_base(KINDS[method], seed, **FAMILIES[family])
     again = QST.from_side(fresh(), tmp_path)
@@ -124,16 +107,16 @@ def test_saved_is_loaded(method, family, tmp_path, idx):
 
 def test_parts_of_other_settings_are_not_put_into_parts(tmp_path):
     """What is inside the base already cannot be replaced by what has other shapes."""
-    make("qlora", rank=2).save_side(tmp_path)
+    tuned("qlora", rank=2).save_side(tmp_path)
     with pytest.raises(InputError, match="other settings .* load the base anew"):
-        make("qlora").load_side(tmp_path)
+        tuned("qlora").load_side(tmp_path)
 
 
 @each_family
 @each_method
 def test_generation_with_a_cache(method, family, idx):
     """Gives what recomputing everything gives; a padded prompt, what it gives alone."""
-    model = moved(make(method, family))
+    model = moved(tuned(method, family))
     expected = idx
     for _ in range(6):
         token = model(expected)[0][:, -1].argmax(dim=-1, keepdim=True)
@@ -167,7 +150,7 @@ def test_a_training_step_on_meta_tensors(method, preset):
 @pytest.mark.parametrize("method", IN_BASE_METHODS)
 def test_checkpointing(method, family, idx):
     """Gradients are the same with less kept for them: every layer's input, and one layer's rest."""
-    model = moved(make(method, family))
+    model = moved(tuned(method, family))
     plain, kept = gradients(model, idx), activation_bytes(model, idx, idx)
     model.base.checkpoint = True
     again = gradients(model, idx)

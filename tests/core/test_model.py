@@ -1,9 +1,9 @@
 """model.py, against what transformers gives (tests/fixtures, made by make_fixtures.py)."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, TEST_DATA, needs_test_data, small_base, small_config
+from helpers import FIXTURES, TEST_DATA, needs_test_data, small_base, small_config
+from samples import oracle
 
 from data import InputError
 from data.tokens.tokenizer import load_tokenizer
@@ -12,13 +12,6 @@ from model import PRESETS, count_weights, from_pretrained, make_norm, rotary_tab
 FOLDERS = [FIXTURES / name for name in (
     "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "opt_pre", "opt_350m"
 )] + sorted((TEST_DATA / "oracle/hf").glob("*"))
-
-
-def oracle(folder):
-    names = dict(input_ids="idx", mask_right="right", mask_left="left", greedy_from_8="greedy",
-                 logits_mask_right="logits_right", logits_mask_left="logits_left")
-    z = np.load(folder / "expected.npz")
-    return {names.get(k, k): torch.from_numpy(v) for k, v in z.items()}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)

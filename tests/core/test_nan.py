@@ -5,17 +5,12 @@ import math
 from pathlib import Path
 
 import pytest
-from test_resume import METHODS, settings_of_a_short_run
+from helpers import METHOD_RUNS
 
 import train
 from data import InputError
 from data.tasks.examples import collate
 from train import TrainConfig
-
-
-@pytest.fixture
-def cfg(tiny_model, tmp_path, no_answers):
-    return settings_of_a_short_run(tiny_model, tmp_path)
 
 
 def broken_step(iterations, value=math.nan):
@@ -35,7 +30,7 @@ def broken_step(iterations, value=math.nan):
     return step
 
 
-@pytest.mark.parametrize("changes", METHODS[:3] + METHODS[-1:], ids=str)
+@pytest.mark.parametrize("changes", METHOD_RUNS[:3] + METHOD_RUNS[-1:], ids=str)
 def test_a_step_without_a_number_is_left_out(changes, cfg, monkeypatch):
     """NaN and infinite gradients change nothing, neither weights nor moments: without those
     iterations the run is the same. They are counted, and result.json has no NaN."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, VARIANTS, each_family, shaken, small_base, small_config
+from helpers import FAMILIES, VARIANTS, each_family, shaken, small_base, small_config
 
 from data import IGNORE_INDEX
 from model import Transformer

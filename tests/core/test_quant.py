@@ -5,7 +5,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, TEST_DATA, needs_test_data
+from helpers import FIXTURES, TEST_DATA, needs_test_data
 from torch.nn import functional as F
 
 import quant

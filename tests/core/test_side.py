@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import shaken, small_base, small_config
+from helpers import shaken, small_base, small_config
 from torch.nn import functional as F
 
 from data import InputError

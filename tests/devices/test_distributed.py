@@ -4,19 +4,19 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import socket
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, small_base
-from test_resume import SETTINGS
+from helpers import ROOT, SETTINGS, Forked, small_base
 
 import train
 from data.devices import distributed
 from data.run.run import Run
+from data.settings.flags import run_main
 from data.tasks import tiny
 from data.tasks.examples import Task, count_targets, iteration_batches
 from qst import QST
@@ -34,13 +34,24 @@ def cfg(tiny_model, tmp_path):
 
 
 def torchrun(cfg, processes=2, **changes):
-    words = [f"--{name}={value}" for name, value in (cfg | changes).items()]
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}",
-         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "train.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    """What `torchrun` does; train.py has processes of its own."""
+    words = [f"--nproc_per_node={processes}", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    words += [str(ROOT / "train.py"), *(f"--{name}={v}" for name, v in (cfg | changes).items())]
+    sets = lambda: os.environ.update(OMP_NUM_THREADS="1")
+    return Forked(lambda: (sets(), import_module("torch.distributed.run").main(words)))
+
+
+def two_at_once(cfg):
+    """The two processes that torchrun would start, without torchrun, which ends one after the
+    other's death itself."""
+    with socket.create_server(("localhost", 0)) as free:
+        here = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+
+    def run(rank):
+        os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        run_main(lambda: train.main(TrainConfig(**cfg)))
+
+    return [Forked(lambda: run(rank)) for rank in range(2)]
 
 
 def numbers(out_dir):
@@ -55,22 +66,19 @@ def test_two_processes_are_one(cfg, tmp_path):
     text, two_dir = tmp_path / "text.txt", tmp_path / "two"
     text.write_text(" ".join(tiny.story(random.Random(i), 0)[0] for i in range(300)))
     cfg |= dict(task="text", data=str(text), sequence_len=48)
-    begun, state = torchrun(cfg, out_dir=two_dir, max_iters=10**6), two_dir / "state.safetensors"
-    for _ in range(1200):
-        if state.exists() or begun.poll() is not None:
-            break
-        time.sleep(0.02)
-    children = subprocess.check_output(["ps", "-o", "pid=", "--ppid", str(begun.pid)], text=True)
-    os.kill(max(map(int, children.split())), signal.SIGKILL)
-    printed, complaints = begun.communicate(timeout=60)
-    assert begun.returncode != 0 and "held-out loss" not in printed
-    assert "Another process of this run has ended" in complaints or "SIGKILL" in complaints
+    first, second = two_at_once(cfg | dict(out_dir=str(two_dir), max_iters=10**6))
+    while not (two_dir / "state.safetensors").exists() and not first.ended():
+        time.sleep(0.005)
+    second.kill()
+    code, printed, complaints = first.wait(60)
+    assert code == 1 and "held-out loss" not in printed
+    assert "error: Another process of this run has ended" in complaints
+    assert second.wait() == (-signal.SIGKILL, "", "")
     train.read_side(two_dir)  # what was kept is whole
     kept = len(numbers(two_dir))
     cfg["max_iters"] = kept - kept % RATES["eval_interval"] + 6
-    ended = torchrun(cfg, out_dir=two_dir, resume=True)
-    printed, complaints = ended.communicate(timeout=120)
-    assert ended.returncode == 0, complaints
+    code, printed, complaints = torchrun(cfg, out_dir=two_dir, resume=True).wait()
+    assert code == 0, complaints
     assert printed.count("held-out loss") == 1
     one = train.main(TrainConfig(**cfg | dict(batch_size=8, out_dir=str(tmp_path / "one"))))
     for ours, theirs in zip(numbers(tmp_path / "one"), numbers(two_dir), strict=True):

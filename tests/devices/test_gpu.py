@@ -1,14 +1,13 @@
 """What can only be tested on a GPU. Without one it is skipped; with QST_GPU_DRY_RUN=1 the same
 functions run on the CPU, where they can, so that no mistake in them waits for a GPU."""
 
-import os
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 import quant
-from conftest import small_base
+from helpers import DEVICE, DRY, GPU, each_dtype, needs_gpu, needs_gpu_or_dry_run, small_base
 from data.formats.save import save_pretrained
 from data.frozen import sources
 from data.tasks.examples import collate
@@ -17,14 +16,8 @@ from qst import QST
 from quant import BLOCK_SIZE, CODEBOOKS, Quantized4bit, plain_dequantize, quantize_4bit
 from side import SideConfig
 
-GPU = torch.cuda.is_available()
-DRY = not GPU and os.environ.get("QST_GPU_DRY_RUN") == "1"
-DEVICE = torch.device("cuda", torch.cuda.current_device()) if GPU else torch.device("cpu")
-pytestmark = pytest.mark.skipif(not GPU and not DRY, reason="needs a GPU")
-needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU, also in a dry run")
+pytestmark = needs_gpu_or_dry_run
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 # Rows that begin inside of a byte, of a block, of a nested block; and a layer of LLaMA-2-7B.
 SHAPES = [(1, 1), (3, 130), (7, 33), (5, 64), (130, 131), (3, 2500), (65, 16384), (11008, 4096)]
 SHAPES = SHAPES[:-1] if DRY else SHAPES

@@ -4,11 +4,14 @@ import contextlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, shaken, short_run, small_base
-from test_gpu import DEVICE, DRY, GPU, each_dtype, needs_gpu, pytestmark  # noqa: F401
+from helpers import (
+    DEVICE, DRY, GPU, ROOT, each_dtype, needs_gpu, needs_gpu_or_dry_run, shaken, short_run,
+    small_base,
+)
 
 import train
 from data.devices.device import to_device
@@ -20,6 +23,7 @@ from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
 
+pytestmark = needs_gpu_or_dry_run
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 METHODS = {
     "qst": {}, "qst, few bits": dict(h_f_bits=4, checkpoint=True), "qst, 8 bits": dict(h_f_bits=8),
@@ -48,7 +52,7 @@ def no_waiting():
 def small_step(changes, dtype):
     """A model on the device, and a function that makes a step of train.py with it."""
     settings = dict(base="any", data="any", reduction=4, rank=4, sequence_len=24, batch_size=4)
-    cfg = train.resolve(TrainConfig(**settings | changes))
+    cfg = train.resolve(TrainConfig(**settings | dict(learning_rate=1e-2) | changes))
     base = small_base(cfg.quant).to(DEVICE)
     for module in base.modules():
         for name, buffer in module.named_buffers(recurse=False):
@@ -90,7 +94,7 @@ def test_a_logged_step_waits_only_when_it_is_due(cfg):
     """`stepped` reads losses at the interval and not between."""
     log = TrainingLog(None, train.resolve(TrainConfig(**cfg | dict(log_interval=4))), DEVICE)
     loss, taken = torch.ones((), device=DEVICE), torch.ones((), dtype=torch.bool, device=DEVICE)
-    log.start = 0.0
+    log.start, log.bar = 0.0, SimpleNamespace(update=lambda: None)
     with no_waiting() if GPU else contextlib.nullcontext():
         read = [log.stepped(loss, taken, 1, False) for _ in range(3)]
     assert read == [not GPU] * 3

@@ -6,15 +6,15 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT, Forked
 from tqdm import tqdm
 
 import train
@@ -64,18 +64,21 @@ def test_other_devices_are_refused(name):
 
 def test_without_what_windows_lacks():
     """No module that it does not have is needed to import the code."""
-    code = (
-        "import sys; sys.path[:0] = sys.argv[1:]\n"
-        "missing = ('resource', 'fcntl', 'readline', 'pwd', 'termios')\n"
-        "sys.modules |= dict.fromkeys(missing)\n"
-        "import train, qst\n"
-        "from data.devices import device\n"
-        "from data.run import state\n"
-        "assert device.peak_memory(train.torch.device('cpu')) == 0\n"
-        "with state.only_run_in('/nowhere'): pass\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, ROOT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
+    def without():
+        sys.modules.update(dict.fromkeys(("resource", "fcntl", "readline", "pwd", "termios")))
+        ours = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"))]
+        for name, module in list(sys.modules.items()):  # but quant.py: test_without_triton
+            if getattr(module, "__file__", None) in map(str, ours) and name != "quant":
+                del sys.modules[name]
+        before = {id(module) for module in sys.modules.values()}
+        for name in ("train", "qst", "data.devices.device", "data.run.state"):
+            assert id(import_module(name)) not in before
+        assert sys.modules["data.devices.device"].peak_memory(torch.device("cpu")) == 0
+        with sys.modules["data.run.state"].only_run_in("/nowhere"):
+            print("as well")
+
+    assert Forked(without).wait() == (0, "as well\n", "")
 
 
 def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
@@ -179,16 +182,20 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
 def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
     """After each kill there is no base, or a whole one; and the next run makes or takes it."""
-    short_recipe(monkeypatch, tmp_path)
-    torch.set_num_threads(1)  # so that this process can be forked
-    rng = random.Random(0)
+    short_recipe(monkeypatch, tmp_path / "whole")
+    start = time.monotonic()
+    make()
+    takes, rng = time.monotonic() - start, random.Random(0)
+    tmp_path /= "killed"
+    tmp_path.mkdir()
+    monkeypatch.setattr(tiny, "CACHE", tmp_path)
     for _ in range(8):
         child = os.fork()
         if child == 0:
             with contextlib.suppress(BaseException):
                 make()
             os._exit(0)
-        time.sleep(rng.uniform(0.01, 0.9))
+        time.sleep(rng.uniform(0, takes))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         for folder in tmp_path.iterdir():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import small_config
+from helpers import small_config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import qst

@@ -11,7 +11,7 @@ import pytest
 import torch
 from account import stream_from_memory
 from benchmarks.streaming import ONE_ARENA
-from conftest import (
+from helpers import (
     FAMILIES, FIXTURES, ROOT, VARIANTS, each_family, shaken, small_base, small_config,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from account import AccountConfig, memory_report, parse_args, stream_from_memory, transfer
-from conftest import FIXTURES, short_run, small_base, small_config
+from helpers import FIXTURES, short_run, small_base, small_config
 
 import qst
 import train
@@ -42,6 +42,7 @@ def test_a_run(cfg, tmp_path):
     assert runs["whole"] == runs["streamed"] == runs["mixed"]
 
 
+@pytest.mark.usefixtures("no_answers")
 def test_evaluation(cfg, tmp_path):
     """--eval_only, of the base and of a side network, and MMLU's prompts: one pass a batch."""
     train.main(TrainConfig(**cfg))

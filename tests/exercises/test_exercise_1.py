@@ -9,7 +9,7 @@ backward in few bits, as `PackedInputLinear` does. Then compare it with the othe
 
 import pytest
 import torch
-from conftest import small_base
+from helpers import small_base
 
 from qst import QST
 from side import DOWNSAMPLERS, SideConfig, SideNetwork, make_downsample

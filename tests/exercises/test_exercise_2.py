@@ -13,7 +13,7 @@ and the rest is as it was. Why does it start where the paper's gate starts?
 
 import pytest
 import torch
-from conftest import shaken, small_base
+from helpers import shaken, small_base
 
 from qst import QST
 from side import GATES, SideConfig

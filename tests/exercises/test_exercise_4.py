@@ -8,7 +8,7 @@ below; then find in side.py where `--method lst` does the same.
 
 import pytest
 import torch
-from conftest import small_base
+from helpers import small_base
 
 import train
 from qst import QST

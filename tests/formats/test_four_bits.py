@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import FIXTURES, copy_folder, run_script, small_config
-from test_model import oracle
+from helpers import FIXTURES, copy_folder, run_script, small_config
+from samples import oracle
 from torch import nn
 
 from data import InputError

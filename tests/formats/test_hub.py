@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from conftest import FIXTURES, copy_folder, small_config
+from helpers import FIXTURES, copy_folder, small_config
 
 from data import InputError
 from data.formats.save import save_pretrained

@@ -5,11 +5,10 @@ Here is what each reader must refuse, and why; fuzzing/fuzz.py looks for what no
 
 import json
 import os
-import shutil
 import time
 
 import pytest
-from conftest import FIXTURES
+from helpers import FIXTURES, change, copy, is_a_sentence, refused
 from mutants import RAW, VALUES, dump
 
 import model
@@ -19,25 +18,6 @@ from data.formats.files import read_json
 from data.tokens import chat
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
-
-
-def copy(source, tmp_path):
-    return shutil.copytree(source, tmp_path / source.name, dirs_exist_ok=True)
-
-
-def change(path, **values):
-    """Replace fields of a JSON file, and return the file."""
-    path.write_bytes(dump(json.loads(path.read_bytes()) | values))
-    return path
-
-
-def refused(call, *args, named=""):
-    """The sentence that refuses: of one line, not long, and with a name in it."""
-    with pytest.raises(InputError) as caught:
-        call(*args)
-    text = str(caught.value)
-    assert text.isprintable() and len(text) < 600 and named in text, text
-    return text
 
 
 # --------------------------------------------------------------------------------------
@@ -57,8 +37,7 @@ def test_every_field_of_a_config_by_every_type(name, tmp_path):
             try:
                 after = vars(model.read_config(folder))
             except InputError as error:
-                text = str(error)
-                assert str(path) in text and text.isprintable() and len(text) < 600
+                assert is_a_sentence(str(error), str(path)), error
                 continue
             for key in before:
                 kinds = {type(after[key]), type(before[key])}

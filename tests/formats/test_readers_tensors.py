@@ -9,8 +9,7 @@ import zipfile
 
 import pytest
 import torch
-from conftest import FIXTURES, small_config
-from test_readers import change, copy, refused
+from helpers import FIXTURES, change, copy, refused, small_config
 
 from data.formats.pickled import read_tensors
 from data.formats.safetensors import read_safetensors, write_safetensors

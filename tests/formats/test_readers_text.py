@@ -5,11 +5,9 @@ import time
 
 import pytest
 import torch
-from conftest import FIXTURES, small_base
+from helpers import FIXTURES, change, copy, refused, small_base
+from samples import GLUE_LINES, released_state
 from mutants import dump
-from test_glue import LINES
-from test_released import released_state
-from test_readers import change, copy, refused
 
 from data.tasks import glue, instruct, mt_bench
 from data.tokens import chat
@@ -124,13 +122,13 @@ def test_a_template_that_takes_long_to_search(tmp_path):
 @pytest.mark.parametrize("rating", ["nan", "inf", "-1", "5.01", "1e0", "٣", "1_0", ""])
 def test_ratings_out_of_range(rating, tmp_path):
     """STS-B's ratings are numbers from 0 to 5; Python's `float` reads more than that."""
-    rows = [LINES["stsb"][0], LINES["stsb"][1].replace("5.000", rating)]
+    rows = [GLUE_LINES["stsb"][0], GLUE_LINES["stsb"][1].replace("5.000", rating)]
     (tmp_path / "dev.tsv").write_text("\n".join(rows))
     refused(glue.read, tmp_path / "dev.tsv", glue.FORMS["stsb"], named="line 2")
 
 
 @pytest.mark.parametrize("corpus, ids", [
-    ("", ""), (LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(LINES["mrpc"]), "")
+    ("", ""), (GLUE_LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(GLUE_LINES["mrpc"]), "")
 ])
 def test_mrpc_without_examples(corpus, ids, tmp_path):
     """Nothing is written of a corpus that holds none of the pairs that its list names."""

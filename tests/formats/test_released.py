@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import small_base
+from helpers import small_base
+from samples import released_state
 from torch.nn import functional as F
 
 from data import InputError
@@ -10,44 +11,6 @@ from data.settings.methods import RELEASED
 from model import rotary_table
 from qst import QST, import_released
 from side import SideConfig
-
-
-def released_state(base, reduction, rank, seed=0):
-    """Random tensors under the names, and in the files, of the released code."""
-    torch.manual_seed(seed)
-    d, s, m = base.config.n_embd, base.config.n_embd // reduction, base.config.n_ffn // reduction
-    r, N, opt = torch.randn, base.config.n_layer, base.config.family == "opt"
-    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    layers = {}
-    for i in range(N):
-        if opt:
-            linears = dict.fromkeys([*names, "self_attn.out_proj"], (s, s))
-            linears |= {"fc1": (m, s), "fc2": (s, m)}
-            norms = ["self_attn_layer_norm", "final_layer_norm"]
-        else:
-            linears = dict.fromkeys([*names, "self_attn.o_proj"], (s, s))
-            linears |= {"mlp.gate_proj": (m, s), "mlp.up_proj": (m, s), "mlp.down_proj": (s, m)}
-            norms = ["input_layernorm", "post_attention_layernorm"]
-        for name, shape in linears.items():
-            layers[f"{i}.{name}.weight"] = r(shape)
-            if opt:
-                layers[f"{i}.{name}.bias"] = r(shape[0])
-        for name in norms:
-            layers[f"{i}.{name}.weight"] = 1 + 0.3 * r(s)
-            if opt:
-                layers[f"{i}.{name}.bias"] = r(s)
-    down = {}
-    for i in range(N):
-        down[f"{i}.adapter_A.weight"], down[f"{i}.adapter_B.weight"] = r(rank, d), r(s, rank)
-        down[f"{i}.post_layer_norm.weight"] = 1 + 0.3 * r(s)
-        down[f"{i}.post_layer_norm.bias"] = r(s)
-    norm = {"weight": 1 + 0.3 * r(s)} | ({"bias": r(s)} if opt else {})
-    return {
-        "qst_layers_parameters.pt": layers, "qst_downsample_parameters.pt": down,
-        "qst_z_parameters.pt": {str(i): r(s) for i in range(N)}, "qst_norm_parameters.pt": norm,
-        "qst_upsample_parameters.pt": {"weight": r(d, s), "bias": r(d)},
-        f"lm_head_z_{'parameters' if opt else 'path'}.pt": torch.nn.Parameter(r(d)),
-    }
 
 
 def released_logits(base, files, idx):

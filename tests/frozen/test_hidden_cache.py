@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import short_run, small_config
-from test_resume import cfg, left, one_thread  # noqa: F401
+from helpers import curves, left, short_run, small_config
 
 import train
 from data import InputError
@@ -18,6 +17,14 @@ from data.tasks.scoring import choice_logits
 from model import Transformer, quantize_folder, read_config
 from quant import Linear4bit
 from train import TrainConfig
+
+
+@pytest.fixture
+def cfg(cfg):
+    """Half of the data: an epoch has four iterations."""
+    data = Path(cfg["data"])
+    data.write_text("\n".join(data.read_text().split("\n")[:20]))
+    return cfg | dict(max_iters=6, eval_interval=2, held_out=0.2)
 
 
 @pytest.fixture
@@ -33,11 +40,6 @@ def asked(monkeypatch):
     return calls
 
 
-def curves(out_dir):
-    rows = (Path(out_dir) / "log.csv").read_text().splitlines()[1:]
-    return np.array([float(cell or "nan") for row in rows for cell in row.split(",")[1:3]])
-
-
 @pytest.mark.parametrize(
     "settings, atol",
     [(dict(h_f_bits=16), 2e-3), (dict(h_f_bits=16, dtype="bf16"), 2e-2),
@@ -50,11 +52,11 @@ def curves(out_dir):
     ids=["16", "bf16", "8", "4", "avgpool", "maxpool, text", "fast", "every", "8, whole blocks",
          "4, whole blocks, bf16", "devices"],
 )
-def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # noqa: F811
+def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):
     """A run that writes the cache and one that reads it have the losses of one without: to rounding
     with 16 bits. Once all is written, no layer of the base is asked."""
     if settings.get("task") == "text":
-        Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 400)
+        Path(cfg["data"]).with_suffix(".txt").write_text("Leo went to the mill. " * 200)
         cfg |= dict(data=str(Path(cfg["data"]).with_suffix(".txt")), sequence_len=32)
     if n_embd := settings.get("n_embd"):  # whose states are kept, and come, packed
         cfg |= dict(base=str(shutil.copytree(tiny_model, tmp_path / "wide")))
@@ -63,7 +65,6 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # 
         torch.manual_seed(0)  # and not what the tests before this one have left
         save_pretrained(Transformer(config), cfg["base"])
     cfg |= {name: value for name, value in settings.items() if name != "n_embd"}
-    cfg |= dict(max_iters=12)
     found, counts = [], []
     for name in ("alone", "writing", "reading"):
         asked.clear()
@@ -72,20 +73,20 @@ def test_as_with_the_base(settings, atol, cfg, asked, tiny_model, tmp_path):  # 
         found.append(curves(tmp_path / name))
         counts.append(len(asked))
         read = result["cached_iterations"], result["tokens_per_second_cached"]
-        assert read == (0, 0) if name == "alone" else read[0] >= 4 and read[1] > 0
+        assert read == (0, 0) if name == "alone" else read[0] >= 2 and read[1] > 0
         assert result["loss_after"] < result["loss_before"]
     for curve in found[1:]:
         np.testing.assert_allclose(curve, found[0], atol=atol, rtol=0)
         # Rounding grows with the iterations: the first four are nearer.
         np.testing.assert_allclose(curve[:4], found[0][:4], atol=atol / 4, rtol=0)
-    assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 12
+    assert counts[2] == 0 < counts[1] < counts[0] and read[0] == 6
 
 
-def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
+def test_goes_on_and_mends(cfg, asked, tmp_path):
     """What an interrupted run has written serves the next; of a damaged file only the damage is
     made again, with the same bytes; what is generated has the base."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
-    train.main(TrainConfig(**cfg | dict(max_iters=3)))
+    train.main(TrainConfig(**cfg | dict(max_iters=1)))
     sums = np.fromfile(tmp_path / "cache" / "sums.bin", np.uint32)
     assert 0 < (sums == 0).sum() < len(sums)
     asked.clear()
@@ -110,9 +111,9 @@ def test_goes_on_and_mends(cfg, asked, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
     """After training the layers come back, generate (not beside --stream), and score as ever."""
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12, stream=stream)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, stream=stream)
     if stream:
         quantize_folder(cfg["base"], tmp_path / "nf4")
         cfg |= dict(base=str(tmp_path / "nf4"))
@@ -135,9 +136,9 @@ def test_the_base_is_loaded_again_to_answer(stream, cfg, tmp_path, monkeypatch):
     np.testing.assert_allclose(scored[1], scored[2], atol=0.02)
 
 
-def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
+def test_a_sweep_from_the_cache(cfg, asked, tmp_path):
     """A laboratory: many side networks, and no base. Each is what it is alone with the cache."""
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8, max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=8)
     train.main(TrainConfig(**cfg))
     asked.clear()
     table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum learning_rate=1e-2,3e-3"))
@@ -148,10 +149,10 @@ def test_a_sweep_from_the_cache(cfg, asked, tmp_path):  # noqa: F811
     assert left(worst) == left(tmp_path / "alone")
 
 
-def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):  # noqa: F811
+def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatch):
     """Loaded again from the cache's run, it computes a score once for all side networks."""
     load, prompts = train.load_task, [[1, 5, 9, i, *range(i, 12)] for i in range(3, 12)]
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"))
     train.main(TrainConfig(**cfg))
 
     def scoring(*args):
@@ -175,9 +176,9 @@ def test_a_sweep_that_answers_has_the_base_once(cfg, asked, tmp_path, monkeypatc
     (dict(h_f_bits=4, sweep="downsample=avgpool reduction=2 seed=1,2"), ["avgpool", 2], 16),
     (dict(h_f_bits=4, sweep="h_f_bits=8 seed=1,2"), None, 8),
 ], ids=["part", "linear", "pool", "bits"])
-def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):  # noqa: F811
+def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path):
     """And not what the sweep's other flags say; also where runs look at different batches."""
-    cfg |= dict(max_iters=12) | settings
+    cfg |= settings
     found = []
     for folder in ("", *2 * [str(tmp_path / "cache")]):
         rows = train.main(TrainConfig(**cfg, cache_hidden=folder))["runs"]
@@ -188,18 +189,18 @@ def test_what_is_kept_is_what_the_runs_read(settings, pool, bits, cfg, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["states.bin", "last.bin", "sums.bin", "cache.json"])
-def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_a_missing_file(name, cfg, tmp_path, monkeypatch):
     """What it had is made again, and the base is loaded again once, not for each batch."""
     loads, load = [], train.from_pretrained
     monkeypatch.setattr(train, "from_pretrained", lambda *args: loads.append(1) or load(*args))
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16, max_iters=12)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), h_f_bits=16)
     expected = train.main(TrainConfig(**cfg))["loss_after"]
     (tmp_path / "cache" / name).unlink()
     loads.clear()
     assert train.main(TrainConfig(**cfg))["loss_after"] == pytest.approx(expected, abs=2e-3)
     assert len(loads) == (2 if name in ("states.bin", "last.bin") else 1)
     loads.clear()
-    assert train.main(TrainConfig(**cfg))["cached_iterations"] == 12 and len(loads) == 1
+    assert train.main(TrainConfig(**cfg))["cached_iterations"] == 6 and len(loads) == 1
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -207,7 +208,7 @@ def test_a_missing_file(name, cfg, tmp_path, monkeypatch):  # noqa: F811
     (dict(every=0), "every is 0"), (dict(fingerprint=None), "lacks the field 'fingerprint'"),
     (dict(pool=3), "another pooling"),
 ])
-def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
+def test_a_damaged_cache_json(changes, message, cfg, tmp_path):
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
     train.main(TrainConfig(**cfg))
     path = tmp_path / "cache" / "cache.json"
@@ -216,7 +217,7 @@ def test_a_damaged_cache_json(changes, message, cfg, tmp_path):  # noqa: F811
         train.main(TrainConfig(**cfg))
 
 
-def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
+def test_other_bases_and_examples(cfg, tiny_model, tmp_path):
     """Each is refused in a sentence, and nothing is touched."""
     cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
     train.main(TrainConfig(**cfg))
@@ -230,7 +231,7 @@ def test_other_bases_and_examples(cfg, tiny_model, tmp_path):  # noqa: F811
     for settings, message in (
         (dict(base=str(other)), "of another base"), (dict(quant="fp4"), "of another --quant"),
         (dict(dtype="bf16"), "of another --dtype"), (dict(data_seed=5), "of other examples"),
-        (dict(sequence_len=40), "of other examples"), (dict(max_examples=30), "other examples"),
+        (dict(sequence_len=40), "of other examples"), (dict(max_examples=15), "other examples"),
     ):
         with pytest.raises(InputError, match=message):
             train.main(TrainConfig(**cfg | settings))
@@ -260,7 +261,7 @@ def test_examples_of_the_same_ids_are_one():
     assert targets_by_ids(examples) == {key([5, 6]): (3, [0, 1]), key([8]): (1, [])}
 
 
-def test_room_is_checked_before(cfg, tmp_path):  # noqa: F811
+def test_room_is_checked_before(cfg, tmp_path):
     """Nothing is written that has no room."""
     folder = tmp_path / "cache"
     with pytest.raises(InputError, match="needs .* GB, and --cache_limit_gb is 1e-06: --h_f_bits"):

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import small_base, small_config
-from test_methods import make
+from helpers import small_base, small_config, tuned
 from torch.nn import functional as F
 
 from data import InputError
@@ -121,7 +120,7 @@ def test_gradients_against_autograd(bits, group):
 def test_peqa_trains_the_scales_alone(kind, tmp_path, idx):
     """As many numbers as there are scales; whole numbers and zero points are the same bits after
     training; the file holds the scales and nothing else; another file is another task."""
-    model = make("peqa", kind=kind)
+    model = tuned("peqa", kind=kind)
     start = model.side.state_dict()
     weights = [m for m in model.base.modules() if isinstance(m, QuantizedInt)]
     assert len(weights) == 3 * 7 and {weight.kind for weight in weights} == {kind}

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import each_family, small_base
-from test_hidden_cache import curves
-from test_resume import cfg, one_thread  # noqa: F401
+from helpers import curves, each_family, small_base
 
 import train
 from data import IGNORE_INDEX
@@ -87,7 +85,7 @@ def test_a_prefix_must_be_worth_it():
     dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"),
     dict(devices="cpu,cpu"), dict(method="adapter", quant="nf4", reduction=None),
 ], ids=lambda settings: ", ".join(map(str, settings.values())) or "paper")
-def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):  # noqa: F811
+def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):
     """A run's losses are those of one without. The base computes less, but where its layers
     learn."""
     if settings.get("stream"):

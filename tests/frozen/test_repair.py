@@ -3,7 +3,7 @@
 import pytest
 import torch
 from account import AccountConfig, memory_report
-from conftest import FIXTURES, each_family, shaken, small_config
+from helpers import FIXTURES, each_family, shaken, small_config
 
 import train
 from data import InputError

@@ -1,6 +1,6 @@
 """Mutants of every file that comes from outside: each must load, or be refused in one sentence.
 
-    python tests/fuzzing/fuzz.py [--seconds 60] [--only NAME] [--seed N] [--number N]
+    python tests/fuzzing/fuzz.py [--seconds 60] [--mutants N] [--only NAME] [--seed N] [--number N]
 
 A mutant is a small good folder (fuzz_readers.py) with one to three things changed (mutants.py):
 bytes, lines, values of JSON by values of every type, tensors by other objects, files by folders,
@@ -17,6 +17,7 @@ Prints a table, and of each kind of defect the shortest example; exits with 1 if
 
 import argparse
 import json
+import math
 import os
 import random
 import resource
@@ -33,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[:2]]
-import conftest  # noqa: E402, F401, which finds the project and the tests
+import helpers  # noqa: E402, F401, which finds the project and the tests
 from fuzz_readers import READERS  # noqa: E402
 from mutants import mutant, write  # noqa: E402
 
@@ -96,15 +97,17 @@ def read_mutants(name, seeds, seed, start, folder, pipe):
         os.write(pipe, (json.dumps([number, told[:500], found]) + "\n").encode())
 
 
-def fuzz(name, seconds, seed, room):
-    """Read mutants for some seconds: [(number, what was done, what became of it), ...]."""
+def fuzz(name, seconds, seed, room, most=math.inf):
+    """Read mutants for some seconds, or as many as `most`: [(number, what was done, what became of
+    it), ...]."""
     room.mkdir()
     seeds, found, start = READERS[name][0](room), [], 0
     for files in seeds:  # which must load
         write(room / "mutant", files)
         READERS[name][1](room / "mutant")
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    going_on = lambda: time.monotonic() < end and len(found) < most
+    while going_on():
         ours, theirs = os.pipe()
         if (child := os.fork()) == 0:
             try:
@@ -113,7 +116,7 @@ def fuzz(name, seconds, seed, room):
                 os._exit(1)
         os.close(theirs)
         last, text = [start, "", "begin"], b""
-        while time.monotonic() < end or last[2] is None:
+        while going_on() or last[2] is None:
             if not select.select([ours], [], [], SECONDS)[0]:
                 break  # it hangs
             if not (part := os.read(ours, 1 << 16)):
@@ -127,16 +130,17 @@ def fuzz(name, seconds, seed, room):
         if last[2] is None:
             found.append([*last[:2], f"it hangs or died, {os.waitstatus_to_exitcode(status)}"])
         start = last[0] + 1
-    return found
+    return found if most == math.inf else found[:most]
 
 
-def run(seconds, names, seed):
+def run(seconds, names, seed, most=math.inf):
     """Fuzz readers in turn, and print: the number of defects."""
     print(f"{'reader':20} mutants  refused   loaded  defects")
     defects, sums = {}, [0] * 4
     with tempfile.TemporaryDirectory() as room:
         for name in names:
-            found = fuzz(name, seconds / len(names), seed, Path(room) / name.replace(" ", "-"))
+            folder = Path(room) / name.replace(" ", "-")
+            found = fuzz(name, seconds / len(names), seed, folder, most)
             ends = [end for *_, end in found]
             row = [len(ends), ends.count("refused"), ends.count("loaded")]
             row.append(row[0] - row[1] - row[2])
@@ -158,13 +162,15 @@ def main(argv=None):
     as_it_stands = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_stands)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--mutants", type=int, help="of each reader, however long they take")
     parser.add_argument("--only", choices=READERS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--number", type=int)
     args = parser.parse_args(argv)
     names = [args.only] if args.only else list(READERS)
     if args.number is None:
-        return min(1, run(args.seconds, names, args.seed))
+        seconds, most = (math.inf, args.mutants) if args.mutants else (args.seconds, math.inf)
+        return min(1, run(seconds, names, args.seed, most))
     with tempfile.TemporaryDirectory() as room:
         seeds = READERS[args.only][0](Path(room))
         files, told = mutant(seeds, random.Random(f"{args.seed} {args.only} {args.number}"))

@@ -7,12 +7,9 @@ import functools
 import json
 
 import torch
-from conftest import FIXTURES, small_base
+from helpers import FIXTURES, small_base
+from samples import GLUE_LINES, MMLU_ROW, flat_tree, oasst_tree, released_state
 from fuzz_state import read_state, states
-from test_instruct import flat, oasst_tree
-from test_glue import LINES
-from test_mmlu import ROW
-from test_released import released_state
 
 from data import Refused
 from data.formats.safetensors import read_header, read_safetensors
@@ -210,14 +207,14 @@ def released(family):
 
 
 def glue_files(task):
-    lines = [LINES[task][0], *LINES[task][1:] * 3]
+    lines = [GLUE_LINES[task][0], *GLUE_LINES[task][1:] * 3]
     found = {name: "\n".join(lines).encode() for name in ("train.tsv", glue.FORMS[task].dev)}
     return lambda work: [found]
 
 
 def mrpc(work):
     rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(9)]
-    corpus = "\r\n".join([LINES["mrpc"][0], *rows]).encode()
+    corpus = "\r\n".join([GLUE_LINES["mrpc"][0], *rows]).encode()
     return [{"msr_paraphrase_train.txt": corpus, "mrpc_dev_ids.tsv": b"3\t4\n8\t9\n"}]
 
 
@@ -235,14 +232,15 @@ def instructions(work):
     return [
         lines(alpaca, alpaca), lines({"instruction": "q", "context": "c", "response": "a"}),
         lines({"messages": said}, {"messages": said[1:]}), lines({"conversations": human}),
-        lines(tree), lines(*flat(tree["prompt"])),
+        lines(tree), lines(*flat_tree(tree["prompt"])),
         {"data.jsonl": json.dumps([alpaca] * 2).encode()},
     ]
 
 
 QUESTION = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}
 QUESTIONS = QUESTION, QUESTION | {"question_id": "82"}
-MMLU = {f"{split}/anatomy_{split}.csv": (ROW.format("D") * 3).encode() for split in ("dev", "test")}
+MMLU = {f"{split}/anatomy_{split}.csv": (MMLU_ROW.format("D") * 3).encode()
+        for split in ("dev", "test")}
 ANSWERS = "".join(mt_bench.answer_line(i, "me", ["a", "b"]) for i in (81, 82)).encode()
 READERS = {  # name: (work folder -> seeds, each {file: bytes}; function that reads a folder)
     "safetensors": (models("llama_rope3"), read_tensors),

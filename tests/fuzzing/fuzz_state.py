@@ -5,7 +5,7 @@ import io
 from types import SimpleNamespace
 
 import torch
-from conftest import small_config
+from helpers import small_config
 
 from data import InputError
 from data.formats.safetensors import read_header

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, VARIANTS, each_family, shaken, small_base
+from helpers import FAMILIES, VARIANTS, each_family, shaken, small_base
 
 from data import InputError
 from data.generate.sampling import KVCache, pad_left, sample

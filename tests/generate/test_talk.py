@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from chat_templates import LLAMA2
-from conftest import say
+from helpers import say
 
 import qst
 from data import InputError

@@ -8,11 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_script
+from helpers import ROOT, run_script
 
 PAGE = (ROOT / "tests/lectures/README.md").read_text()
 STEPS = re.findall(r"```console\n\$ (.*?)\n(.*?)```\n(.*?)(?=```console|\n## |\Z)", PAGE, re.S)
-SHORT = {"gates": ["--max_iters", "10"], "downsamplers": ["--max_iters", "2"]}  # the longer ones
+SHORT = {"gates": ["--max_iters", "10"], "downsamplers": ["--max_iters", "2"], "gradients": []}
+SHORT = {view: [*words, "--batch_size", "4"] for view, words in SHORT.items()}  # the longer ones
 LEARNED = "gates", "downsamplers", "gradients"  # whose losses differ between machines
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import VARIANTS, sign_again, shaken, small_base, small_config
+from helpers import VARIANTS, shaken, sign_again, small_base, small_config
 
 from data import InputError
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors

@@ -7,18 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_resume import cfg, left, one_thread  # noqa: F401
+from helpers import left, small_config
 
 import train
 from data import InputError
+from data.formats.save import save_pretrained
 from data.frozen import repair
 from data.run import sweep
 from data.run.state import FILES
+from model import Transformer, read_config
 from qst import QST, read_side
 from train import TrainConfig
 
 
-def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):
     """Its states are those of the repaired base. Runs that read it have the same repair, which is
     computed once, in their checkpoints; and a run with another repair is refused."""
     repaired, mend = [], repair.low_rank_part
@@ -48,11 +50,11 @@ def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):  # noqa: F811
         train.main(TrainConfig(**cfg | given))
 
 
-def base_of(cfg):  # noqa: F811
+def base_of(cfg):
     return train.from_pretrained(cfg["base"], "nf4", torch.float32)
 
 
-def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):  # noqa: F811
+def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):
     """It is that of a base on one device."""
     cfg |= dict(h_f_bits=16, max_iters=12)
     for devices in ("", "cpu,cpu"):
@@ -65,11 +67,15 @@ def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):  # noqa: F811
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_a_compiled_sweep(cfg, monkeypatch):  # noqa: F811
+def test_a_compiled_sweep(cfg, tmp_path, monkeypatch):
     """Each run is what it is alone, up to rounding. (Without the C++ code, which takes long.)"""
     compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
-    cfg |= dict(max_iters=3, eval_interval=3)
+    layer = shutil.copytree(cfg["base"], tmp_path / "layer")  # of one layer, which takes less long
+    torch.manual_seed(0)
+    size = read_config(layer).vocab_size
+    save_pretrained(Transformer(small_config(vocab_size=size, n_layer=1, max_positions=128)), layer)
+    cfg |= dict(base=str(layer), max_iters=3, eval_interval=3)
     found = {}
     for compiled in (False, True):
         table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum", compile=compiled))
@@ -78,7 +84,7 @@ def test_a_compiled_sweep(cfg, monkeypatch):  # noqa: F811
     assert len(set(found[True].values())) == 2
 
 
-def test_answers_of_a_sweep(cfg, monkeypatch):  # noqa: F811
+def test_answers_of_a_sweep(cfg, monkeypatch):
     """--samples_interval shows those of each run."""
     asked, load = [], train.load_task
 
@@ -93,7 +99,7 @@ def test_answers_of_a_sweep(cfg, monkeypatch):  # noqa: F811
     assert asked == ["scalar", "sum"] * 2
 
 
-def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):  # noqa: F811
+def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):
     """Each has the loss that it has alone, and the base computes once for all; what cannot read
     one stream of hidden states is refused."""
     sides = []
@@ -126,7 +132,7 @@ def loss_in(folder):
     return json.loads((folder / "result.json").read_text())["loss"]
 
 
-def test_a_run_that_cannot_be_made_is_a_row(cfg):  # noqa: F811
+def test_a_run_that_cannot_be_made_is_a_row(cfg):
     """The other runs of a sweep are what they would have been; so it is with one whose state does
     not fit."""
     cfg |= dict(max_iters=8)

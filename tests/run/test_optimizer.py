@@ -1,17 +1,33 @@
 """The optimizer: learning rates, groups, accumulated gradients, and AdamW in 8 bits."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
-from conftest import run_of, small_base
+from helpers import small_base
 
 import train
 from data.run.adamw8bit import AdamW8bit
 from data.run.muon import Muon, orthogonalize
 from data.run.optim import make_optimizer
 from data.run.resume import load_moments
+from data.run.run import Run
 from qst import QST, tune
 from side import SideConfig
 from train import TrainConfig
+
+
+def run_of(loss_of, optimizer, scaler, cfg, rate):
+    """A `Beside` and a `Run` with a function of (idx, targets) in place of a model, and a constant
+    learning rate."""
+    models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"), compiled=False)
+    run = Run.__new__(Run)
+    run.model, run.losses = SimpleNamespace(loss_of=loss_of), []
+    run.optimizer, run.scaler = optimizer, scaler
+    constant = dict(warmup_iters=0, max_iters=9, lr_schedule="constant")
+    run.cfg = replace(cfg, learning_rate=rate, **constant)
+    return models, run
 
 
 def test_learning_rate():

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import small_config
+from helpers import small_config
 
 from data.run import report
 from data.run.charts import line_chart

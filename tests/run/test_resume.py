@@ -5,8 +5,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,50 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import METHOD_RUNS, left, run_forked
 
 import train
 from data import InputError
 from data.run import resume, state
 from data.run.log import TrainingLog
 from data.run.run import Run
-from data.tasks import tiny
 from train import TrainConfig
-
-SETTINGS = dict(
-    reduction=4, rank=2, sequence_len=96, batch_size=4, max_iters=16, eval_interval=4,
-    log_interval=2, warmup_iters=2, learning_rate=1e-2, held_out=0.2, device="cpu",
-)
-
-
-@pytest.fixture
-def cfg(tiny_model, tmp_path, no_answers):
-    return settings_of_a_short_run(tiny_model, tmp_path)
-
-
-def settings_of_a_short_run(tiny_model, tmp_path):
-    """Settings of a run of less than a second."""
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(40, seed=1)))
-    return SETTINGS | dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """So that a run can be forked."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def left(out_dir):
-    """What a run has made: the bytes of its tensors, and its log without times."""
-    log = (Path(out_dir) / "log.csv").read_text().splitlines()
-    tensors = [(Path(out_dir) / name).read_bytes() for name in
-               ("side.safetensors", "last/side.safetensors")]
-    return tensors, [line.split(",")[:4] for line in log]
-
 
 def stop_after(monkeypatch, iteration):
     """Let a run be asked to stop while it computes an iteration."""
@@ -82,17 +44,6 @@ def stop_after(monkeypatch, iteration):
     monkeypatch.setattr(train, "train_step", step)
 
 
-WITHOUT_SIDE = dict(reduction=None)
-METHODS = [
-    dict(method="qst"), dict(method="qst", optimizer_bits=8, gradient_accumulation_steps=2),
-    dict(method="qst", optimizer="muon", variant="fast"), dict(method="lst"),
-    dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
-    dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
-    dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
-    dict(method="qst", dtype="fp16"), dict(method="qst", repair=4),
-]
-
-
 def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
     """It says how to go on, not that nothing was learned; nor a loss that nobody has measured. What
     it has learned so far can be asked."""
@@ -111,7 +62,7 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
         assert printed in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", METHODS, ids=lambda c: " ".join(map(str, c.values())))
+@pytest.mark.parametrize("changes", METHOD_RUNS, ids=lambda c: " ".join(map(str, c.values())))
 def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, capsys):
     """Stopped after 5 of 8 iterations, between two evaluations, and gone on: same bytes."""
     cfg = cfg | changes | dict(max_iters=8)
@@ -133,7 +84,7 @@ def test_every_method_goes_on_to_the_bit(changes, cfg, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("words", ["", "variant=paper,fast gate=scalar"])
 def test_resume_knows_the_settings(words, cfg, monkeypatch):
     """--resume with --out_dir alone, whatever the run or sweep was given; flags count more."""
-    cfg = TrainConfig(**cfg | dict(sweep=words))
+    cfg = TrainConfig(**cfg | dict(sweep=words, max_iters=8))
     with monkeypatch.context() as patch:
         stop_after(patch, 3)
         train.main(cfg)
@@ -198,16 +149,13 @@ def kill_at_the_next_state(child, out_dir, patience, later):
 def test_a_signal_from_outside(cfg):
     """SIGTERM, as a job scheduler sends it, ends a real process in good order."""
     words = [f"--{name}={value}" for name, value in (cfg | dict(max_iters=100000)).items()]
-    run = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    run = run_forked("train.py", *words)
     out_dir = Path(cfg["out_dir"])
-    while not (out_dir / "state.safetensors").exists() and run.poll() is None:
-        time.sleep(0.05)
-    run.terminate()
-    printed, _ = run.communicate(timeout=60)
-    assert run.returncode == 0 and "continue with --resume" in printed
+    while not (out_dir / "state.safetensors").exists() and not run.ended():
+        time.sleep(0.01)
+    run.kill(signal.SIGTERM)
+    code, printed, _ = run.wait()
+    assert code == 0 and "continue with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
     assert result["interrupted"] and 4 <= result["iterations"] < 100000
     assert resume.load_state(out_dir)[0]["log"]["iteration"] == result["iterations"]
@@ -215,6 +163,7 @@ def test_a_signal_from_outside(cfg):
 
 def test_a_damaged_state(cfg, tmp_path, capsys):
     """The one before it is used, and said so; without any that is whole, nothing is touched."""
+    cfg |= dict(max_iters=8)
     train.main(TrainConfig(**cfg))
     expected, out_dir = left(cfg["out_dir"]), Path(cfg["out_dir"])
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, fields, replace
 
 import pytest
-from conftest import ROOT, command, run_script
+from helpers import ROOT, run_forked, run_script
 
 import qst
 import train
@@ -203,9 +203,8 @@ def test_a_file_of_settings_that_is_wrong(text, message, tmp_path):
 
 def test_a_mistake_shows_no_traceback():
     """The same from outside: a line on stderr and a failing exit code."""
-    done = command("train.py", "--base", "/nowhere", "--data", "x")
-    assert done.returncode == 1 and done.stderr.startswith("error: ")
-    assert len(done.stderr.strip().split("\n")) == 1
+    code, _, said = run_forked("train.py", "--base", "/nowhere", "--data", "x").wait()
+    assert code == 1 and said.startswith("error: ") and len(said.strip().split("\n")) == 1
     with pytest.raises(SystemExit, match="^error: .*--promt x .did you mean --prompt"):
         run_script("qst.py", "--base", "x", "--promt", "x")
 

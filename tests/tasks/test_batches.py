@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import FAMILIES, shaken, small_base
+from helpers import FAMILIES, shaken, small_base
 
 from data import IGNORE_INDEX, InputError
 from data.tasks.examples import batches, collate, iteration_batches, label, prefetch, split

@@ -6,51 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEST_DATA, sign_again, needs_test_data
+from helpers import TEST_DATA, glue_run, needs_test_data, sign_again
+from samples import GLUE_LINES
 
 import train
 from data import InputError
 from data.tasks import glue
 from data.tasks.glue import ANSWER, FORMS
 from data.tasks.metrics import METRICS, ranks
-from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from qst import QST
 from train import TrainConfig
 
-LINES = {  # a header, and two lines of each task, in the columns of GLUE's own files
-    "rte": ["index\tsentence1\tsentence2\tlabel", '0\tHe said "no.\tNo.\tentailment',
-            "1\ta\tb\tnot_entailment"],
-    "mrpc": ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", "1\t7\t8\tSame.\tSame.",
-             "0\t7\t8\tOne.\tTwo."],
-    "stsb": ["index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
-             "\tscore", "0\tm\tM\t2012\t1\tnone\tnone\tA plane.\tA plane.\t5.000",
-             "1\tm\tM\t2012\t4\tnone\tnone\tA man.\tA cat.\t1.25"],
-    "cola": ["gj04\t1\t\tThe book was read.", "gj04\t0\t*\tBook the read was."],
-    "sst2": ["sentence\tlabel", "it 's a charming journey . \t1", "bad \t0"],
-    "qnli": ["index\tquestion\tsentence\tlabel", "0\tWho?\tHe did.\tentailment",
-             "1\tWhen?\tNo.\tnot_entailment"],
-    "qqp": ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "0\t1\t2\tHow?\tHow so?\t1",
-            "1\t3\t4\tWhy?\tWhen?\t0"],
-    "mnli": ["index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
-             "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
-             "0\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tA.\tB.\tneutral\tneutral",
-             "1\tp\tq\tg\t( a )\t( b )\t(ROOT a)\t(ROOT b)\tC.\tD.\tneutral\tcontradiction"],
-}
-LINES["mnli-mm"] = LINES["mnli"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """GLUE's folder: every task's files, each line of them many times."""
-    root = tmp_path_factory.mktemp("glue")
-    for task, form in FORMS.items():
-        (root / form.folder).mkdir(exist_ok=True)
-        header, rows = ([], LINES[task]) if task == "cola" else (LINES[task][:1], LINES[task][1:])
-        for name, times in (("train.tsv", 20), (form.dev, 3)):
-            text = "\n".join([*header, *rows * times]) + "\n"
-            (root / form.folder / name).write_text(text, encoding="utf-8")
-    return root
 
 
 @pytest.mark.parametrize("task, sentences, labels", [
@@ -60,16 +27,16 @@ def folder(tmp_path_factory):
     ("qqp", ["How?", "How so?"], [1, 0]), ("mnli", ["A.", "B."], [1, 2]),
     ("mnli-mm", ["A.", "B."], [1, 2]),
 ])
-def test_rows(folder, task, sentences, labels):
+def test_rows(glue_folder, task, sentences, labels):
     """Sentences and labels are found in each task's columns; quotes are text."""
     form = FORMS[task]
-    rows, dropped = glue.read(folder / form.folder / form.dev, form)
+    rows, dropped = glue.read(glue_folder / form.folder / form.dev, form)
     assert rows[0][0] == sentences and [label for _, label in rows] == labels * 3 and dropped == 0
 
 
 def test_short_lines_are_counted(tmp_path):
     """They are left out, as in QQP's own file, and not in silence."""
-    (tmp_path / "dev.tsv").write_text("\n".join([*LINES["qqp"], "2\t5\t6\tWhy\r", ""]))
+    (tmp_path / "dev.tsv").write_text("\n".join([*GLUE_LINES["qqp"], "2\t5\t6\tWhy\r", ""]))
     rows, dropped = glue.read(tmp_path / "dev.tsv", FORMS["qqp"])
     assert len(rows) == 2 and dropped == 1
 
@@ -78,7 +45,7 @@ def test_mrpc_is_split_by_its_ids(tmp_path):
     """The corpus as it is downloaded becomes train.tsv and dev.tsv, whose pairs the ids name."""
     (tmp_path / "MRPC").mkdir()
     rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(9)]
-    text = "\ufeff" + "\r\n".join([LINES["mrpc"][0], *rows]) + "\r\n"
+    text = "\ufeff" + "\r\n".join([GLUE_LINES["mrpc"][0], *rows]) + "\r\n"
     (tmp_path / "MRPC/msr_paraphrase_train.txt").write_bytes(text.encode())
     (tmp_path / "MRPC/mrpc_dev_ids.tsv").write_text("3\t4\n8\t9\n")
     folder = glue.files(tmp_path, FORMS["mrpc"])
@@ -131,11 +98,6 @@ def test_metrics_match_scipy():
     assert METRICS["spearman"](a, b) == pytest.approx(stats.spearmanr(a, b)[0])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
-
-
 @pytest.mark.parametrize("task", FORMS)
 def test_prompts(tokenizer, task):
     """For --head lm: the whole question. For a classifier: a bos token before each sentence."""
@@ -168,35 +130,27 @@ def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
     assert 115 < len(ids) <= 120 and "It was late" in tokenizer.decode(ids)
 
 
-def test_ratings_with_label_words(tiny_model, folder, tmp_path, monkeypatch):
+def test_ratings_with_label_words(tiny_model, glue_folder, tmp_path, monkeypatch):
     """STS-B's rating is the expectation over the label words; the nearest word is the target."""
     words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out
     monkeypatch.setitem(FORMS, "stsb", replace(FORMS["stsb"], words=words))
-    result = run(tiny_model, folder, tmp_path, task="stsb", head="lm", max_iters=100)
+    result = glue_run(tiny_model, glue_folder, tmp_path, task="stsb", head="lm", max_iters=100)
     assert result["pearson_after"] > 0.99 > result["pearson_before"]
     assert result["loss_after"] < 0.1
-
-
-def run(tiny_model, folder, out, **changes):
-    settings = dict(
-        base=str(tiny_model), data=str(folder), out_dir=str(out), reduction=4, rank=4,
-        max_iters=60, batch_size=8, learning_rate=2e-2, sequence_len=100, warmup_iters=2,
-        device="cpu", eval_interval=20,
-    )
-    return train.main(TrainConfig(**settings | changes))
 
 
 @pytest.mark.parametrize("task, head, metric", [
     ("sst2", "lm", "accuracy"), ("rte", None, "accuracy"), ("mnli", None, "accuracy"),
     ("stsb", None, "pearson"), ("qqp", None, "f1"), ("cola", None, "matthews"),
 ])
-def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, head, metric):
+def test_a_task_is_learned_and_scored_again(tiny_model, glue_folder, tmp_path, task, head, metric):
     """Training fits two lines, and the saved side network has the score of the run."""
     out = tmp_path / "out"
-    result = run(tiny_model, folder, out, task=task, head=head)
+    result = glue_run(tiny_model, glue_folder, out, task=task, head=head)
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
     assert (f"{metric}_before" in result) == (head == "lm")
-    again = run(tiny_model, folder, tmp_path / "eval", task=task, side=str(out), eval_only=True)
+    again = dict(task=task, side=str(out), eval_only=True)
+    again = glue_run(tiny_model, glue_folder, tmp_path / "eval", **again)
     assert train.resolve(TrainConfig(**again["config"])) == TrainConfig(**again["config"])
     assert again[metric] == pytest.approx(result[f"{metric}_after"]) and again["examples"] == 6
     assert json.loads((tmp_path / "eval/result.json").read_text())[metric] == again[metric]
@@ -210,9 +164,9 @@ def test_a_task_is_learned_and_scored_again(tiny_model, folder, tmp_path, task, 
     ("qqp", r"f1 +\d+\.\d% base \(6 examples\)"),
     ("cola", r"matthews +-?\d+\.\d% base \(6 examples; always the most frequent class: 0.0%\)"),
 ])
-def test_a_metric_has_its_own_yardstick(tiny_model, folder, tmp_path, task, shown, capsys):
+def test_a_metric_has_its_own_yardstick(tiny_model, glue_folder, tmp_path, task, shown, capsys):
     """Accuracy is shown beside the largest class's, and Matthews' correlation beside 0."""
-    result = run(tiny_model, folder, tmp_path, task=task, eval_only=True)
+    result = glue_run(tiny_model, glue_folder, tmp_path, task=task, eval_only=True)
     printed = capsys.readouterr().out
     assert re.search(shown, printed), printed
     assert ("majority_class" in result) == (task != "cola")
@@ -229,19 +183,20 @@ def test_a_wrong_folder_says_what_was_looked_for(tmp_path):
         assert "MNLI/dev_matched.tsv" in said and "MNLI/dev_mismatched.tsv" in said
 
 
-def test_the_base_is_scored_with_label_words(tiny_model, folder, tmp_path):
+def test_the_base_is_scored_with_label_words(tiny_model, glue_folder, tmp_path):
     """--eval_only without --side scores the base with label words, and keeps to the limits."""
-    result = run(tiny_model, folder, tmp_path, task="sst2", eval_only=True, score_examples=4)
+    four = dict(task="sst2", eval_only=True, score_examples=4)
+    result = glue_run(tiny_model, glue_folder, tmp_path, **four)
     assert result["examples"] == 4 and result["majority_class"] == 0.5
     assert result["trainable_parameters"] == 0
 
 
-def test_a_classifier_is_of_its_task(tiny_model, folder, tmp_path):
+def test_a_classifier_is_of_its_task(tiny_model, glue_folder, tmp_path):
     """Another number of labels is refused, and so are as many of another task, in scoring and in
     training; both halves of MNLI have the same, and words are free."""
     out, on = tmp_path / "out", dict(side=str(tmp_path / "out"), max_iters=1)
-    train_one = lambda **of: run(tiny_model, folder, out, max_iters=1, **of)
-    again = lambda **of: run(tiny_model, folder, tmp_path / "again", **on | of)
+    train_one = lambda **of: glue_run(tiny_model, glue_folder, out, max_iters=1, **of)
+    again = lambda **of: glue_run(tiny_model, glue_folder, tmp_path / "again", **on | of)
     train_one(task="rte")
     for eval_only in (True, False):
         with pytest.raises(InputError, match="is a classifier for --task rte, and not mrpc"):

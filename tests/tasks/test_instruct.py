@@ -5,22 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEST_DATA, needs_test_data, run_script, say
+from helpers import TEST_DATA, needs_test_data, run_script, say
+from samples import flat_tree, oasst_tree
 
 from data import IGNORE_INDEX, InputError
 from data.tasks import instruct
 from data.tokens import chat
 from data.tokens.chat import ChatTemplate
-from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 
 PLAIN = ChatTemplate()
 GOOD = '{"instruction": "a", "output": "b"}'
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 def dialogue(*lines):
@@ -60,37 +55,6 @@ def test_dolly_and_sharegpt(tmp_path):
     assert sharegpt == say("user: 1", "assistant: 2", "user: 3", "assistant: 4")
 
 
-def oasst_tree():
-    """A tree in OASST1's form: the best path is q, a1, q2, a3; all else in it must not be taken."""
-    ids = iter("abcdefghijklmn")
-    node = lambda role, text, *replies, **more: dict(
-        message_id=next(ids), role=role, text=text, replies=list(replies), **more
-    )
-    tree = node(
-        "prompter", "q",
-        node("assistant", "unranked", rank=None),
-        node("assistant", "worse", node("prompter", "but why?", node("assistant", "so")), rank=1),
-        node("assistant", "spam", review_result=False, rank=0),
-        node("assistant", "deleted", deleted=True, rank=0),
-        node(
-            "assistant", "a1",
-            node("prompter", "never answered"),
-            node("prompter", "q2", node("assistant", "a3", node("prompter", "thanks"))),
-            node("prompter", "q3", node("assistant", "a4")),
-            rank=0, review_result=True,
-        ),
-    )
-    return {"message_tree_id": tree["message_id"], "tree_state": "ready_for_export", "prompt": tree}
-
-
-def flat(node, parent=None):
-    """The messages of a tree in OASST1's other form."""
-    mine = {k: v for k, v in node.items() if k != "replies"}
-    yield mine | {"parent_id": parent, "tree_state": "ready_for_export"}
-    for reply in node["replies"]:
-        yield from flat(reply, node["message_id"])
-
-
 def test_oasst1_gives_the_best_path(tmp_path):
     """Of a tree the best answers, the first answered questions, up to an answer; in both forms."""
     tree = oasst_tree()
@@ -98,7 +62,7 @@ def test_oasst1_gives_the_best_path(tmp_path):
     other = tree | {"tree_state": "growing"}
     alone = {"prompt": {"role": "prompter", "text": "q", "replies": []}}
     assert read(tmp_path, tree, other, alone) == best
-    messages = list(flat(tree["prompt"]))
+    messages = list(flat_tree(tree["prompt"]))
     assert read(tmp_path, *messages) == best
     assert read(tmp_path, *reversed(messages[:9]), *messages[9:]) == best
     with pytest.raises(InputError, match="some.jsonl holds no instructions"):

@@ -10,9 +10,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import (
-    FIXTURES, TEST_DATA, needs_test_data, run_script, small_base, small_config,
-)
+from helpers import FIXTURES, TEST_DATA, needs_test_data, run_script, small_base, small_config
+from samples import MMLU_ROW
 
 import train
 from data import InputError
@@ -24,7 +23,6 @@ from model import Transformer, from_pretrained
 from qst import Beside
 from train import TrainConfig
 
-ROW = '"Is it ""1,5"", or\ntwo lines?",one,"two, really",3,None,{}\n'
 HEADING = "The following are multiple choice questions (with answers) about  world religions.\n\n"
 ASKED = 'Is it "1,5", or\ntwo lines?\nA. one\nB. two, really\nC. 3\nD. None\nAnswer:'
 
@@ -37,7 +35,7 @@ def folder(tmp_path_factory):
         (root / split).mkdir(parents=True)
         for subject, size in zip(("world_religions", "anatomy"), sizes):
             rows = [f"Q{i},a{i},b,c,d,{'ABCD'[i % 4]}\n" for i in range(1, size)]
-            (root / split / f"{subject}_{split}.csv").write_text(ROW.format("D") + "".join(rows))
+            (root / split / f"{subject}_{split}.csv").write_text(MMLU_ROW.format("D") + "".join(rows))
     return root.parent
 
 
@@ -88,7 +86,7 @@ def test_a_bad_row_is_refused_with_its_line(row, message, tmp_path):
     """The line is that of the file, also behind a field of several lines and a blank line."""
     (tmp_path / "test").mkdir()
     path = tmp_path / "test/anatomy_test.csv"
-    path.write_text(ROW.format("A") + ROW.format("B") + "\n" + row)
+    path.write_text(MMLU_ROW.format("A") + MMLU_ROW.format("B") + "\n" + row)
     with pytest.raises(InputError, match=f"anatomy_test.csv, {message}"):
         mmlu.read(tmp_path, "test")
 
@@ -98,7 +96,7 @@ def test_a_folder_that_is_not_mmlu(tmp_path, folder):
     with pytest.raises(InputError, match="--download"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test").mkdir()
-    (tmp_path / "test/cooking_test.csv").write_text(ROW.format("A"))
+    (tmp_path / "test/cooking_test.csv").write_text(MMLU_ROW.format("A"))
     with pytest.raises(InputError, match="cooking_test.csv belongs to none of MMLU's 57"):
         mmlu.read(tmp_path, "test")
     (tmp_path / "test/cooking_test.csv").rename(tmp_path / "test/virology_test.csv")

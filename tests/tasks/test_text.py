@@ -9,14 +9,8 @@ import torch
 import train
 from data import IGNORE_INDEX, InputError
 from data.tasks import text
-from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
 from train import TrainConfig
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_model):
-    return load_tokenizer(tiny_model)
 
 
 def test_windows_of_a_text(tokenizer, tmp_path):

@@ -61,20 +61,26 @@ def test_the_sizes_that_are_written_down(tiny_model):
     assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
 
 
-def make_tiny_base(folder):
-    """Stands for the training in train.py, and says where it has run."""
+STANDS_FOR_TRAIN = """
+import os, torch
+from data.tasks import tiny
+def make_tiny_base(folder):  # and says where it has run
     with tiny.new_base(folder) as unfinished:
         (unfinished / "made").write_text(f"{os.getpid()}, {torch.get_num_threads()} threads")
+"""
 
 
 def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
     """So that a run's peak memory is its own, the first time too; with as many threads. A reader's
     script is not run again for it; and what goes wrong there is a sentence here."""
     monkeypatch.setenv("QST_CACHE", str(tmp_path / "cache"))
-    make = lambda folder: tiny.make_in_child(folder, __name__)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "stands_for_train.py").write_text(STANDS_FOR_TRAIN)
+    torch.set_num_threads(2)
+    make = lambda folder: tiny.make_in_child(folder, "stands_for_train")
     folder = tiny.base_folder(make)
     process, _, threads = (folder / "made").read_text().partition(", ")
-    assert int(process) != os.getpid() and threads == f"{torch.get_num_threads()} threads"
+    assert int(process) != os.getpid() and threads == "2 threads"
     assert tiny.base_folder(None) == folder
     with pytest.raises(InputError, match="could not be made: see what is said above"):
         make(Path("/proc/nowhere"))

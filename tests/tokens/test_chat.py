@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from chat_templates import CHATML, LLAMA2, LLAMA3, TEMPLATES
-from conftest import FIXTURES, say
+from helpers import FIXTURES, say
 
 from data import InputError
 from data.tasks import instruct

@@ -3,8 +3,8 @@
 import random
 
 import pytest
-from conftest import TEST_DATA
-from test_tokenizer import TEXT
+from helpers import TEST_DATA, needs_test_data
+from samples import NASTY_TEXT
 
 from data import InputError
 from data.tokens.tokenizer import load_tokenizer
@@ -48,14 +48,13 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 
 @pytest.fixture(scope="module")
 def llama2():
-    if not TEST_DATA.is_dir():
-        pytest.skip("a real tokenizer, not part of the project")
     return load_tokenizer(TEST_DATA / "tokenizers/llama2")
 
 
+@needs_test_data
 def test_sentencepiece_ids_and_text_are_the_librarys(llama2):
     """tokenizer.model gives the library's ids, and its text for all valid UTF-8."""
-    for sample in (TEXT, " lead", "  two", "\n", "", "日本👩‍👩‍👧‍👦"):
+    for sample in (NASTY_TEXT, " lead", "  two", "\n", "", "日本👩‍👩‍👧‍👦"):
         ids = llama2.encode(sample)
         assert ids == llama2.model.encode(sample)
         assert llama2.decode(ids) == llama2.model.decode(ids)
@@ -67,6 +66,7 @@ def test_sentencepiece_ids_and_text_are_the_librarys(llama2):
         assert llama2.decode(row) == llama2.model.decode(row), row
 
 
+@needs_test_data
 def test_sentencepiece_text_cannot_forge_control_tokens(llama2):
     """"<s>" and "</s>" in a text are text; with special=True they are ids 1 and 2."""
     for text in ("<s>", "</s>", "<unk>", "a</s>b", "<s> hi </s>", "<0x0A>"):
@@ -77,6 +77,7 @@ def test_sentencepiece_text_cannot_forge_control_tokens(llama2):
     assert (llama2.bos_id, llama2.eos_id, llama2.vocab_size) == (1, 2, 32000)
 
 
+@needs_test_data
 def test_sentencepiece_streams_whole_characters(llama2):
     """Characters made of byte tokens come out whole, and half a one as U+FFFD at the end."""
     ids = llama2.encode("x 👩‍👩‍👧‍👦 ༒ y")

@@ -5,9 +5,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import FIXTURES, TEST_DATA, small_config
-from test_glue import LINES
-from test_mmlu import ROW
+from helpers import FIXTURES, TEST_DATA, small_config
+from samples import GLUE_LINES, MMLU_ROW
 
 import model
 import qst
@@ -43,10 +42,10 @@ def data(tmp_path_factory):
     (root / "text.txt").write_text("The sky was blue, and it was late. " * 200)
     (root / "rte").mkdir()
     for name in ("train.tsv", "dev.tsv"):
-        (root / "rte" / name).write_text("\n".join([LINES["rte"][0], *LINES["rte"][1:] * 10]))
+        (root / "rte" / name).write_text("\n".join([GLUE_LINES["rte"][0], *GLUE_LINES["rte"][1:] * 10]))
     for split in ("dev", "test"):
         (root / "mmlu" / split).mkdir(parents=True)
-        (root / f"mmlu/{split}/anatomy_{split}.csv").write_text(ROW.format("D") * 5)
+        (root / f"mmlu/{split}/anatomy_{split}.csv").write_text(MMLU_ROW.format("D") * 5)
     question = {"question_id": 81, "category": "writing", "turns": ["Who?", "And where?"]}
     (root / "questions.jsonl").write_text(json.dumps(question))
     return root

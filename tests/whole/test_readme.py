@@ -8,9 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_script
-from test_glue import LINES
-from test_released import released_state
+from helpers import ROOT, run_script
+from samples import GLUE_LINES, released_state
 
 from data.tasks import tiny
 from model import from_pretrained
@@ -40,7 +39,7 @@ def place(tiny_model, tmp_path_factory):
     for task, name in (("rte", "RTE"), ("sst2", "SST-2")):
         (folder / "GLUE" / name).mkdir(parents=True)
         for part in ("train.tsv", "dev.tsv"):
-            text = "\n".join([LINES[task][0], *LINES[task][1:] * 6])
+            text = "\n".join([GLUE_LINES[task][0], *GLUE_LINES[task][1:] * 6])
             (folder / "GLUE" / name / part).write_text(text)
     for split in ("dev", "test"):
         (folder / "MMLU" / split).mkdir(parents=True)
