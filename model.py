@@ -235,7 +235,7 @@ def positions_and_mask(idx, keep=None, past=0):
 
 class LanguageModel(nn.Module):
     """Base class: adds `loss` and `generate` to a subclass that defines `hidden`, `head`,
-    `head_learns`, `new_cache` and `config`.
+    `head_is_trainable`, `new_cache` and `config`.
 
     chunk_loss: whether the loss of a frozen head holds only some of the logits at a time
     """
@@ -260,7 +260,7 @@ class LanguageModel(nn.Module):
         at = (targets.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         targets, at = to_device(targets.flatten()[at], h.device), to_device(at, h.device)
         h = h.flatten(0, 1).index_select(0, at)
-        if self.head_learns or not self.chunk_loss:
+        if self.head_is_trainable or not self.chunk_loss:
             return token_loss(self.head(h), targets)
         return _ChunkedLoss.apply(h, targets, self.head)
 
@@ -275,8 +275,8 @@ CHUNK = 128  # positions whose logits are held at a time
 
 
 def token_loss(logits, targets, reduction="mean"):
-    """Mean cross-entropy, in fp32, of logits (..., V) and targets (...), the next ids. If targets are
-    floats, ratings, it is the mean squared error of logits (..., 1)."""
+    """Mean cross-entropy, in fp32, of logits (..., V) and targets (...), the next ids. If targets
+    are floats, ratings, it is the mean squared error of logits (..., 1)."""
     logits, targets = logits.flatten(0, -2).float(), targets.flatten().to(logits.device)
     if targets.is_floating_point():
         on = targets != IGNORE_INDEX
@@ -356,7 +356,7 @@ class Transformer(LanguageModel):
         return self.lm_head(x if self.project_out is None else self.project_out(x))
 
     @property
-    def head_learns(self):
+    def head_is_trainable(self):
         return self.lm_head.weight.requires_grad
 
     def new_cache(self, max_len):

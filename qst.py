@@ -61,7 +61,7 @@ def without_graph(states):
     yield from states
 
 
-class Tuned(LanguageModel):
+class FinetunedModel(LanguageModel):
     """A frozen base and its trainable part `side`: inside the base (LoRA, ...), or in the subclass
     `QST` beside it.
 
@@ -114,8 +114,8 @@ class Tuned(LanguageModel):
         return logits, None if targets is None else token_loss(logits, targets)
 
     @property
-    def head_learns(self):
-        return self.side.classifier is not None or self.base.head_learns
+    def head_is_trainable(self):
+        return self.side.classifier is not None or self.base.head_is_trainable
 
     def new_cache(self, max_len):
         return self.base.new_cache(max_len)
@@ -163,10 +163,10 @@ class Tuned(LanguageModel):
     @staticmethod
     def from_side(base, folder):
         """Load a saved side network, or the trained part of another method, for a base."""
-        return tune(base, read_side(folder)[0]).load_side(folder)
+        return add_trainable(base, read_side(folder)[0]).load_side(folder)
 
 
-class QST(Tuned):
+class QST(FinetunedModel):
     """Quantized side tuning (arXiv 2401.07159 §3.2): a frozen base, and a side network beside it.
 
     base: a frozen `Transformer`; config: the side network's `SideConfig`, by default the paper's
@@ -196,7 +196,7 @@ class QST(Tuned):
             self.side.scale.copy_((variance + 1e-6).rsqrt())
 
 
-class Beside:
+class SharedBase:
     """Models that share one pass of their base. Results are lists, with one item per model.
 
     models: one `LanguageModel` of any kind, or several `QST`s
@@ -239,9 +239,9 @@ def full_weight(module):
     return weight.dequantize() if isinstance(weight, Quantized) else weight.float()
 
 
-def tune(base, config):
-    """Add the trainable part of a method to a base: a `QST`, or for methods inside it a `Tuned`."""
-    return (QST if config.method in SIDE_METHODS else Tuned)(base, config)
+def add_trainable(base, config):
+    """Make a `QST`, or for a method inside the base a `FinetunedModel`."""
+    return (QST if config.method in SIDE_METHODS else FinetunedModel)(base, config)
 
 
 def import_released(base, folder):
@@ -318,7 +318,7 @@ def merge_command(args):
     dtype = torch.bfloat16 if args.dtype == "auto" else pick_dtype(args.dtype, model.device)
     leaf("save").save_pretrained(model.merge(dtype), args.out)
     copy_tokenizer(args.base, args.out)
-    leaf("chat").keep_frame(args.out)
+    leaf("chat").keep_plain_template(args.out)
     dtype = str(dtype).removeprefix("torch.")
     print(f"{args.out}: {model.side.config.method}, merged in {dtype}. Load it with --quant none; "
           "without this flag its weights are quantized to NF4.")

@@ -27,7 +27,7 @@ from data.formats.fields import TEXT
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, setting
-from data.settings.methods import LST, METHODS, PAPER, RELEASED, of_4_bits, of_side, step_length
+from data.settings.methods import LST, METHODS, PAPER, RELEASED, layers_per_side, of_4_bits, of_side
 from model import (
     PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,
 )
@@ -144,7 +144,7 @@ class SideNetwork(nn.Module):
 
     def __init__(self, base_config, config):
         super().__init__()
-        self.every = step_length(config.every, base_config.n_layer)
+        self.every = layers_per_side(config.every, base_config.n_layer)
         self.config = config = replace(config, every=self.every)
         self.model_config = side_model_config(base_config, config.reduction)
         self.n_layer = n = base_config.n_layer // self.every
@@ -202,10 +202,10 @@ class SideNetwork(nn.Module):
         z = reads_h_f(self.standardized(i, h_f)).contiguous()  # a view would keep all of h_f
         args = i, rest, z, h_g, mask, rope, caches and caches[i - 1]
         if self.checkpoint and torch.is_grad_enabled():
-            return recomputed(self._narrow_part, *args, **RECOMPUTE)
-        return self._narrow_part(*args)
+            return recomputed(self._gate_and_layer, *args, **RECOMPUTE)
+        return self._gate_and_layer(*args)
 
-    def _narrow_part(self, i, rest, z, h_g, mask, rope, cache):
+    def _gate_and_layer(self, i, rest, z, h_g, mask, rope, cache):
         """The rest of a step, in which every tensor is as narrow as the side network."""
         for module in rest:
             z = module(z)
@@ -286,7 +286,7 @@ class InsertedModules(nn.Module):
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
                 if config.method == "qlora" and config.repair:
-                    leaf("repair").hand_over(module)  # the pair starts as the branch
+                    leaf("repair").start_from_branch(module)  # the pair starts as the branch
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

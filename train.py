@@ -29,7 +29,7 @@ from data.frozen.sources import first_device, load_base
 from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
 from data.run.report import (
-    compared, conclude, errors_in, introduce, keep_result, memory_advice, progress, sizes,
+    compared, conclude, memory_advice, print_sizes, progress, record_errors, sizes, write_result,
 )
 from data.run.run import Run
 from data.run.state import only_run_in, stop_signals
@@ -45,7 +45,7 @@ from data.tasks.examples import iteration_batches, prefetch
 from data.tasks.scoring import mean_loss
 from data.tokens.tokenizer import load_tokenizer
 from model import ModelConfig, Transformer, count_weights, from_pretrained, read_config
-from qst import QST, Beside, read_side, tune
+from qst import QST, SharedBase, add_trainable, read_side
 from side import IN_BASE_METHODS, SideConfig, side_config
 
 
@@ -185,10 +185,10 @@ def train_step(runs, batches, iteration, models=None):
     """One iteration of all runs: accumulate gradients, clip, step.
 
     batches: [(idx, targets, share), ...], as `iteration_batches` yields them
-    models: a `Beside` of the runs' models, if there is one already
+    models: a `SharedBase` of the runs' models, if there is one already
     returns for each run the mean loss of a token, and whether the step was taken; see `Run.step`
     """
-    models = models or beside(runs)
+    models = models or share_base(runs)
     for idx, targets, share in batches:
         states = models.compute(to_device(idx, models.device))
         losses = (run.loss(states.pop(0), targets, share) for run in runs)
@@ -209,7 +209,7 @@ def fit(runs, task, cfg):
     held_out = task.held_out[: cfg.eval_examples]
 
     def evaluate(some):
-        losses = mean_loss(beside(some), held_out, cfg.batch_size, "held out") if some else []
+        losses = mean_loss(share_base(some), held_out, cfg.batch_size, "held out") if some else []
         for run, loss in zip(some, losses):
             run.record_evaluation(loss)
 
@@ -217,7 +217,7 @@ def fit(runs, task, cfg):
     evaluate([run for run in new if "error" not in run.result])
     good = [run for run in runs if not run.error]
     start = min((run.log.iteration for run in good), default=cfg.max_iters)
-    steps, models, iteration = cfg.gradient_accumulation_steps, beside(runs, cfg.compile), start
+    steps, models, iteration = cfg.gradient_accumulation_steps, share_base(runs, cfg.compile), start
     rows = prefetch(iteration_batches(task.train, cfg.batch_size, steps, cfg.data_seed, start))
     with ExitStack() as files, stop_signals() as stop_requests:
         for run in good:
@@ -226,7 +226,7 @@ def fit(runs, task, cfg):
             batches = next(rows)
             active = [run for run in good if run.log.iteration < iteration and not run.error]
             if active and [run.model for run in active] != models.models:
-                models = beside(active, cfg.compile)
+                models = share_base(active, cfg.compile)
             for run in active:
                 run.log.begin()
             results = train_step(active, batches, iteration, models) if active else []
@@ -252,12 +252,12 @@ def fit(runs, task, cfg):
 
 
 def resume(run, cfg):
-    with errors_in(run.result, cfg):
+    with record_errors(run.result, cfg):
         return leaf("resume").load(run)
 
 
-def beside(runs, compiled=False):
-    return Beside([run.model for run in runs], compiled)
+def share_base(runs, compiled=False):
+    return SharedBase([run.model for run in runs], compiled)
 
 
 # --------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def make_model(cfg, base, task, measure=channel_statistics):
         model = load_model_of_side(cfg, base, task)
     else:
         new = dict(n_labels=task.n_labels, task=cfg.task if task.n_labels else "")
-        model = tune(base, replace(side_config(cfg), **new))
+        model = add_trainable(base, replace(side_config(cfg), **new))
         model.calibrate(tuple(tuple(ids) for ids, _ in task.train[:64]), measure)
     return prepare(model, cfg)
 
@@ -344,7 +344,7 @@ def train(settings, base, task, folder, cfg):
     """Score, train and score again; return the result of each run. settings: of each run"""
     results, runs, measure = [{} for _ in settings], [], cache(channel_statistics)
     for own, result in zip(settings, results):
-        with errors_in(result, cfg):
+        with record_errors(result, cfg):
             torch.manual_seed(own.seed)
             make_writable_folder(own.out_dir, "--out_dir")
             model = make_model(own, base, task, measure)
@@ -352,13 +352,13 @@ def train(settings, base, task, folder, cfg):
             runs.append(Run(model, own).keep_files(task, result, shown=not runs))
     if not runs:
         return results
-    introduce(folder, runs, task.train)
+    print_sizes(folder, runs, task.train)
     # An untrained classifier is at chance, and with --cache_hidden the base may not be in memory.
     scored = not task.n_labels and not cfg.cache_hidden
-    before = task.score(beside(runs)) if scored else [{} for _ in runs]
+    before = task.score(share_base(runs)) if scored else [{} for _ in runs]
     fit(runs, task, cfg)
     pairs = [pair for pair in zip(runs, before) if not pair[0].error and not pair[0].interrupted]
-    after = task.score(beside([run for run, _ in pairs])) if pairs else []
+    after = task.score(share_base([run for run, _ in pairs])) if pairs else []
     for (run, old), new in zip(pairs, after):
         new.setdefault("examples", len(task.held_out[: cfg.eval_examples]))
         run.result |= compared(old, new, run.cfg.method.upper())
@@ -367,7 +367,7 @@ def train(settings, base, task, folder, cfg):
 
 def evaluate(settings, base, task, cfg):
     """Score each --side, or the base. If the scores have no loss, add the held-out loss."""
-    models = Beside([make_model(own, base, task) for own in settings])
+    models = SharedBase([make_model(own, base, task) for own in settings])
     results = task.score(models)
     if task.held_out and "loss" not in results[0]:
         losses = mean_loss(models, task.held_out, cfg.batch_size, "loss")
@@ -389,7 +389,7 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in(cfg.out_dir):
-        folder = Path(cfg.base or distributed.first_makes(leaf("tiny").base_folder))
+        folder = Path(cfg.base or distributed.make_in_first_process(leaf("tiny").base_folder))
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         settings = [replace(own, preamble=task.preamble) for own in settings]
@@ -402,7 +402,7 @@ def main(cfg):
             else:
                 results = train(settings, base, task, folder, cfg)
         for own, result in zip(settings, results):
-            keep_result(own, result, base.device, time.time() - started)
+            write_result(own, result, base.device, time.time() - started)
     if cfg.sweep:
         return leaf("sweep").conclude(given, dict(zip(runs, settings)), dict(zip(runs, results)))
     conclude(folder, cfg, results[0], task.example)

@@ -33,7 +33,7 @@ from data.settings.flags import Parser, parse_settings, run_main, setting  # noq
 from data.settings.methods import METHODS, SIDE_METHODS  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import PRESETS, ModelConfig, Transformer, count_weights, read_config  # noqa: E402
-from qst import tune  # noqa: E402
+from qst import add_trainable  # noqa: E402
 from quant import Quantized4bit, unpack_buffers  # noqa: E402
 from train import TrainConfig, prepare, resolve, side_config  # noqa: E402
 
@@ -139,7 +139,7 @@ def untrained(cfg, config, dtype, device):
         base = Transformer(config).freeze(cfg.quant, dtype, device)
     if cfg.stream:
         stream_from_memory(base, device)
-    return prepare(tune(base, side_config(cfg)), cfg)
+    return prepare(add_trainable(base, side_config(cfg)), cfg)
 
 
 def stream_from_memory(base, device):

@@ -38,7 +38,7 @@ from data.settings.methods import FAST, RELEASED  # noqa: E402
 from data.tasks import tiny  # noqa: E402
 from model import ModelConfig, Transformer  # noqa: E402
 from mutants import dump  # noqa: E402
-from qst import tune  # noqa: E402
+from qst import add_trainable  # noqa: E402
 from side import METHODS, SideConfig  # noqa: E402
 from train import TrainConfig  # noqa: E402
 
@@ -114,7 +114,7 @@ def tuned(method, family="llama", kind=None, **settings):
     """A small base with what a method trains."""
     base = small_base(kind or KINDS[method], **FAMILIES[family])
     torch.manual_seed(2)
-    return tune(base, SideConfig(**dict(method=method, reduction=4, rank=4) | settings))
+    return add_trainable(base, SideConfig(**dict(method=method, reduction=4, rank=4) | settings))
 
 
 def moved(model, seed=1):

@@ -31,7 +31,7 @@ from data.formats.fields import TABLE, field, one_of, whole
 from data.formats.files import make_writable_folder, read_json, write_json
 from data.frozen.fingerprint import fingerprint
 from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
-from data.settings.methods import step_length
+from data.settings.methods import layers_per_side
 from quant import BLOCK_SIZE, Linear4bit
 
 POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
@@ -72,7 +72,7 @@ class HiddenCache:
             base=of_files(folder), quant=cfg.quant, dtype=str(dtype), repair=cfg.repair or None,
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
             pool=[*form[:2]] if pools else None,
-            every=math.gcd(*(step_length(run.every, config.n_layer) for run in runs)),
+            every=math.gcd(*(layers_per_side(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else max(run.h_f_bits for run in runs),
         )
         path, self.repair_file = self.folder / "cache.json", self.folder / "repair.safetensors"

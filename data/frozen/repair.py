@@ -11,7 +11,7 @@ channels (LQER, arXiv 2402.02446). Without s it is LoftQ's SVD (arXiv 2310.08659
 
     branches   make the branches of a base; the side checkpoint has them
     mend       compute them, from the folder with W, with the memory of the base and one weight
-    hand_over  let QLoRA's pairs start as the branches
+    start_from_branch  let QLoRA's pairs start as the branches
 """
 
 import torch
@@ -55,7 +55,7 @@ def branches(base, rank):
         if rank > (most := min(linear.in_features, linear.out_features)):
             raise InputError(f"--repair {rank} is more than {path} has, {most}: give less.")
         if linear.branch is None or len(linear.branch.down) != rank:
-            # Beside the layer's norms: its matrices may be absent, with --cache_hidden.
+            # SharedBase the layer's norms: its matrices may be absent, with --cache_hidden.
             device = device_of(base.layers[int(path.split(".")[1])])
             linear.branch = LowRank(linear, rank, device)
     return nn.ModuleDict({path.replace(".", "/"): m.branch for path, m in found.items()})
@@ -112,7 +112,7 @@ def mend(base, folder, prompts, rank, kept=None):
 
 
 @torch.no_grad()
-def hand_over(module):
+def start_from_branch(module):
     """Let the pair of a `LoRALinear` start as the branch of its layer, and remove the branch."""
     linear = getattr(module, "linear", None)
     branch = getattr(linear, "branch", None)

@@ -51,7 +51,7 @@ def sizes(model, n_weights):
     return counts | dict(weights_bytes=model_bytes(model))
 
 
-def introduce(folder, runs, examples):
+def print_sizes(folder, runs, examples):
     """Measure the memory of a step with the longest examples for each run's `result`, and print the
     sizes of the first run."""
     model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
@@ -83,7 +83,7 @@ def introduce(folder, runs, examples):
 
 
 def out_of_memory(cfg):
-    """Advise the first saving of memory that is not on yet."""
+    """Advise the first saving that is not on yet."""
     savings = dict(checkpoint=True, chunk_loss=True, h_f_bits=4, optimizer_bits=8)
     if cfg.method not in SIDE_METHODS:
         del savings["h_f_bits"]
@@ -107,7 +107,7 @@ def memory_advice(cfg):
 
 
 @contextmanager
-def errors_in(result, cfg):
+def record_errors(result, cfg):
     """In a sweep, put an error into a run's result, so that the other runs continue."""
     try:
         yield
@@ -151,7 +151,7 @@ def compared(before, after, name):
     return found
 
 
-def keep_result(cfg, result, device, seconds):
+def write_result(cfg, result, device, seconds):
     """Write result.json, unless an error has ended the run."""
     result |= provenance() | dict(config=asdict(cfg), seconds=seconds)
     result["peak_memory_bytes"] = peak_memory(device)

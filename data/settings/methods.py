@@ -29,7 +29,7 @@ LEARNS = dict.fromkeys(
 }
 
 
-def step_length(every, N):
+def layers_per_side(every, N):
     """The number of base layers per side layer: --every, or for 0 the most that leave six."""
     fitting = [k for k in range(1, N + 1) if N % k == 0]
     every = every or max(k for k in fitting if k == 1 or N // k >= 6)

@@ -21,7 +21,7 @@ from data.devices import distributed
 class Task:
     """The data and the metrics of a run, made by the `load` of each task.
 
-    score: function of a `Beside` that returns a dict per model: metrics, "examples" (how many), and
+    score: function of a `SharedBase` that returns a dict per model: metrics, "examples", and
         perhaps "samples", a list of {"prompt", "expected", "answer"}
     """
 

@@ -140,7 +140,7 @@ def encode(subject, shots, question, tokenizer, room):
 
 
 def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_examples=0):
-    """Answer the test questions, or `max_examples` of them. models: a `Beside`
+    """Answer the test questions, or `max_examples` of them. models: a `SharedBase`
 
     Returns a dict per model: "accuracy" (the mean over all questions), "accuracy_by_category",
     "accuracy_by_subject", "examples" and "subjects" (how many), "shortened" (how many prompts

@@ -14,7 +14,7 @@ from data.tasks.examples import collate, count_targets
 
 @torch.no_grad()
 def mean_loss(models, examples, batch_size, desc=None):
-    """Compute each model's mean loss per target. models: a `Beside`; desc: names a progress bar"""
+    """Compute each model's mean loss per target. models: a `SharedBase`; desc: of a progress bar"""
     examples = sorted(examples, key=lambda example: len(example[0]))
     starts = distributed.split(range(0, len(examples), batch_size))
     sums = []  # per batch: the number of targets, and each model's summed loss
@@ -31,7 +31,7 @@ def mean_loss(models, examples, batch_size, desc=None):
 def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
     """Compute each model's logits of the next token: fp32 (n, choices) on the CPU.
 
-    models: a `Beside`; prompts: lists of ids; choices: ids, or None for all outputs of the head
+    models: a `SharedBase`; prompts: lists of ids; choices: ids, or None for all outputs of the head
     The prompts' common prefix is computed once. The rest is sorted by length and padded on the
     right. Only the last position of each prompt goes through the head.
     """

@@ -206,7 +206,7 @@ def load_template(folder):
     return ChatTemplate(names[0], own_system(names[0], text))
 
 
-def keep_frame(folder):
+def keep_plain_template(folder):
     """Store the plain format as a merged model's template, if its base has no template."""
     if load_template(folder).name == "plain":
         path = Path(folder) / "chat_template.jinja"

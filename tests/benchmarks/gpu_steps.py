@@ -22,7 +22,7 @@ from benchmarks.gpu_common import (
 from benchmarks.gpu_theirs import LIBRARIES, their_qlora
 from data.run.optim import make_optimizer
 from data.run.run import Run
-from qst import tune
+from qst import add_trainable
 from train import prepare, side_config, train_step
 
 COLUMNS = "model tokens what whose ms tokens_per_s peak_GB account_GB"
@@ -116,7 +116,7 @@ def forward_alone(sizes, config, quant, cfg):
 def our_model(sizes, config, cfg):
     """A model with random weights, and what --method trains."""
     base = random_base(config, cfg.quant, sizes.dtype, sizes.device)
-    return prepare(tune(base, side_config(cfg)), cfg)
+    return prepare(add_trainable(base, side_config(cfg)), cfg)
 
 
 def our_step(sizes, config, cfg, report, workspace, seconds=3.0):

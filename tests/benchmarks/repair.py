@@ -11,7 +11,7 @@ from data.tasks import text
 from data.tasks.scoring import mean_loss
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
-from qst import Beside
+from qst import SharedBase
 from train import load_task, parse_args, resolve
 
 WEIGHTED = repair_py.low_rank_part
@@ -30,7 +30,7 @@ def repair(folder, instructions, file, ranks="8,16,32,64", windows="6"):
                               "--sequence_len", str(repair_py.LENGTH)]))
     tokenizer = load_tokenizer(folder)
     examples = text.read(file, tokenizer, 512, int(windows))
-    loss = lambda base: mean_loss(Beside([base]), examples, 2)[0]
+    loss = lambda base: mean_loss(SharedBase([base]), examples, 2)[0]
     perplexity = lambda base: f"{text.perplexity(loss(base)):.2f}"
     print_table("Repair", "base", "perplexity", "MB added", "seconds")
     base = from_pretrained(folder, "none", torch.float32)

@@ -9,7 +9,7 @@ from helpers import shaken, small_base, small_config
 
 import train
 from data import InputError
-from data.settings.methods import FAST, step_length
+from data.settings.methods import FAST, layers_per_side
 from model import PRESETS, positions_and_mask, rotary_table
 from qst import QST
 from side import SideConfig, SideNetwork
@@ -65,7 +65,7 @@ def test_what_does_not_fit_is_refused():
 
 def test_as_few_steps_as_fit_but_six():
     """--every 0: the study's six steps for 30 layers; what a checkpoint says is the number."""
-    found = {n: step_length(0, n) for n in (3, 5, 12, 22, 24, 30, 31, 32, 40, 80)}
+    found = {n: layers_per_side(0, n) for n in (3, 5, 12, 22, 24, 30, 31, 32, 40, 80)}
     assert found == {3: 1, 5: 1, 12: 2, 22: 2, 24: 4, 30: 5, 31: 1, 32: 4, 40: 5, 80: 10}
     model = QST(small_base(n_layer=12), SideConfig(reduction=4, every=0))
     assert model.side.config.every == 2 and len(model.side.layers) == 6

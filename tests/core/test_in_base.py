@@ -9,7 +9,7 @@ from data.formats.hub import OPT_NAMES
 from data.formats.safetensors import read_safetensors
 from data.formats.save import save_pretrained
 from model import count_weights, from_pretrained
-from qst import QST, tune
+from qst import QST, add_trainable
 from side import SideConfig
 
 
@@ -97,7 +97,7 @@ def test_full_finetuning_keeps_a_tied_head_tied(tmp_path, idx):
 @pytest.mark.parametrize("tied", [False, True])
 def test_full_finetuning_of_a_classifier_leaves_out_the_head(tied):
     """Nothing is counted as learning that gets no gradient; a tied head is the embedding."""
-    model = tune(small_base("none", tied=tied), SideConfig(method="full", n_labels=2))
+    model = add_trainable(small_base("none", tied=tied), SideConfig(method="full", n_labels=2))
     idx = torch.arange(5).repeat(2, 1)
     model.loss(idx, torch.tensor([[-100] * 4 + [1]] * 2)).backward()
     assert all(p.grad is not None for p in model.parameters())

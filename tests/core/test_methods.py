@@ -16,7 +16,7 @@ from data.run.optim import make_optimizer
 from data.run.run import Run
 from data.tasks import tiny
 from model import PRESETS, Transformer, count_weights, from_pretrained
-from qst import QST, tune
+from qst import QST, add_trainable
 from side import IN_BASE_METHODS, SideConfig
 from train import TrainConfig
 
@@ -134,7 +134,7 @@ def test_a_training_step_on_meta_tensors(method, preset):
     with torch.device("meta"):
         base = Transformer(replace(PRESETS[preset], n_layer=2))
     base.freeze(KINDS[method], torch.bfloat16, "meta").checkpoint = method in IN_BASE_METHODS
-    model = tune(base, SideConfig(method=method))
+    model = add_trainable(base, SideConfig(method=method))
     optimizer = make_optimizer(model, train.resolve(TrainConfig()))
     idx = torch.zeros(2, 64, dtype=torch.long, device="meta")
     logits, loss = model(idx, idx)
@@ -168,7 +168,7 @@ def test_contradictions(method, kind):
     with pytest.raises(InputError, match=message):
         train.resolve(TrainConfig(method=method, quant=kind))
     with pytest.raises(InputError, match=message):
-        tune(small_base(kind), SideConfig(method=method))
+        add_trainable(small_base(kind), SideConfig(method=method))
 
 
 @each_method

@@ -186,10 +186,11 @@ def test_evaluation_forms_no_gradients(idx, monkeypatch):
 def test_a_head_that_learns_is_not_chunked(idx):
     """A classifier, and full finetuning's head, need their own gradients."""
     classifier = QST(small_base(), SideConfig(reduction=4, n_labels=3))
-    assert classifier.head_learns and not QST(small_base(), SideConfig(reduction=4)).head_learns
+    assert classifier.head_is_trainable
+    assert not QST(small_base(), SideConfig(reduction=4)).head_is_trainable
     whole = Transformer(small_config())
     whole.loss(idx, idx).backward()
-    assert whole.head_learns and whole.lm_head.weight.grad.abs().sum() > 0
+    assert whole.head_is_trainable and whole.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_every_saving_saves(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from data.run.state import stop_signals
 from data.tasks import tiny
 from data.tasks.examples import Task
 from model import from_pretrained
-from qst import QST, Beside
+from qst import QST, SharedBase
 from side import PackedInputLinear, SideConfig
 from train import TrainConfig
 
@@ -115,7 +115,7 @@ def test_the_loss_in_the_log_is_the_checkpoints(cfg):
     task = train.load_task(settings, tokenizer, base.config)
     untrained, trained = QST(base, SideConfig(reduction=4)), QST.from_side(base, cfg["out_dir"])
     for model, name in ((untrained, "loss_before"), (trained, "loss_after")):
-        (loss,) = train.mean_loss(Beside([model]), task.held_out, 3)
+        (loss,) = train.mean_loss(SharedBase([model]), task.held_out, 3)
         assert loss == pytest.approx(result[name], rel=1e-4)
     before, own = (Path(cfg["out_dir"]) / "result.json").read_bytes(), cfg["out_dir"]
     with pytest.raises(InputError, match="out has a run whose result.json this would replace"):

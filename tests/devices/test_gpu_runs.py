@@ -19,7 +19,7 @@ from data.run.log import TrainingLog
 from data.run.run import Run
 from data.tasks.examples import collate
 from model import from_pretrained
-from qst import QST, tune
+from qst import QST, add_trainable
 from side import SideConfig
 from train import TrainConfig
 
@@ -58,7 +58,7 @@ def small_step(changes, dtype):
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point() and name in ("weight", "bias"):
                 setattr(module, name, buffer.to(dtype))
-    model = train.prepare(tune(base, train.side_config(cfg)), cfg)
+    model = train.prepare(add_trainable(base, train.side_config(cfg)), cfg)
     run = Run(model, cfg)
     enabled = dtype == torch.float16
     run.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=16.0, enabled=enabled)

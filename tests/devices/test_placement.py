@@ -10,7 +10,7 @@ from data import InputError
 from data.devices import placement
 from data.frozen.hidden import channel_statistics
 from model import Transformer
-from qst import tune
+from qst import add_trainable
 from quant import unpack_buffers
 from side import SideConfig
 
@@ -32,7 +32,7 @@ def test_a_step_on_two_devices(method, quant, settings, family, tied, monkeypatc
     config = small_config(family, tied=tied)
     base = Transformer(config).freeze(quant, torch.float32, placement.places(DEVICES, 3, tied))
     placement.join(base)
-    model = tune(base, SideConfig(method=method, reduction=4, rank=2, **settings))
+    model = add_trainable(base, SideConfig(method=method, reduction=4, rank=2, **settings))
     placement.follow(model)
     idx = torch.ones(2, 9, dtype=torch.long)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -55,7 +55,7 @@ def test_nothing_changes_on_one_device(idx):
         base = placement.join(model.freeze("nf4", torch.float32, place))
         if spread:  # what measures the base goes from device to device, too
             channel_statistics(base, idx.tolist())
-        model = tune(base, SideConfig(reduction=4, rank=2))
+        model = add_trainable(base, SideConfig(reduction=4, rank=2))
         losses.append((placement.follow(model) if spread else model).loss(idx, idx))
     assert torch.equal(*losses)
 

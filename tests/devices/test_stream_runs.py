@@ -14,7 +14,7 @@ from data.formats.safetensors import read_safetensors, write_safetensors
 from data.settings.flags import run_main
 from data.tasks.scoring import choice_logits
 from model import from_pretrained
-from qst import QST, Beside
+from qst import QST, SharedBase
 from quant import quantize_4bit
 from side import SideConfig
 from train import TrainConfig
@@ -56,9 +56,9 @@ def test_choices(base):
     """Prompts with a common beginning, which a cache holds for all of them, are scored the same."""
     prompts = [[3, 4, 5, 6], [3, 4, 7], [3, 4, 5, 9, 9]]
     with torch.no_grad():
-        (expected,) = choice_logits(Beside([base]), prompts, batch_size=2)
+        (expected,) = choice_logits(SharedBase([base]), prompts, batch_size=2)
         stream_from_memory(base, "cpu")
-        (found,) = choice_logits(Beside([base]), prompts, batch_size=2)
+        (found,) = choice_logits(SharedBase([base]), prompts, batch_size=2)
         assert torch.equal(found, expected)
 
 
@@ -117,8 +117,8 @@ def test_no_more_memory():
 
 def test_in_base_methods_are_refused(base):
     stream_from_memory(base, "cpu")
-    with pytest.raises(InputError, match="whose backward reads no weight of the base; not for --method"):
-        qst.tune(base, SideConfig(method="qlora"))
+    with pytest.raises(InputError, match="whose backward reads no weight of the base; not for"):
+        qst.add_trainable(base, SideConfig(method="qlora"))
 
 
 def test_one_answer_is_refused(packed, base, tmp_path):

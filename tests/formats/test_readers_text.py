@@ -128,7 +128,8 @@ def test_ratings_out_of_range(rating, tmp_path):
 
 
 @pytest.mark.parametrize("corpus, ids", [
-    ("", ""), (GLUE_LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"), ("\n".join(GLUE_LINES["mrpc"]), "")
+    ("", ""), (GLUE_LINES["mrpc"][0], "7\t8"), ("a\tb\n1\t2", "2"),
+    ("\n".join(GLUE_LINES["mrpc"]), "")
 ])
 def test_mrpc_without_examples(corpus, ids, tmp_path):
     """Nothing is written of a corpus that holds none of the pairs that its list names."""

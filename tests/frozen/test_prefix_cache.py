@@ -10,7 +10,7 @@ from data import IGNORE_INDEX
 from data.frozen import sources
 from data.tasks.examples import collate
 from model import quantize_folder
-from qst import tune
+from qst import add_trainable
 from quant import Linear4bit
 from side import SideConfig
 from train import TrainConfig
@@ -38,7 +38,7 @@ def test_as_without(family, settings):
         own = base.layers[1].mlp.forward
         base.layers[1].mlp.forward = lambda x, own=own: lengths.append(x.shape[1]) or own(x)
         torch.manual_seed(0)
-        model = tune(base, SideConfig(reduction=4, rank=4, **settings))
+        model = add_trainable(base, SideConfig(reduction=4, rank=4, **settings))
         model.calibrate([ids for ids, _ in examples])
         torch.manual_seed(1)
         for parameter in model.parameters():

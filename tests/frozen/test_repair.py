@@ -12,7 +12,7 @@ from data.formats.save import save_pretrained
 from data.frozen import repair
 from data.frozen.fingerprint import differences, fingerprint
 from model import Transformer, from_pretrained
-from qst import QST, tune
+from qst import QST, add_trainable
 from quant import Linear4bit
 from side import SideConfig
 from train import TrainConfig
@@ -102,7 +102,7 @@ def test_it_is_kept_with_the_side_checkpoint(method, folder, tmp_path, idx):
     expected = base(idx)
     fresh = from_pretrained(folder, "nf4", torch.float32)
     assert not differences(fingerprint(base), fingerprint(fresh))
-    model = tune(base, SideConfig(method=method, reduction=4, rank=8, repair=8))
+    model = add_trainable(base, SideConfig(method=method, reduction=4, rank=8, repair=8))
     if method != "lst":  # training starts at the repaired base
         assert torch.allclose(model(idx)[0], expected, atol=2e-5)
     assert not any("branch" in name or "repair" in name for name, _ in model.named_parameters())
@@ -119,14 +119,14 @@ def test_qlora_starts_from_it(folder, idx):
     the rest of a wider pair starts as LoRA's does."""
     base = repaired(folder, 4)
     expected = base(idx)
-    model = tune(base, SideConfig(method="qlora", rank=8, repair=4))
+    model = add_trainable(base, SideConfig(method="qlora", rank=8, repair=4))
     assert torch.allclose(model(idx)[0], expected, atol=2e-5)
     assert all(m.branch is None for m in base.modules() if isinstance(m, Linear4bit))
     pair = base.layers[1].mlp.up_proj.pair
     assert pair.up.weight[:, :4].abs().min() > 0 and pair.up.weight[:, 4:].eq(0).all()
     assert torch.allclose(model.merge(torch.float32)(idx), expected, atol=1e-4)
     with pytest.raises(InputError, match="--repair 8 is more than --rank 4, which starts from it"):
-        tune(repaired(folder, 8), SideConfig(method="qlora", rank=4, repair=8))
+        add_trainable(repaired(folder, 8), SideConfig(method="qlora", rank=4, repair=8))
 
 
 def test_the_settings_decide(folder, idx):

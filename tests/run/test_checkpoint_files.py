@@ -17,13 +17,13 @@ from data import InputError
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 from data.frozen.fingerprint import alike, sample
 from model import Transformer
-from qst import QST, read_side, tune
+from qst import QST, read_side, add_trainable
 from side import SideConfig
 
 
 def saved(folder, **settings):
     torch.manual_seed(0)
-    model = tune(small_base(), SideConfig(reduction=4, rank=4, **settings))
+    model = add_trainable(small_base(), SideConfig(reduction=4, rank=4, **settings))
     model.save_side(folder)
     return model
 

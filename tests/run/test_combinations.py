@@ -1,4 +1,4 @@
-"""What can be combined: caches, repairs and devices; sweeps with compilation and side checkpoints."""
+"""What can be combined: caches, repairs, devices; sweeps with compilation and checkpoints."""
 
 import json
 import shutil

@@ -13,13 +13,13 @@ from data.run.muon import Muon, orthogonalize
 from data.run.optim import make_optimizer
 from data.run.resume import load_moments
 from data.run.run import Run
-from qst import QST, tune
+from qst import QST, add_trainable
 from side import SideConfig
 from train import TrainConfig
 
 
 def run_of(loss_of, optimizer, scaler, cfg, rate):
-    """A `Beside` and a `Run` with a function of (idx, targets) in place of a model, and a constant
+    """A `SharedBase` and a `Run` with a function of (idx, targets) as model, and a constant
     learning rate."""
     models = SimpleNamespace(compute=lambda idx: [idx], device=torch.device("cpu"), compiled=False)
     run = Run.__new__(Run)
@@ -61,7 +61,7 @@ def test_optimizer_groups():
 def test_each_optimizer_gets_its_settings(optimizer, bits, kind):
     """The betas are those of the flags. Muon takes matrices that multiply states, and so neither
     vectors nor the embedding nor the head."""
-    model = tune(small_base("none"), SideConfig(method="full"))
+    model = add_trainable(small_base("none"), SideConfig(method="full"))
     cfg = TrainConfig(optimizer=optimizer, optimizer_bits=bits, beta1=0.8, beta2=0.97)
     made = make_optimizer(model, train.resolve(cfg))
     assert type(made) is kind

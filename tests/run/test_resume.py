@@ -250,6 +250,7 @@ def test_the_same_seed_is_the_same_run(cfg, tmp_path, capsys):
         out_dir = str(tmp_path / name)
         train.main(TrainConfig(**cfg | dict(seed=seed, out_dir=out_dir, max_iters=6)))
         runs.append(left(out_dir))
-        replaced = f"The files of an earlier run in {out_dir} are replaced." in capsys.readouterr().out
+        message = f"The files of an earlier run in {out_dir} are replaced."
+        replaced = message in capsys.readouterr().out
         assert replaced == (seed == 2)
     assert runs[0] == runs[1] and runs[0][0] != runs[2][0]

@@ -16,7 +16,7 @@ from data import InputError
 from data.devices.device import activation_bytes
 from data.tasks.scoring import choice_logits
 from model import PRESETS, quantize_folder
-from qst import Beside, read_side, tune
+from qst import SharedBase, read_side, add_trainable
 from quant import Linear4bit
 from train import TrainConfig, prepare, side_config
 
@@ -188,7 +188,7 @@ class Summed(torch.nn.Module):
         self.models = torch.nn.ModuleList(models)
 
     def hidden(self, idx):
-        return Beside(self.models).hidden(idx)
+        return SharedBase(self.models).hidden(idx)
 
     def loss_of(self, states, targets):
         return sum(model.loss_of(h, targets) for model, h in zip(self.models, states))
@@ -217,5 +217,5 @@ def test_a_sweep_has_the_base_once(words, tmp_path, capsys, monkeypatch):
     models, base, idx = [], None, torch.zeros(3, 8, dtype=torch.long)
     for settings in dict(account.rows(cfg)).values():
         base = base or account.untrained(settings, small_config(), torch.float32, "cpu").base
-        models.append(prepare(tune(base, side_config(settings)), settings))
+        models.append(prepare(add_trainable(base, side_config(settings)), settings))
     assert both["activations_bytes"] == activation_bytes(Summed(models), idx, idx)

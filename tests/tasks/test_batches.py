@@ -13,7 +13,7 @@ from data.tasks.glue import ANSWER, FORMS
 from data.tasks.scoring import choice_logits, mean_loss, word_ids
 from data.tokens.tokenizer import load_tokenizer
 from model import token_loss
-from qst import QST, Beside
+from qst import QST, SharedBase
 from side import SideConfig
 
 
@@ -80,7 +80,8 @@ def test_the_mean_loss_is_that_of_a_target(base):
               for ids, targets in examples]
     expected = sum(losses) / sum(n - n // 2 for n in range(1, 9))
     for batch_size in (1, 3, 100):
-        assert mean_loss(Beside([base]), examples, batch_size)[0] == pytest.approx(expected, rel=1e-5)
+        (loss,) = mean_loss(SharedBase([base]), examples, batch_size)
+        assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_split_is_by_seed_and_disjoint():
@@ -128,10 +129,10 @@ def test_batched_logits_are_those_of_one_by_one(family, quant, side, shared):
     with torch.no_grad():
         one_by_one = torch.cat([last(prompt) for prompt in prompts])
     for batch_size in (1, 3, 100):
-        (logits,) = choice_logits(Beside([model]), prompts, None, batch_size)
+        (logits,) = choice_logits(SharedBase([model]), prompts, None, batch_size)
         torch.testing.assert_close(logits, one_by_one, atol=1e-5, rtol=1e-5)
-    (chosen,) = choice_logits(Beside([model]), prompts, [7, 4, 60], 3)
+    (chosen,) = choice_logits(SharedBase([model]), prompts, [7, 4, 60], 3)
     torch.testing.assert_close(chosen, one_by_one[:, [7, 4, 60]], atol=1e-5, rtol=1e-5)
     assert chosen.dtype == torch.float32 and not chosen.requires_grad
     with pytest.raises(InputError, match="longer than the model's 64 positions"):
-        choice_logits(Beside([model]), [[5] * 65], None, 1)
+        choice_logits(SharedBase([model]), [[5] * 65], None, 1)

@@ -20,7 +20,7 @@ from data.tasks import mmlu
 from data.tasks.scoring import choice_logits, word_ids
 from data.tokens.tokenizer import load_tokenizer
 from model import Transformer, from_pretrained
-from qst import Beside
+from qst import SharedBase
 from train import TrainConfig
 
 HEADING = "The following are multiple choice questions (with answers) about  world religions.\n\n"
@@ -35,7 +35,8 @@ def folder(tmp_path_factory):
         (root / split).mkdir(parents=True)
         for subject, size in zip(("world_religions", "anatomy"), sizes):
             rows = [f"Q{i},a{i},b,c,d,{'ABCD'[i % 4]}\n" for i in range(1, size)]
-            (root / split / f"{subject}_{split}.csv").write_text(MMLU_ROW.format("D") + "".join(rows))
+            path = root / split / f"{subject}_{split}.csv"
+            path.write_text(MMLU_ROW.format("D") + "".join(rows))
     return root.parent
 
 
@@ -190,19 +191,19 @@ def test_accuracy_counts_every_question_the_same(folder, tokenizer, monkeypatch)
         return [torch.tensor([[0.0, 1.0, 2.0, 3.0]]).expand(len(prompts), 4)]
 
     monkeypatch.setattr(mmlu, "choice_logits", always_d)
-    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder)
+    (result,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder)
     assert result == {
         "accuracy": 3 / 9, "accuracy_by_category": {"humanities": 2 / 6, "other": 1 / 3},
         "accuracy_by_subject": {"anatomy": 1 / 3, "world_religions": 2 / 6}, "examples": 9,
         "subjects": 2, "shortened": 0, "cut": 0,
     }
     lengths = sorted(len(p) for prompts in seen.values() for p in prompts)
-    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=lengths[3])
+    (result,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder, sequence_len=lengths[3])
     assert (result["shortened"], result["cut"]) == (sum(n > lengths[3] for n in lengths), 0)
-    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=40)
+    (result,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder, sequence_len=40)
     assert (result["shortened"], result["cut"]) == (0, 9)
     base.config.max_positions = 41
-    mmlu.evaluate(Beside([base]), tokenizer, folder)
+    mmlu.evaluate(SharedBase([base]), tokenizer, folder)
     assert {len(p) for prompts in seen.values() for p in prompts} == {41}
 
 
@@ -227,7 +228,7 @@ def test_a_sample_is_fixed_and_keeps_all_in_order(folder):
 def test_evaluation_end_to_end(folder, tokenizer):
     """A real model's accuracy is that of its own logits, and so is the accuracy of a sample."""
     base = small_base("nf4", vocab_size=tokenizer.vocab_size, max_positions=900)
-    (result,) = mmlu.evaluate(Beside([base]), tokenizer, folder, batch_size=2)
+    (result,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder, batch_size=2)
     right = 0
     for subject, questions in mmlu.read(folder, "test").items():
         shots = mmlu.read(folder, "dev")[subject]
@@ -236,7 +237,7 @@ def test_evaluation_end_to_end(folder, tokenizer):
             logits = base(torch.tensor([[tokenizer.bos_id, *tokenizer.encode(prompt)]]))[0, -1]
             right += logits[letter_ids(tokenizer, prompt)].argmax().item() == q.answer
     assert result["accuracy"] == right / 9 and result["shortened"] == 0
-    (few,) = mmlu.evaluate(Beside([base]), tokenizer, folder, max_examples=4)
+    (few,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder, max_examples=4)
     assert few["examples"] == 4
 
 
@@ -266,7 +267,7 @@ def test_logits_are_those_of_transformers():
         some = tests[subject]
         prompts = [mmlu.encode(subject, shots, q, tokenizer, 2048)[0] for q in some]
         letters = letter_ids(tokenizer, mmlu.prompt(subject, shots, some[0]))
-        (logits,) = choice_logits(Beside([ours]), prompts, letters, 4)
+        (logits,) = choice_logits(SharedBase([ours]), prompts, letters, 4)
         for q, row in zip(some, logits, strict=True):
             ids = encode(mmlu.prompt(subject, shots, q))
             with torch.no_grad():
@@ -289,7 +290,7 @@ def test_mmlu_is_scored_before_and_after_instructions(base_folder, folder, token
     again = train.main(TrainConfig(**scores, **common))
     assert again["accuracy"] == result["accuracy_after"] and "loss" not in again
     base = from_pretrained(base_folder, "none", torch.float32)
-    (before,) = mmlu.evaluate(Beside([base]), tokenizer, folder, sequence_len=300)
+    (before,) = mmlu.evaluate(SharedBase([base]), tokenizer, folder, sequence_len=300)
     assert before["accuracy"] == result["accuracy_before"]
     with pytest.raises(InputError, match="--task mmlu trains on --instructions"):
         train.main(TrainConfig(out_dir=str(tmp_path / "no"), **common))

@@ -1,4 +1,4 @@
-"""data/tasks/mt_bench.py and `qst.py answer`: a file of answers as FastChat has it, made or finished."""
+"""data/tasks/mt_bench.py and `qst.py answer`: answers in FastChat's form, made or finished."""
 
 import json
 

@@ -224,7 +224,7 @@ def test_a_merged_model_keeps_its_format(tiny_model, tmp_path):
     folder = tmp_path / "merged"
     shutil.copytree(tiny_model, folder)
     for _ in range(2):
-        chat.keep_frame(folder)
+        chat.keep_plain_template(folder)
     kept, tokenizer = chat.load_template(folder), load_tokenizer(tiny_model)
     messages = say("system: Be kind.", "user: Who?", "assistant: Tom.", "user: Where?")
     framed = [*messages[:1], {**messages[1], "input": "A story."}, *messages[2:]]
@@ -237,7 +237,7 @@ def test_a_merged_model_keeps_its_format(tiny_model, tmp_path):
     parts = chat.ChatTemplate().parts(messages, tokenizer)
     assert text == "".join(names.get(part, part) for part, _ in parts)
     (folder / "chat_template.jinja").write_text(CHATML)
-    chat.keep_frame(folder)
+    chat.keep_plain_template(folder)
     assert (folder / "chat_template.jinja").read_text() == CHATML
 
 

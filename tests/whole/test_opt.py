@@ -42,7 +42,8 @@ def data(tmp_path_factory):
     (root / "text.txt").write_text("The sky was blue, and it was late. " * 200)
     (root / "rte").mkdir()
     for name in ("train.tsv", "dev.tsv"):
-        (root / "rte" / name).write_text("\n".join([GLUE_LINES["rte"][0], *GLUE_LINES["rte"][1:] * 10]))
+        head, *lines = GLUE_LINES["rte"]
+        (root / "rte" / name).write_text("\n".join([head, *lines * 10]))
     for split in ("dev", "test"):
         (root / "mmlu" / split).mkdir(parents=True)
         (root / f"mmlu/{split}/anatomy_{split}.csv").write_text(MMLU_ROW.format("D") * 5)
