@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import qst
 from train import TrainConfig
