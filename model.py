@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import IGNORE_INDEX, InputError, leaf
@@ -159,8 +158,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and bool(T > 1),
-            enable_gqa=self.n_kv_head != self.n_head,
+            q, k, v, attn_mask=mask, enable_gqa=self.n_kv_head != self.n_head,
+            is_causal=True if mask is None and T > 1 else False,  # a bool for torch.compile
         )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -225,6 +224,7 @@ def positions_and_mask(idx, keep=None, past=0):
     if keep is None and (past == 0 or T == 1):  # one new token may see everything
         return positions, None
     if keep is None:  # flash attention knows this mask without its T x (past + T) values
+        from torch.nn.attention.bias import causal_lower_right  # loads torch.compile: 1 s
         return positions, causal_lower_right(T, past + T)
     query = torch.arange(past, past + T, device=device).unsqueeze(1)
     key = torch.arange(past + T, device=device)

@@ -77,8 +77,8 @@ def side_config(cfg):
 
 
 def low_rank(n_in, n_out, rank, act=nn.Identity, first=Linear):
-    """Make the low-rank pair of LoRA (arXiv 2106.09685 §4.1), or with a nonlinearity the bottleneck
-    of an adapter: (..., n_in) -> (..., rank) -> (..., n_out)."""
+    """Make LoRA's low-rank pair (arXiv 2106.09685 §4.1), or with a nonlinearity the bottleneck of
+    an adapter: (..., n_in) -> (..., rank) -> (..., n_out)."""
     down, up = first(n_in, rank, bias=False), Linear(rank, n_out, bias=False)
     return nn.Sequential(OrderedDict(down=down, act=act(), up=up))
 

@@ -65,7 +65,7 @@ DTYPE = one_of("float32", "bfloat16", "float16")
 def read(folder):
     """Read a folder's config.json: {field of `ModelConfig`: value}."""
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
+        raise InputError(f"{folder} is not a folder: `git clone` it from huggingface.co.")
     path = Path(folder) / "config.json"
     c = read_json(path)
     family = FAMILIES[field(path, c, "model_type", one_of(*FAMILIES))]

@@ -84,12 +84,12 @@ def print_sizes(folder, runs, examples):
 
 def out_of_memory(cfg):
     """Advise the first saving that is not on yet."""
-    savings = dict(checkpoint=True, chunk_loss=True, h_f_bits=4, optimizer_bits=8)
-    if cfg.method not in SIDE_METHODS:
-        del savings["h_f_bits"]
+    savings = dict(checkpoint=True, chunk_loss=True)
+    savings |= dict(h_f_bits=4) if cfg.method in SIDE_METHODS else {}
+    savings |= dict(optimizer_bits=8) if cfg.optimizer == "adamw" else {}
     flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
-    half = f"--batch_size {cfg.batch_size // 2}"
-    half += f" --gradient_accumulation_steps {2 * cfg.gradient_accumulation_steps}"
+    steps = 2 * cfg.gradient_accumulation_steps
+    half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
     return (
         f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "

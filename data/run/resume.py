@@ -65,11 +65,8 @@ def load(run):
     load_moments(run.optimizer, moments, path)
     run.scaler.load_state_dict(scaler)
     vars(run.log).update(log)
-    if run.interrupted:
-        print(f"{run.out_dir} continues after iteration {run.log.iteration}.")
-    else:
-        iteration = run.log.iteration
-        print(f"{run.out_dir} had ended with iteration {iteration}, and is scored again.")
+    ended = "" if run.interrupted else " It had ended, and is scored again."
+    print(f"{run.out_dir} continues after iteration {run.log.iteration}.{ended}")
     return True
 
 

@@ -98,10 +98,9 @@ class SideNetworks:
     def step(self, i, h_f, h_g, mask, rope, caches=None):
         """Side networks with a larger `every` leave out some of the steps."""
         for k, side in enumerate(self.sides):
-            own_step, rest = divmod(i * self.every, side.every)
-            if not rest:
+            if i * self.every % side.every == 0:
                 own = caches and caches[self.starts[k] : self.starts[k + 1]]
-                h_g[k] = side.step(own_step, h_f, h_g[k], mask, rope[k], own)
+                h_g[k] = side.step(i * self.every // side.every, h_f, h_g[k], mask, rope[k], own)
         return h_g
 
     def mix(self, h_f, h_g):

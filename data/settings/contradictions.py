@@ -31,6 +31,8 @@ def refuse(cfg, task, on_glue):
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
          "and --head lm"),
         (cfg.eval_only and cfg.resume, "--resume continues training: leave out --eval_only"),
+        (cfg.resume and not (cfg.base or cfg.sweep or (Path(out_dir) / SETTINGS_FILE).exists()),
+         f"--resume: {out_dir} has no run to continue: give its --out_dir"),
         (cfg.head == "classifier" and not on_glue, f"--head classifier is not for --task {task}"),
         (cfg.samples_interval and task not in ("tiny", "instruct"),
          f"--samples_interval is for --task tiny and instruct, not for {task}"),

@@ -22,6 +22,7 @@ GROUPS = (  # of flags, in the order of --help
     "most used", "task and data", "model", "side network", "training", "memory", "evaluation",
     "output",
 )
+ALIASES = {"--lr": "--learning_rate", "--epochs": "--max_iters", "--load_in_4bit": "--quant"}
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
@@ -114,7 +115,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--\w+)", message)
-        near = unknown and get_close_matches(unknown[1], self._option_string_actions, 1)
+        flags = self._option_string_actions
+        near = unknown and get_close_matches(ALIASES.get(unknown[1], unknown[1]), flags, 1)
         message += f" (did you mean {near[0]}?)" if near else ""
         message = message if len(message) < 300 else message[:300] + "..."
         sys.exit(f"error: {message}; --help lists the flags")

@@ -108,7 +108,7 @@ def load_tokenizer(folder):
     """Load the tokenizer of a model's folder, and check that the model has all of its ids."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give one in Hugging Face's layout.")
+        raise InputError(f"{folder} is not a folder: `git clone` it from huggingface.co.")
     if (folder / "tokenizer.model").exists():
         tokenizer = SentencePiece(folder / "tokenizer.model")
     elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):

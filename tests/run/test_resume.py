@@ -57,7 +57,7 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
     with pytest.raises(InputError, match="missing: give .*out/last"):
         train.read_side(cfg["out_dir"])
     train.read_side(cfg["out_dir"] + "/last")
-    for printed in ("Ask it", "had ended with iteration 16, and is scored again."):
+    for printed in ("Ask it", "continues after iteration 16. It had ended, and is scored again."):
         train.main(TrainConfig(**cfg, resume=True))
         assert printed in capsys.readouterr().out
 

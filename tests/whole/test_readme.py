@@ -29,7 +29,7 @@ def place(tiny_model, tmp_path_factory):
     """Where a user would stand: the files that the commands name."""
     folder = tmp_path_factory.mktemp("user")
     records = "\n".join(json.dumps(record) for record in tiny.task(40, seed=2))
-    for name in ("FILE.jsonl", "dolly_3k.json"):
+    for name in ("FILE.jsonl", "TEST.jsonl", "dolly_3k.json"):
         (folder / name).write_text(records)
     for name in ("FOLDER", "stories260K", "SmolLM2"):
         (folder / name).symlink_to(tiny_model)
