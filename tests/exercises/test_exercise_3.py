@@ -24,6 +24,7 @@ import train
 from data import TASKS, InputError, leaf
 from data.tasks import tiny
 from model import from_pretrained
+from qst import SharedBase
 from train import TrainConfig
 
 pytestmark = pytest.mark.skipif("csv" not in TASKS, reason='TASKS has no "csv" yet')
@@ -65,7 +66,7 @@ def test_its_score(path, tiny_model, monkeypatch):
         return [said[0], said[1] + ".", *said[2:]]
 
     monkeypatch.setattr("data.tasks.instruct.answers", answers)
-    found = task.score(from_pretrained(tiny_model, "nf4", torch.float32))
+    (found,) = task.score(SharedBase([from_pretrained(tiny_model, "nf4", torch.float32)]))
     assert found["exact_match"] == pytest.approx(2 / 3)
 
 
