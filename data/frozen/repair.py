@@ -55,7 +55,7 @@ def branches(base, rank):
         if rank > (most := min(linear.in_features, linear.out_features)):
             raise InputError(f"--repair {rank} is more than {path} has, {most}: give less.")
         if linear.branch is None or len(linear.branch.down) != rank:
-            # SharedBase the layer's norms: its matrices may be absent, with --cache_hidden.
+            # Beside the layer's norms: its matrices may be absent, with --cache_hidden.
             device = device_of(base.layers[int(path.split(".")[1])])
             linear.branch = LowRank(linear, rank, device)
     return nn.ModuleDict({path.replace(".", "/"): m.branch for path, m in found.items()})
