@@ -67,7 +67,7 @@ def answer(talk, question):
         where = f"question {question['question_id']}, turn {i}"
         try:
             if dropped := talk.ask(text):
-                tqdm.write(f"{where}: the {dropped} oldest messages did not fit the model", sys.stderr)
+                tqdm.write(f"{where}: the {dropped} oldest messages did not fit in", sys.stderr)
             answers.append("".join(talk.answer()).strip())
         except Refused as error:
             tqdm.write(f"{where} {error}: left without an answer", sys.stderr)
