@@ -246,7 +246,8 @@ def fit(runs, task, cfg):
             if must_stop or all(run.error for run in good):
                 break
     for run in runs:
-        run.end()
+        with record_errors(run.result, cfg):
+            run.end()
     if any(run.interrupted for run in good if not run.error):
         print(f"Stopped after iteration {iteration}: continue with --resume.", flush=True)
 
@@ -394,7 +395,7 @@ def main(cfg):
         task = load_task(cfg, tokenizer, config)
         settings = [replace(own, preamble=task.preamble) for own in settings]
         base = load_base(from_pretrained, cfg, folder, config, task, settings)
-        if cfg.sweep and not cfg.eval_only:
+        if cfg.sweep and not cfg.eval_only and not cfg.resume:  # which may still be refused
             write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))
         with memory_advice(cfg):
             if cfg.eval_only:

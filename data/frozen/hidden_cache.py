@@ -38,8 +38,8 @@ POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
-    "repair": "of another --repair",
-    "pool": "of another pooling --downsample or --reduction", "every": "of another --every",
+    "repair": "of another --repair", "every": "of another --every",
+    "pool": "of another pooling --downsample or --reduction", "bits": "of fewer --h_f_bits",
 }
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
 
@@ -85,6 +85,7 @@ class HiddenCache:
         for name, message in PARTS.items():
             known = self.about.get(name)
             enough = name == "pool" and known is None or name == "every" and not own[name] % known
+            enough |= name == "bits" and known >= max(run.h_f_bits for run in runs)
             if known != own[name] and not enough:
                 raise InputError(f"--cache_hidden {self.folder} is {message}: give another folder.")
         self.every, self.bits, pool = (self.about[name] for name in ("every", "bits", "pool"))
@@ -220,11 +221,10 @@ class HiddenCache:
             padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
             packed.append(padded.view(kind).reshape(-1, *form))
         width = self.width + self.fill
-        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, dtype)
-        h = h[:, : self.width].to(dtype)
+        h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, dtype)[:, : self.width]
         if self.pool:  # neighbours that are all alike have this as their mean and largest
             h = h.repeat_interleave(C // width, dim=-1)
-        h = h.reshape(shape)
+        h = h.reshape(shape).to(dtype)
         if self.bits < 16 and not self.fill:
             PACKED[h] = {self.bits: packed}
         return h

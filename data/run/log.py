@@ -71,8 +71,7 @@ class TrainingLog:
         """Draw the losses, with the first as a horizontal line, and alpha with the mean gate."""
         lines = {name: self.curves[name] for name in NAMES[:2]}
         lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
-        title = "Loss of an answer's token"
-        line_chart(self.out_dir / "loss.svg", title, "iteration", lines)
+        line_chart(self.out_dir / "loss.svg", "Loss of an answer's token", "iteration", lines)
         if lines := {name: self.curves[name] for name in NAMES[2:] if self.curves[name]}:
             title = "alpha: how much of h_f the LM head reads; gate: how much of h_g a step keeps"
             line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
@@ -126,8 +125,7 @@ class TrainingLog:
         kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
         return (
             f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or "
-            "try --dtype bf16 or fp32. "
-            f"{kept if self.best_iteration else 'No side network is kept'}."
+            f"try --dtype bf16 or fp32. {kept if self.best_iteration else 'Nothing is kept'}."
         )
 
     def write(self, learning_rate, side=None):

@@ -15,7 +15,7 @@ from data import InputError
 from data.formats.files import write_json
 from data.run.charts import line_chart
 from data.run.report import SCORES
-from data.settings.flags import refuse_if, true_or_false
+from data.settings.flags import SETTINGS_FILE, refuse_if, true_or_false
 from data.settings.methods import SIDE_METHODS
 
 # What --sweep may vary beside the settings of the side network. What changes the base, the batches
@@ -51,9 +51,9 @@ def settings_of_runs(given, cfg, resolve):
     runs = {}
     for row in itertools.product(*axes):
         name = ",".join(f"{name}={value}" for name, value in row)
-        if name in runs:
-            raise InputError(f"--sweep has {name} twice.")
         out_dir = str(Path(cfg.out_dir) / name.replace("/", "_"))
+        if out_dir in [run.out_dir for run in runs.values()]:
+            raise InputError(f"--sweep has two runs for the folder {out_dir}.")
         same = dict(sweep="", data_seed=cfg.data_seed, out_dir=out_dir)
         runs[name] = resolve(replace(given, **same | dict(row)))
     if cfg.eval_only:
@@ -68,6 +68,7 @@ def check_sides(runs):
         differ = [n for n in ("quant", "head", "n_labels", "shots", "preamble")
                   if getattr(run, n) != getattr(first, n)]
         refuse_if(
+            (not run.side, "--sweep: a value of side is empty; evaluate the base alone"),
             (run.method not in SIDE_METHODS or run.repair,
              f"--side {run.side} changes the base (--method {run.method}, --repair {run.repair}): "
              "evaluate it alone, without --sweep"),
@@ -141,6 +142,7 @@ def conclude(cfg, runs, results):
     curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
     curves = {str(place): curve for place, curve in enumerate(curves, 1)}
     if not cfg.eval_only:
+        write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(cfg))
         line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
     width = max(len(row["settings"]) for row in rows)
     scores = [score for score in SCORES if f"{score}{end}" in rows[0]]

@@ -11,7 +11,6 @@ from data.settings.methods import SIDE_METHODS
 def refuse(cfg, task, on_glue):
     """Refuse settings before anything is loaded. cfg: as given, None where no flag was given"""
     cores = os.cpu_count() or 1
-    no_classifier = cfg.eval_only and not cfg.side
     out_dir = cfg.out_dir or default_out_dir(cfg.eval_only)
     beside = cfg.method in SIDE_METHODS  # a side network is trained, and not the base
     refuse_if(
@@ -24,8 +23,8 @@ def refuse(cfg, task, on_glue):
          "--method full cannot train weights in --dtype fp16: give bf16 or fp32"),
         (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
          "--optimizer_bits 8 is for --optimizer adamw, not for muon"),
-        (cfg.stream and (cfg.task == "tiny" or not cfg.base or cfg.devices or cfg.compile),
-         "--stream needs --base, and works neither with --devices nor with --compile"),
+        (cfg.stream and (not cfg.base or cfg.devices or cfg.compile or cfg.samples_interval),
+         "--stream needs --base, and works without --devices, --compile and --samples_interval"),
         (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
@@ -47,7 +46,7 @@ def refuse(cfg, task, on_glue):
         (cfg.cache_hidden and cfg.side and cfg.repair,
          f"--cache_hidden stores the states of a base with a --repair of its own, and --side "
          f"{cfg.side} has another: leave out --cache_hidden"),
-        (cfg.head == "classifier" and no_classifier,
+        (cfg.head == "classifier" and cfg.eval_only and not cfg.side,
          "--head classifier: the base has none; give --head lm, or --side"),
         (cfg.eval_only and (Path(out_dir) / SETTINGS_FILE).exists(),
          f"--out_dir {out_dir} has a run whose result.json this would replace: give another"),

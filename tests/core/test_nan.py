@@ -64,7 +64,7 @@ def test_ten_in_a_row_end_the_run(cfg, monkeypatch):
     for this run's."""
     train.main(TrainConfig(**cfg))
     monkeypatch.setattr(train, "train_step", broken_step(set(range(100))))
-    with pytest.raises(InputError, match="--learning_rate.*No side network is kept"):
+    with pytest.raises(InputError, match="--learning_rate.*Nothing is kept"):
         train.main(TrainConfig(**cfg | dict(eval_interval=50)))
     out_dir = Path(cfg["out_dir"])
     left = [path.name for pattern in ("s*", "r*") for path in out_dir.rglob(pattern)]

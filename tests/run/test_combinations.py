@@ -126,6 +126,11 @@ def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypa
     with pytest.raises(InputError, match=f"--side {other} has another quant than {sides[0]}"):
         train.main(TrainConfig(**own, sweep=f"side={sides[0]},{other}"))
     assert read_side(other)[1]["quant"] == "none"
+    with pytest.raises(InputError, match="a value of side is empty; evaluate the base alone"):
+        train.main(TrainConfig(**own, sweep=f"side={sides[0]},"))
+    twins = [str(shutil.copytree(sides[0], tmp_path / name)) for name in ("a/b", "a_b")]
+    with pytest.raises(InputError, match="--sweep has two runs for the folder .*_a_b"):
+        train.main(TrainConfig(**own, sweep=f"side={','.join(twins)}"))
 
 
 def loss_in(folder):
@@ -149,5 +154,34 @@ def test_a_run_that_cannot_be_made_is_a_row(cfg):
     errors = {row["settings"]: row.get("error", "") for row in table["runs"]}
     assert "was begun with another --seed" in errors["reduction=4,seed=2"]
     assert left(out / "reduction=4,seed=1") == expected
+    kept = (out / "settings.json").read_text()
+    with pytest.raises(InputError, match="ended well.* begun with another --sequence_len"):
+        train.main(TrainConfig(**again | dict(sequence_len=80), sweep="reduction=4 seed=1,2"))
+    assert (out / "settings.json").read_text() == kept  # for the next --resume
     with pytest.raises(InputError, match="No run of the sweep has ended well"):
         train.main(TrainConfig(**cfg, sweep="reduction=3,5"))
+
+
+def test_a_side_network_that_cannot_be_loaded_is_a_row(cfg, monkeypatch):
+    """At the end of a sweep the other runs have their results."""
+    load = QST.load_side
+
+    def refusing(model, folder):
+        if "gate=sum" in str(folder):
+            raise InputError("It is damaged.")
+        return load(model, folder)
+
+    monkeypatch.setattr(QST, "load_side", refusing)
+    table = train.main(TrainConfig(**cfg, sweep="gate=scalar,sum"))
+    errors = {row["settings"]: row.get("error", "") for row in table["runs"]}
+    assert errors == {"gate=scalar": "", "gate=sum": "It is damaged."}
+    assert (Path(cfg["out_dir"]) / "gate=scalar" / "result.json").exists()
+
+
+def test_a_cache_of_fewer_bits(cfg, tmp_path):
+    """It is refused to runs that read more; one of more bits serves them all."""
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
+    train.main(TrainConfig(**cfg, h_f_bits=8))
+    train.main(TrainConfig(**cfg, h_f_bits=4))
+    with pytest.raises(InputError, match="--cache_hidden .* is of fewer --h_f_bits: give another"):
+        train.main(TrainConfig(**cfg, h_f_bits=16))

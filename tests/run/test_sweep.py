@@ -152,7 +152,7 @@ def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):
 @pytest.mark.parametrize("words, message", {
     "gate": "--sweep gate: it takes", "max_iters=1,2": "it takes NAME=VALUE,VALUE ...",
     "quant=nf4,none": "it takes NAME=VALUE", "reduction=x": "not all of these are values",
-    "seed=1,1": "has seed=1 twice", "gate=sum,round": "--gate 'round' is unknown",
+    "seed=1,1": "has two runs for the folder", "gate=sum,round": "--gate 'round' is unknown",
     "learning_rate=-1": "--learning_rate -1.0 must be above 0",
 }.items())
 def test_mistakes(words, message, cfg):
