@@ -82,6 +82,7 @@ def read(folder):
         config["final_norm"] = config["pre_norm"] and not removed
     else:
         # Sliding attention equals plain attention within its window: that is our limit.
+        c = {"sliding_window": 4096} | c if c["model_type"] == "mistral" else c  # null: none
         window = field(path, c, "sliding_window", LENGTH, config["max_positions"])
         config["max_positions"] = min(config["max_positions"], window)
         config |= read_rope(path, c)
@@ -90,8 +91,8 @@ def read(folder):
 
 
 def read_rope(path, c):
-    """Read rope_theta and rope_scaling, or the one field rope_parameters of newer folders."""
-    tables = [field(path, c, name, TABLE, {}) for name in ("rope_parameters", "rope_scaling")]
+    """Read rope_theta and rope_scaling, or else the one field rope_parameters of newer folders."""
+    tables = [field(path, c, name, TABLE, {}) for name in ("rope_scaling", "rope_parameters")]
     scaling = dict(tables[0] or tables[1])
     theta = field(path, c, "rope_theta", ROPE_THETA, 10000.0)
     theta = float(field(path, scaling, "rope_parameters.rope_theta", ROPE_THETA, theta))

@@ -8,6 +8,7 @@ import re
 from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from data import InputError, leaf
@@ -99,11 +100,15 @@ def choose_weights(folder, config, tensors, shapes, quant):
         packed.setdefault(name + ".weight", {})[rest] = tensors.pop(field_name)
     theirs = {name: their_name(config.family, name) for name in shapes}
     needed = set(theirs.values())
-    optional = {"lm_head.weight"} if config.tied else set()  # some folders also store a tied head
+    optional = {"lm_head.weight"} if config.tied else set()
+    if config.tied and (head := tensors.get("lm_head.weight")):
+        embedding = tensors.setdefault(theirs["embed_tokens.weight"], head)  # some store one
+        if embedding is not head and not torch.equal(embedding(), head()):
+            what = "an lm_head.weight that is not its embedding"
+            raise InputError(f'{folder} has {what}: give config.json "tie_word_embeddings": false.')
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
     if missing := sorted(needed - found):
-        names = first_few(missing)
-        raise InputError(f"{folder} lacks {names}: is its config.json another model's?")
+        raise InputError(f"{folder} lacks {first_few(missing)}: is config.json another model's?")
     linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and n not in IN_16_BITS}
     if surplus := sorted(found - needed | set(packed) - linear):
         names = first_few(surplus)

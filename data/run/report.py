@@ -70,15 +70,13 @@ def print_sizes(folder, runs, examples):
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     what = LEARNS[cfg.method].format(**vars(model.side.config))
-    steps, (B, T) = cfg.gradient_accumulation_steps, idx.shape
-    memory = ", ".join(
-        f"{name} {show_bytes(result[f'{name}_bytes'])}"
-        for name in ("weights", "optimizer", "activations")
-    )
+    parts = "weights", "optimizer", "activations"
+    memory = ", ".join(f"{name} {show_bytes(result[f'{name}_bytes'])}" for name in parts)
     print(f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}")
     print(f"frozen      {total - trainable:,} weights{bits}")
     print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}")
-    print(f"iteration   {steps} x {B} sequences of at most {T} tokens")
+    steps = cfg.gradient_accumulation_steps
+    print(f"iteration   {steps} x {len(idx)} sequences of at most {idx.shape[1]} tokens")
     print(f"memory      {memory} of such a batch")
 
 
@@ -126,9 +124,7 @@ def yardstick(name, result, end):
     """The number of examples of a score, and the score of a constant answer."""
     rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
     rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
-    if rival is None:
-        return examples
-    return f"{examples}; always the most frequent class: {rival:.1%}"
+    return examples + ("" if rival is None else f"; always the most frequent class: {rival:.1%}")
 
 
 def show_sample(sample, who):

@@ -148,8 +148,7 @@ def conclude(cfg, runs, results):
     scores = [score for score in SCORES if f"{score}{end}" in rows[0]]
     print(f"\n      {'':{width}}  held-out loss", *scores)
     for i, row in enumerate(rows, 1):
-        loss = f"{'not evaluated':>13}" if row["loss"] is None else f"{row['loss']:>13.4f}"
-        loss = row.get("error", loss)
+        loss = row.get("error", "not evaluated" if row["loss"] is None else f"{row['loss']:>13.4f}")
         values = [f"{row.get(f'{score}{end}', math.nan):>{len(score)}.1%}" for score in scores]
         print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
     if best:

@@ -10,7 +10,6 @@ from data.settings.methods import SIDE_METHODS
 
 def refuse(cfg, task, on_glue):
     """Refuse settings before anything is loaded. cfg: as given, None where no flag was given"""
-    cores = os.cpu_count() or 1
     out_dir = cfg.out_dir or default_out_dir(cfg.eval_only)
     beside = cfg.method in SIDE_METHODS  # a side network is trained, and not the base
     refuse_if(
@@ -25,7 +24,7 @@ def refuse(cfg, task, on_glue):
          "--optimizer_bits 8 is for --optimizer adamw, not for muon"),
         (cfg.stream and (not cfg.base or cfg.devices or cfg.compile or cfg.samples_interval),
          "--stream needs --base, and works without --devices, --compile and --samples_interval"),
-        (cfg.threads > cores, f"--threads {cfg.threads} is more than this machine's {cores}"),
+        (cfg.threads > (os.cpu_count() or 1), f"--threads {cfg.threads} is more than the cores"),
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
          "and --head lm"),

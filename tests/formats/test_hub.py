@@ -5,11 +5,12 @@ import os
 
 import pytest
 import torch
-from helpers import FIXTURES, copy_folder, small_config
+from helpers import FIXTURES, change, copy_folder, small_config
 
 from data import InputError
+from data.formats.safetensors import read_safetensors, write_safetensors
 from data.formats.save import save_pretrained
-from model import Transformer, from_pretrained
+from model import Transformer, from_pretrained, read_config
 
 
 @pytest.mark.parametrize("field, value", [
@@ -101,3 +102,41 @@ def test_a_saved_model_is_the_same_model(name, tmp_path):
     again = from_pretrained(tmp_path, "none", torch.float32)
     idx = torch.arange(3, 13).unsqueeze(0)
     assert again.config == base.config and torch.equal(again(idx), base(idx))
+
+
+@pytest.mark.parametrize("name, embedding", [
+    ("llama_linear_bias_tied", "model.embed_tokens.weight"),
+    ("opt_350m", "model.decoder.embed_tokens.weight"),
+])
+def test_a_stored_tied_head(name, embedding, tmp_path):
+    """A folder may store it too, or in place of the embedding; one with other values is refused."""
+    folder = copy_folder(name, tmp_path)
+    path = folder / "model.safetensors"
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    expected, idx = from_pretrained(folder, "none", torch.float32), torch.arange(3, 13)[None]
+    tensors["lm_head.weight"] = tensors[embedding].clone()
+    alone = {name: tensor for name, tensor in tensors.items() if name != embedding}
+    for stored in (tensors, alone):
+        write_safetensors(path, stored)
+        assert torch.equal(from_pretrained(folder, "none", torch.float32)(idx), expected(idx))
+    tensors["lm_head.weight"][3, 4] += 1
+    write_safetensors(path, tensors)
+    with pytest.raises(InputError, match='lm_head.weight that is not .*"tie_word_embeddings": fal'):
+        from_pretrained(folder)
+
+
+def test_a_window_that_is_not_given(tmp_path):
+    """Mistral's default in transformers is 4,096; null is none."""
+    folder = copy_folder("mistral", tmp_path, max_position_embeddings=9000, sliding_window=None)
+    assert read_config(folder).max_positions == 4096  # None took it out
+    for value, positions in ((None, 9000), (99, 99)):
+        change(folder / "config.json", sliding_window=value)
+        assert read_config(folder).max_positions == positions
+
+
+def test_both_tables_of_rotary_positions(tmp_path):
+    """rope_scaling comes before rope_parameters, as in transformers 5."""
+    tables = dict(rope_parameters={"rope_type": "default", "rope_theta": 500.0}, rope_theta=100.0)
+    tables |= dict(rope_scaling={"rope_type": "linear", "factor": 4.0})
+    config = read_config(copy_folder("llama_gqa", tmp_path, **tables))
+    assert config.rope_scaling == tables["rope_scaling"] and config.rope_theta == 100
