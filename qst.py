@@ -311,7 +311,7 @@ def merge_command(args):
     folder of plain weights, in bf16 or --dtype."""
     if not args.side:
         raise InputError("merge needs --side: the --out_dir of a run of train.py.")
-    if any(Path(args.out).glob("*")):  # for example the base's own folder
+    if any(Path(args.out).resolve().glob("*")):  # for example the base's own folder
         raise InputError(f"--out {args.out} is not empty: give a new folder.")
     check_mergeable(read_side(args.side)[0].method)  # before the base is loaded
     model, _ = load_model(args)

@@ -11,7 +11,6 @@ held-out examples), last/ (the last one), log.csv, loss.svg, mix.svg, result.jso
 state.safetensors, for --resume.
 """
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
@@ -60,7 +59,7 @@ class TrainConfig(SideConfig):
     data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
     variant: str = of_side("paper", "preset: paper, released code, or fast", tuple(VARIANTS))
     max_iters: int = setting(None, "number of iterations (optimizer steps)", at_least=1)
-    learning_rate: float = setting(None, "peak learning rate", above=0, below=math.inf)
+    learning_rate: float = setting(None, "peak learning rate", above=0, below=1000)
     batch_size: int = setting(None, "sequences per batch and process", at_least=1)
     out_dir: str = setting(None, "folder for the run's files; default: out, or out-eval")
     resume: bool = setting(False, "continue the run in --out_dir, or start it if there is none")
@@ -87,10 +86,10 @@ class TrainConfig(SideConfig):
     optimizer: str = setting(None, "adamw, or muon for matrices and AdamW for the rest; default: "
         "adamw, with --variant fast muon", ("adamw", "muon"), group="training")
     gradient_accumulation_steps: int = setting(1, "batches per iteration", at_least=1)
-    alpha_lr_factor: float = setting(25.0, "alpha's rate, as a multiple of the others'", above=0)
+    alpha_lr_factor: float = setting(25.0, "alpha's rate over the others'", above=0, below=1e6)
     lr_schedule: str = setting(None, "schedule after the warm-up", ("constant", "linear", "cosine"))
     warmup_iters: int = setting(20, "iterations in which the learning rate rises", at_least=0)
-    weight_decay: float = setting(0.0, "weight decay of matrices", at_least=0)
+    weight_decay: float = setting(0.0, "weight decay of matrices", at_least=0, below=1000)
     beta1: float = setting(0.9, "AdamW's decay of the first moment", above=0, below=1)
     beta2: float = setting(0.999, "AdamW's decay of the second moment", above=0, below=1)
     grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", at_least=0)
@@ -380,7 +379,7 @@ def evaluate(settings, base, task, cfg):
 def main(cfg):
     """Train or evaluate as a `TrainConfig` says; return the content of result.json, or for a sweep
     that of sweep.json (data/README.md)."""
-    started, given, cfg = time.time(), cfg, resolve(cfg)
+    started, given, cfg = time.perf_counter(), cfg, resolve(cfg)
     runs = leaf("sweep").settings_of_runs(given, cfg, resolve) if cfg.sweep else {"": cfg}
     settings = list(runs.values())
     cfg = replace(settings[0], sweep=cfg.sweep, out_dir=cfg.out_dir)  # what all runs share
@@ -403,7 +402,7 @@ def main(cfg):
             else:
                 results = train(settings, base, task, folder, cfg)
         for own, result in zip(settings, results):
-            write_result(own, result, base.device, time.time() - started)
+            write_result(own, result, base.device, time.perf_counter() - started)
     if cfg.sweep:
         return leaf("sweep").conclude(given, dict(zip(runs, settings)), dict(zip(runs, results)))
     conclude(folder, cfg, results[0], task.example)

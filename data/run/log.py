@@ -162,6 +162,5 @@ class TrainingLog:
             tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),
         )
         rate = self.tokens / self.seconds if self.seconds else 0.0
-        return cached | dict(
-            tokens_per_second=rate, step_ms=statistics.median(self.step_ms) if self.step_ms else 0.0
-        )
+        step_ms = statistics.median(self.step_ms or [0.0])
+        return cached | dict(tokens_per_second=rate, step_ms=step_ms)

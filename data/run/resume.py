@@ -77,8 +77,7 @@ def load_moments(optimizer, moments, where):
     moments: {number of a parameter, as a text: {name: tensor}}; "step" is a number for 8 bits
     """
     parameters = [(g, p) for g in optimizer.param_groups for p in g["params"]]
-    numbers = {str(i) for i in range(len(parameters))}
-    if unknown := sorted(set(moments) - numbers):
+    if unknown := sorted(set(moments) - {str(i) for i in range(len(parameters))}):
         raise InputError(f"{where}: the optimizer has no parameter {first_few(unknown)}.")
     for index, own in moments.items():
         group, p = parameters[int(index)]

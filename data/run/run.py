@@ -121,8 +121,7 @@ class Run:
     def end(self):
         """Save the last side network, load the best one, and fill in `result`."""
         log = self.log
-        if self.error:
-            error = self.error
+        if error := self.error:
             self.result.clear()
             self.result["error"] = error
             return

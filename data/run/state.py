@@ -80,9 +80,11 @@ STOPPING = "\nStopping after this iteration. Ctrl-C again stops at once, without
 
 @contextlib.contextmanager
 def stop_signals():
-    """Collect requests to stop (Ctrl-C, SIGTERM) in a list, so that no step is left half done. A
-    second Ctrl-C stops at once."""
-    asked = []
+    """Collect requests to stop (Ctrl-C, SIGTERM, SIGHUP) in a list, so that no step is left half
+    done. A second Ctrl-C stops at once."""
+    asked, stops = [], [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        stops.append(signal.SIGHUP)
 
     def ask(number, frame):
         if asked and number == signal.SIGINT:
@@ -93,7 +95,7 @@ def stop_signals():
                 os.write(2, STOPPING.encode())  # not print, in which a signal may have come
 
     try:
-        old = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        old = {number: signal.signal(number, ask) for number in stops}
     except ValueError:  # signals come to the main thread, which may have runs in others
         old = {}
     try:

@@ -181,6 +181,8 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
         if lost := len(half) - len(kept[-1]):
             why = f"the prompt alone fills {cfg.sequence_len} tokens"
             notes.append(f"{lost} {name} examples left out: {why}")
+    if cfg.eval_only and not kept[1]:
+        raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
     train, held_out = ([pair for _, pair in half] for half in kept)
     asked = [one for one, _ in kept[1]]
     return Task(

@@ -39,7 +39,7 @@ def load(cfg, tokenizer):
         losses = mean_loss(models, held_out, cfg.batch_size, "perplexity")
         found = [dict(perplexity=perplexity(loss), examples=len(held_out)) for loss in losses]
         if cfg.eval_only:  # train.py would compute the same loss once more
-            found = [one | {"loss": loss} for one, loss in zip(found, losses)]
+            return [one | {"loss": loss} for one, loss in zip(found, losses)]
         return found
 
     return Task(train, held_out, score)

@@ -216,7 +216,7 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
     monkeypatch.setattr("builtins.input", lambda *_, turns=iter(["Who?", "/exit"]): next(turns))
     qst.main(["chat", *merged])
     assert answer.strip() and answer.strip() in capsys.readouterr().out
-    for taken in (tiny_model, tmp_path / "merged"):
+    for taken in (tiny_model, tmp_path / "merged", tmp_path / "no folder" / ".." / "merged"):
         with pytest.raises(InputError, match="is not empty: give a new folder"):
             qst.main([*merge[:-1], str(taken)])
 

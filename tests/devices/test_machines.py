@@ -157,6 +157,8 @@ def test_quantizing_overwrites_nothing(tiny_model):
     before = (tiny_model / "model.safetensors").read_bytes()
     with pytest.raises(InputError, match="is not empty"):
         quantize_folder(tiny_model, tiny_model)
+    with pytest.raises(InputError, match="is not empty"):
+        quantize_folder(tiny_model, tiny_model / "no folder" / "..")
     assert (tiny_model / "model.safetensors").read_bytes() == before
 
 

@@ -146,14 +146,15 @@ def kill_at_the_next_state(child, out_dir, patience, later):
     return status
 
 
-def test_a_signal_from_outside(cfg):
-    """SIGTERM, as a job scheduler sends it, ends a real process in good order."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_from_outside(number, cfg):
+    """SIGTERM of a job scheduler and SIGHUP of a lost ssh end a real process in good order."""
     words = [f"--{name}={value}" for name, value in (cfg | dict(max_iters=100000)).items()]
     run = run_forked("train.py", *words)
     out_dir = Path(cfg["out_dir"])
     while not (out_dir / "state.safetensors").exists() and not run.ended():
         time.sleep(0.01)
-    run.kill(signal.SIGTERM)
+    run.kill(number)
     code, printed, _ = run.wait()
     assert code == 0 and "continue with --resume" in printed
     result = json.loads((out_dir / "result.json").read_text())
@@ -210,7 +211,7 @@ def test_a_state_holds_all_that_a_run_needs(tmp_path):
 
 def test_signals_are_noted(capfd):
     """The first asks to stop, and says so; a second Ctrl-C stops at once; afterwards as before."""
-    numbers = signal.SIGINT, signal.SIGTERM
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     with state.stop_signals() as asked:
         assert all(signal.getsignal(n) != old for n, old in zip(numbers, before))
@@ -219,6 +220,13 @@ def test_signals_are_noted(capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # by nohup
+    try:
+        with state.stop_signals() as asked:
+            signal.raise_signal(signal.SIGHUP)
+            assert not asked
+    finally:
+        signal.signal(signal.SIGHUP, old)
 
 
 def test_other_settings_are_refused(cfg):

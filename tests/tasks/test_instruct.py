@@ -227,6 +227,10 @@ def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
     task = instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
     sizes = len(task.train), len(task.held_out), task.score(SimpleNamespace(models=[None]))[0]
     assert sizes == ((0, 20, 20) if eval_only else (18, 2, 2))
+    if eval_only:  # and none that fits is refused
+        cfg |= dict(sequence_len=2, data="F")
+        with pytest.raises(InputError, match="F: 20 held-out .* fills 2 tokens. Raise --sequence"):
+            instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
 
 
 def test_looking_into_a_file(tmp_path, capsys):
