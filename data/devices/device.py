@@ -77,8 +77,7 @@ def peak_memory(device):
 
 def model_bytes(module):
     """Bytes of all weights of a module, each storage once, parameters and buffers alike."""
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({id(t): t.nbytes for t in tensors}.values())
+    return sum({id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}.values())
 
 
 def activation_bytes(*args):

@@ -127,6 +127,10 @@ def write_atomically(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        with suppress(OSError):  # not every system can flush a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()

@@ -80,8 +80,7 @@ def kind_of(f, text=NAME):
         return one_of(*choices)
     numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
     text = f.metadata["text"] or text
-    kinds = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}
-    return kinds[f.type]
+    return {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}[f.type]
 
 
 def check_used(settings, methods):

@@ -30,8 +30,7 @@ def spearman(predicted, labels):
 def ranks(values):
     """Rank the values from 1. Equal values share their mean rank."""
     _, group, count = values.unique(return_inverse=True, return_counts=True)
-    last = count.cumsum(0).double()
-    return (last - (count - 1) / 2)[group]
+    return (count.cumsum(0).double() - (count - 1) / 2)[group]
 
 
 METRICS = dict(accuracy=accuracy, f1=f1, pearson=pearson, spearman=spearman, matthews=matthews)

@@ -152,8 +152,7 @@ def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_exa
     right, fitting = [{} for _ in models.models], []
     for subject, questions in tests.items():
         shots = dev[subject]
-        encoded = [encode(subject, shots, q, tokenizer, room) for q in questions]
-        prompts, kept = zip(*encoded)
+        prompts, kept = zip(*[encode(subject, shots, q, tokenizer, room) for q in questions])
         fitting += kept
         choices = word_ids(tokenizer, LETTERS, prompt(subject, shots, questions[0]), most=1)
         logits = choice_logits(models, list(prompts), choices, batch_size, desc=subject)

@@ -32,8 +32,7 @@ class ByteLevel(Tokenizer):
         self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
         token_bytes |= {id: text.encode() for text, id in added.items()}
         bos_id, *_ = end_ids(folder, "bos", every)
-        eos_ids = end_ids(folder, "eos", every)
-        super().__init__(folder, token_bytes, special, added, bos_id, eos_ids)
+        super().__init__(folder, token_bytes, special, added, bos_id, end_ids(folder, "eos", every))
 
     def _encode_plain(self, text):
         return self.pairs.encode(text)

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import stat
 import sys
 import threading
 import time
@@ -180,6 +181,15 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
         write_json(tmp_path / "x.json", {"new": 2})
     assert json.loads((tmp_path / "x.json").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_file_is_there_after_a_power_cut(tmp_path, monkeypatch):
+    """It is flushed before it gets its name, and its folder after."""
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: calls.append(stat.S_ISDIR(os.fstat(n).st_mode)))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("name") or replace(*paths))
+    write_json(tmp_path / "x.json", {"a": 1})
+    assert calls == [False, "name", True]
 
 
 def test_making_the_base_killed_at_random(monkeypatch, tmp_path):
