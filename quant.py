@@ -238,7 +238,7 @@ class Quantized4bit(Quantized):
         """x (..., in_features) -> x @ W.T + bias. For a few rows of x on a GPU, one kernel decodes
         and multiplies, and the unpacked W is never in memory."""
         rows = x.numel() // self.shape[1]
-        if rows > MAX_ROWS:
+        if not 0 < rows <= MAX_ROWS:
             return super().product(x, bias)
         y = torch.ops.qst.matvec(x.reshape(rows, -1), *self.op_args, self.shape[0])
         y = y.view(*x.shape[:-1], self.shape[0])
@@ -255,7 +255,7 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
     codes, absmax = quantize_blockwise(weight, CODEBOOKS[kind], BLOCK_SIZE)
     offset = absmax.mean()  # not finite if any value is not, or if the sum overflows
     if not weight.is_meta and not offset.isfinite():
-        raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
+        raise InputError(f"{name} is empty, or has values that are NaN, infinite or too large.")
     if not double_quant:
         return Quantized4bit(codes, absmax, None, None, weight.shape, kind)
     nested = quantize_blockwise(absmax - offset, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)

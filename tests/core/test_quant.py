@@ -175,6 +175,8 @@ def test_linear(shape, bias, dtype):
         grads = [torch.autograd.grad(out, x, seed)[0] for out in (y, expected)]
         torch.testing.assert_close(*grads, **near)
     assert not list(layer.parameters())
+    for empty in ((0, shape[1]), (2, 0, shape[1])):
+        assert layer(torch.zeros(empty, dtype=dtype)).shape == (*empty[:-1], shape[0])
 
 
 def test_layers_share_the_scratch_buffer():
@@ -215,5 +217,7 @@ def test_values_that_are_not_numbers_are_refused(value):
     weight[70, 3] = value
     with pytest.raises(InputError, match="layers.3.mlp.up_proj.weight"):
         quantize_4bit(weight, name="layers.3.mlp.up_proj.weight")
+    with pytest.raises(InputError, match="weight is empty, or"):
+        quantize_4bit(torch.zeros(0, 100))
     with pytest.raises(InputError, match="int3.*nf4"):
         quantize_4bit(torch.zeros(4), "int3")
