@@ -410,7 +410,8 @@ def main(cfg):
 
 
 def parse_args(argv=None):
-    parser = Parser("train.py", description="Finetune a frozen 4-bit model through a side network.")
+    what = "Finetune a frozen 4-bit model through a side network."
+    parser = Parser("train.py", usage="python train.py [--FLAG VALUE ...]", description=what)
     shown = {name: "{}, on GLUE {}, built-in {}".format(*row) for name, row in DEFAULTS.items()}
     return parse_settings(parser, TrainConfig, argv, PAPER | shown)
 

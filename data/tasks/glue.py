@@ -122,8 +122,7 @@ def split_mrpc(folder):
     if len(parts["dev.tsv"]) == 1 or not set(FORMS["mrpc"].columns) <= set(header.split("\t")):
         raise InputError(f"{corpus} has none of the pairs that {ids} lists: get both files anew.")
     for name, rows in parts.items():
-        text = "\n".join(rows) + "\n"
-        write_atomically(folder / name, lambda file: file.write(text.encode()))
+        write_atomically(folder / name, lambda file: file.write(("\n".join(rows) + "\n").encode()))
 
 
 def take_shots(rows, number):
