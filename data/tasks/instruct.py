@@ -1,7 +1,7 @@
 """Instructions and conversations: reads the files, and makes ids and targets.
 
 A file is a JSON list or JSON lines, in one of these formats
-    Alpaca      {"instruction": ..., "input": optional, "output": ...}
+    Alpaca      {"instruction": ..., "input": optional, "output": ..., "history": optional pairs}
     Dolly       {"instruction": ..., "context": optional, "response": ...}
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
@@ -13,7 +13,7 @@ The chat template makes ids of it: see chat.py. The loss counts only the tokens 
 """
 
 import sys
-from itertools import chain, dropwhile, pairwise
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
@@ -29,10 +29,9 @@ from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
 from data.tokens.chat import load_template, prompt_that_fits, with_input
 
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant",
-}
+ROLES = {"system": "system", "assistant": "assistant", "gpt": "assistant"}
+ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+NAMES = ("role", "from"), ("content", "value", "text")  # of a message's fields
 
 
 def conversation(record):
@@ -42,18 +41,17 @@ def conversation(record):
     """
     if not isinstance(record, dict):
         raise Refused("is not an object")
-    if "messages" in record:
-        return checked(record["messages"], "messages", "role", "content")
-    if "conversations" in record:
-        return checked(record["conversations"], "conversations", "from", "value")
+    for field in ("messages", "conversations"):
+        if field in record:
+            return checked(record[field], field, record.get("system"))
     if isinstance(record.get("prompt"), dict):
         path = leaf("oasst").best_path(record)
-        return checked(path, "prompt", "role", "text") if path else []
-    return checked(question_and_answer(record), "", "role", "content")
+        return checked(path, "prompt") if path else []
+    return checked(question_and_answer(record), "", record.get("system"))
 
 
 def question_and_answer(record):
-    """Turn a record of Alpaca or Dolly into two messages."""
+    """Turn a record of Alpaca or Dolly, and the turns of its "history", into messages."""
     if "instruction" not in record:
         raise Refused('has no "instruction", "messages", "conversations" or tree in "prompt"')
     dolly = "response" in record and "output" not in record
@@ -64,11 +62,15 @@ def question_and_answer(record):
     question = {"role": "user", "content": record["instruction"], "input": record.get(input)}
     if question["input"] is not None and not isinstance(question["input"], str):
         raise Refused(f'has something that is not text in "{input}"')
-    return [question, {"role": "assistant", "content": record[output]}]
+    turns = record.get("history") or []
+    if not (LIST.fits(turns) and all(LIST.fits(turn) and len(turn) == 2 for turn in turns)):
+        raise Refused('has no pairs of texts in "history"')
+    past = [dict(role=r, content=t) for turn in turns for r, t in zip(("user", "assistant"), turn)]
+    return [*past, question, {"role": "assistant", "content": record[output]}]
 
 
-def checked(messages, field, role, content):
-    """Check messages, and give them this project's names of fields and roles.
+def checked(messages, field, system=None):
+    """Check messages, after a text `system`, and give fields and roles this project's names.
 
     Answers before the first question and questions after the last answer are cut off: ShareGPT's
     conversations have been split anywhere.
@@ -76,18 +78,20 @@ def checked(messages, field, role, content):
     if not LIST.fits(messages):
         raise Refused(f'has no list in "{field}"')
     made = []
-    for message in messages:
-        named = TABLE.fits(message) and TEXT.fits(message.get(role)) and message[role] in ROLES
-        if not named or not isinstance(message.get(content), str):
+    for message in [{"role": "system", "content": system}] * bool(system) + messages:
+        message = message if TABLE.fits(message) else {}
+        role, text = (next((message[n] for n in names if n in message), None) for names in NAMES)
+        if not (TEXT.fits(role) and role in ROLES and isinstance(text, str)):
             raise Refused("has a message without a known role and text")
         # JSON may spell halves of surrogate pairs, which cannot be encoded.
-        made.append({"role": ROLES[message[role]], "content": HALF.sub("?", message[content])})
+        made.append({"role": ROLES[role], "content": HALF.sub("?", text)})
         if input := message.get("input"):
             if not isinstance(input, str):
                 raise Refused('has a message with something that is not text in "input"')
             made[-1]["input"] = HALF.sub("?", input)
     is_answer = lambda message: message["role"] == "assistant"
-    made = list(dropwhile(is_answer, made))
+    start = sum(1 for _ in takewhile(lambda message: message["role"] != "user", made))
+    made = [one for one in made[:start] if not is_answer(one)] + made[start:]
     while made and not is_answer(made[-1]):
         made.pop()
     if not made:

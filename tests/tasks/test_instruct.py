@@ -55,6 +55,24 @@ def test_dolly_and_sharegpt(tmp_path):
     assert sharegpt == say("user: 1", "assistant: 2", "user: 3", "assistant: 4")
 
 
+def test_nothing_that_was_said_is_lost(tmp_path):
+    """A "system" beside the messages comes first, Alpaca's "history" before the question; each list
+    of messages may have either pair of names."""
+    alpaca = dict(instruction="And?", output="So.", system="Be short.", history=[["a", "b"]])
+    talk = {"system": "Be short.", "conversations": [
+        {"from": "gpt", "value": "0"}, {"from": "human", "value": "a"},
+        {"from": "gpt", "value": "b"}]}
+    swapped = {"conversations": say("user: a", "assistant: b")}
+    first = ("system: Be short.", "user: a", "assistant: b")
+    found = read(tmp_path, alpaca, talk, swapped, alpaca | {"system": "", "history": None})
+    assert found[1:3] == [say(*first), say(*first[1:])]
+    assert [m["content"] for m in found[0]] == ["Be short.", "a", "b", "And?", "So."]
+    assert [m["content"] for m in found[3]] == ["And?", "So."]
+    for wrong in ({"history": [["a"]]}, {"history": "a"}, {"history": [["a", 1]]}, {"system": [1]}):
+        with pytest.raises(InputError, match='in "history"|without a known role and text'):
+            read(tmp_path, alpaca | wrong)
+
+
 def test_oasst1_gives_the_best_path(tmp_path):
     """Of a tree the best answers, the first answered questions, up to an answer; in both forms."""
     tree = oasst_tree()
