@@ -106,3 +106,13 @@ def oracle(folder):
                  logits_mask_right="logits_right", logits_mask_left="logits_left")
     z = np.load(folder / "expected.npz")
     return {names.get(k, k): torch.from_numpy(v) for k, v in z.items()}
+
+
+def put(*keys, value):
+    """A function that puts a value into a tree of tables, at the place that `keys` lead to."""
+    def changed(spec):
+        for key in keys[:-1]:
+            spec = spec[key]
+        spec[keys[-1]] = value
+
+    return changed

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from helpers import FIXTURES, change, copy, refused, small_base
-from samples import GLUE_LINES, released_state
+from samples import GLUE_LINES, put, released_state
 from mutants import dump
 
 from data.tasks import glue, instruct, mt_bench
@@ -30,15 +30,6 @@ def test_ends_that_are_no_ids(file, value, tmp_path):
     (folder / file).write_bytes((folder / file).read_bytes() or b"{}")
     path = change(folder / file, **{field: value})
     assert field in refused(load_tokenizer, folder, named=str(path))
-
-
-def put(*keys, value):
-    def changed(spec):
-        for key in keys[:-1]:
-            spec = spec[key]
-        spec[keys[-1]] = value
-
-    return changed
 
 
 @pytest.mark.parametrize("named, broken", [

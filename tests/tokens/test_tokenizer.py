@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 from helpers import FIXTURES
-from samples import NASTY_TEXT
+from samples import NASTY_TEXT, put
 
 from data import InputError
 from data.tokens import bpe
@@ -121,15 +121,6 @@ def broken(tmp_path, change, source="qwen2", file="tokenizer.json"):
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value)
     return str(caught.value)
-
-
-def put(*keys, value):
-    def change(spec):
-        for key in keys[:-1]:
-            spec = spec[key]
-        spec[keys[-1]] = value
-
-    return change
 
 
 @pytest.mark.parametrize("named, change", [
