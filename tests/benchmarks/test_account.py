@@ -189,6 +189,9 @@ def test_all_methods(small, tmp_path, capsys):
     assert [a["label"] for a, b in zip(rows, fast, strict=True) if a != b] == [
         "qst", "qst, checkpoint"
     ]
+    repaired = main(parse_args([*flags.split(), "--repair", "2"]))  # only what NF4 lost
+    changed = {a["method"] for a, b in zip(rows, repaired, strict=True) if a != b}
+    assert changed == {"qst"}  # QLoRA starts its own pairs as the branches
 
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
