@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import stat
 import tempfile
 from contextlib import suppress
@@ -18,6 +19,11 @@ from data import InputError
 from data.formats.fields import reason, shown
 
 LARGEST_SETTINGS = 1 << 26  # bytes; the largest known tokenizer.json has half as many
+NOT_TEXT = {  # how other files begin, and what to do with them
+    b"PAR1": "Parquet: convert it to JSON or text", b"PK\3\4": "a zip file: unpack or convert it",
+    b"\x1f\x8b": "a gzip archive: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"version https://git-lfs": "a pointer of git-lfs: run `git lfs pull` in its folder",
+}
 
 
 def file_size(path, advice):
@@ -46,9 +52,12 @@ def read_bytes(path, advice, most=math.inf):
 
 def read_text(path, advice="give a file of UTF-8 text", newline=None):
     """Read UTF-8 text. newline: None turns every line end into "\\n"; "" keeps them"""
+    content = read_bytes(path, advice)
+    for start, kind in NOT_TEXT.items():
+        if content.startswith(start):
+            raise InputError(f"{path} is {kind}.")
     try:
-        content = io.BytesIO(read_bytes(path, advice))
-        return io.TextIOWrapper(content, encoding="utf-8-sig", newline=newline).read()
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=newline).read()
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({reason(error)}): {advice}.") from None
 
@@ -78,7 +87,7 @@ def parse_json(text):
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
-        raise ValueError(reason(error)) from None
+        raise ValueError(reason(error).replace("line 1 column", "column")) from None
 
 
 def read_json(path, optional=False, advice="give a folder in Hugging Face's layout"):
@@ -100,10 +109,12 @@ def read_json(path, optional=False, advice="give a folder in Hugging Face's layo
 def read_records(path, flag="--data"):
     """Read JSON or JSON lines: [(place in the file, for messages; record), ...]."""
     advice = f"give {flag} a list in JSON, or JSON lines"
-    text, where, records = read_text(path, advice), "as a list", []
+    text, where, records = read_text(path, advice), "as a whole", []
     try:
-        if text.lstrip().startswith("["):
-            records = [(f"entry {i}", record) for i, record in enumerate(parse_json(text), 1)]
+        if re.match(r"\s*(\[|\{[^}\n]*\n)", text):  # a list, or an object over several lines
+            whole = parse_json(text)
+            entries = enumerate(whole if isinstance(whole, list) else [whole], 1)
+            records = [(f"entry {i}", record) for i, record in entries]
         else:
             for i, line in enumerate(text.split("\n"), 1):
                 where = f"line {i}"

@@ -14,7 +14,7 @@ from mutants import RAW, VALUES, dump
 import model
 from data import InputError
 from data.formats.fields import shown
-from data.formats.files import read_json
+from data.formats.files import read_json, read_records
 from data.tokens import chat
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
@@ -132,6 +132,31 @@ def test_a_name_that_occurs_twice_is_found_in_no_time(tmp_path):
     start = time.monotonic()
     assert "'99999' occurs twice" in refused(read_json, path, named=str(path))
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("content, told", [
+    (b"PAR1\x15\x04", "is Parquet: convert it to JSON or text"), (b"PK\3\4", "unpack or"),
+    (b"\x1f\x8b\x08", "a gzip archive: unpack it"), ("[]".encode("utf-16"), "save it as UTF-8"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
+    (b'{"a": 1}\n\n{"a": 1},\n', "line 3 is not JSON (Extra data: column 9 (char 8))"),
+    (b'{"a": 1,\n"b": 2,}\n', "as a whole is not JSON"), (b"\xe9", "is not UTF-8 text"),
+])
+def test_data_of_another_form(content, told, tmp_path):
+    """A newcomer is told what a file is, what to do with it, and where its first mistake is."""
+    path = tmp_path / "some.jsonl"
+    path.write_bytes(content)
+    assert told in refused(read_records, path, named=str(path))
+
+
+def test_an_object_over_several_lines(tmp_path):
+    """It is one record, like a list of one; a record on each line is not mistaken for it."""
+    path, record = tmp_path / "some.json", {"a": {"b": 1}, "c": ["}"]}
+    for text, where in (
+        (json.dumps(record, indent=1), ["entry 1"]), (json.dumps([record]), ["entry 1"]),
+        ("\ufeff\r\n" + json.dumps(record) + "\r\n" + json.dumps(record), ["line 2", "line 3"]),
+    ):
+        path.write_bytes(text.encode())
+        assert read_records(path) == [(place, record) for place in where]
 
 
 def test_messages_are_short():
