@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 
 class Refused(ValueError):
-    """What is wrong with a record or a conversation, in words that follow "it"."""
+    """What is wrong with a record or a conversation: words that follow "it", and what was found."""
 
 
 # The leaves: modules that a plain run does not need. `leaf` imports one when it is asked for; no

@@ -5,6 +5,7 @@ A file is a JSON list or JSON lines, in one of these formats
     Dolly       {"instruction": ..., "context": optional, "response": ...}
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
+    pairs       {"prompt": ..., "completion": ...} or {"question": ..., "answer": ...}
     OASST1      trees or messages: see oasst.py
 
 Each record becomes a conversation, a list of {"role": "system" | "user" | "assistant",
@@ -23,50 +24,59 @@ from tqdm import tqdm
 
 from data import IGNORE_INDEX, InputError, Refused, leaf
 from data.devices import distributed
-from data.formats.fields import HALF, LIST, TABLE, TEXT
+from data.formats.fields import HALF, LIST, TABLE, TEXT, first_few, list_of, shown
 from data.formats.files import read_records
 from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
 from data.tokens.chat import load_template, prompt_that_fits, with_input
 
-ROLES = {"system": "system", "assistant": "assistant", "gpt": "assistant"}
-ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
 NAMES = ("role", "from"), ("content", "value", "text")  # of a message's fields
+# The name of a question, and the names that its answer may have
+ANSWERS = {"instruction": ("output", "response"), "prompt": ["completion"], "question": ["answer"]}
 
 
 def conversation(record):
-    """Turn a record into a conversation. `Refused` gives the reason if it is not possible.
-
-    Returns [] for a tree of OASST1 that is not finished or has no answer.
-    """
+    """Turn a record into a conversation. `Refused` gives the reason if it is not possible."""
+    if isinstance(record, Refused):  # a message of OASST1
+        raise record
     if not isinstance(record, dict):
         raise Refused("is not an object")
     for field in ("messages", "conversations"):
         if field in record:
             return checked(record[field], field, record.get("system"))
     if isinstance(record.get("prompt"), dict):
-        path = leaf("oasst").best_path(record)
-        return checked(path, "prompt") if path else []
+        return checked(leaf("oasst").best_path(record), "prompt")
     return checked(question_and_answer(record), "", record.get("system"))
 
 
 def question_and_answer(record):
-    """Turn a record of Alpaca or Dolly, and the turns of its "history", into messages."""
-    if "instruction" not in record:
-        raise Refused('has no "instruction", "messages", "conversations" or tree in "prompt"')
-    dolly = "response" in record and "output" not in record
-    input, output = ("context", "response") if dolly else ("input", "output")
-    for name in ("instruction", output):
+    """Turn a record with a question and an answer, and its "history", into messages."""
+    question = next(filter(record.__contains__, ANSWERS), "instruction")
+    answer = next(filter(record.__contains__, ANSWERS[question]), ANSWERS[question][0])
+    for name in (question, answer):
         if not isinstance(record.get(name), str):
-            raise Refused(f'has no text in "{name}"')
-    question = {"role": "user", "content": record["instruction"], "input": record.get(input)}
-    if question["input"] is not None and not isinstance(question["input"], str):
-        raise Refused(f'has something that is not text in "{input}"')
+            raise lacks(name, record)
+    input = record.get("input") or record.get("context", record.get("input"))
+    last = {"role": "user", "content": record[question], "input": input}
     turns = record.get("history") or []
     if not (LIST.fits(turns) and all(LIST.fits(turn) and len(turn) == 2 for turn in turns)):
         raise Refused('has no pairs of texts in "history"')
     past = [dict(role=r, content=t) for turn in turns for r, t in zip(("user", "assistant"), turn)]
-    return [*past, question, {"role": "assistant", "content": record[output]}]
+    return [*past, last, {"role": "assistant", "content": record[answer]}]
+
+
+def lacks(name, record):
+    """Return the `Refused` of a record without a text in a field, which may have another form."""
+    lists = [other for other, value in record.items() if list_of(TABLE, least=1).fits(value)]
+    if "chosen" in record:
+        return Refused('has a "chosen" answer: call it "completion", and its question "prompt"')
+    if name in record or name != "instruction" or not (lists or "text" in record):
+        return Refused(f'has no text in "{name}"')
+    if lists:
+        return Refused("is an object in place of a list: keep only its list", first_few(lists))
+    return Refused('has a "text" and no question: write all texts to a file for --task text')
 
 
 def checked(messages, field, system=None):
@@ -80,14 +90,17 @@ def checked(messages, field, system=None):
     made = []
     for message in [{"role": "system", "content": system}] * bool(system) + messages:
         message = message if TABLE.fits(message) else {}
-        role, text = (next((message[n] for n in names if n in message), None) for names in NAMES)
-        if not (TEXT.fits(role) and role in ROLES and isinstance(text, str)):
-            raise Refused("has a message without a known role and text")
+        own = [next((n for n in names if n in message), names[0]) for names in NAMES]
+        role, text = map(message.get, own)
+        if not (TEXT.fits(role) and role in ROLES):
+            raise Refused("has a message without a known role", shown(role))
+        if not isinstance(text, str):
+            raise Refused(f'has a message without text in "{own[1]}"', shown(text))
         # JSON may spell halves of surrogate pairs, which cannot be encoded.
         made.append({"role": ROLES[role], "content": HALF.sub("?", text)})
-        if input := message.get("input"):
-            if not isinstance(input, str):
-                raise Refused('has a message with something that is not text in "input"')
+        if (input := message.get("input")) is not None and not isinstance(input, str):
+            raise Refused("has an input or context that is not text", shown(input))
+        if input:
             made[-1]["input"] = HALF.sub("?", input)
     is_answer = lambda message: message["role"] == "assistant"
     start = sum(1 for _ in takewhile(lambda message: message["role"] != "user", made))
@@ -104,25 +117,28 @@ def checked(messages, field, system=None):
     return made
 
 
-def read_instructions(path, check=None):
-    """Read and check a file, and return a list of conversations.
+def read_instructions(path, check=lambda conversation: None):
+    """Read and check a file: (conversations, notes on the records that were left out).
 
     check: raises `Refused` for a conversation that does not fit into the model's chat template
     """
-    records, made = read_records(path), []
+    records, made, left_out, notes = read_records(path), [], {}, []
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
         records = leaf("oasst").grow_trees(records, path)
     for where, record in records:
         try:
-            if one := conversation(record):
-                if check:
-                    check(one)
-                made.append(one)
+            check(one := conversation(record))
+            made.append(one)
         except Refused as error:
-            raise InputError(f"{path}, {where} {error}: correct or remove it.") from None
+            why, *found = error.args
+            left_out.setdefault(why, []).append(": ".join([where, *found])[:50])
+    for why, places in left_out.items():
+        where = ", ".join(places[:3]) + f" and {len(places) - 3:,} more" * (len(places) > 3)
+        notes.append(f"{len(places):,} of {len(records):,} records left out: each {why} ({where})")
     if not made:
-        raise InputError(f"{path} holds no instructions.")
-    return made
+        why = "; ".join(notes)[:400]
+        raise InputError(f"{path} has no usable record: data/README.md shows the formats. {why}.")
+    return made, [f"{path}: {note}" for note in notes]
 
 
 def encode(conversation, tokenizer, template, sequence_len):
@@ -170,7 +186,7 @@ def samples(model, tokenizer, template, conversations):
     ]
 
 
-def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUESTION"):
+def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUESTION", notes=()):
     """Split and encode conversations, and return the `Task`.
 
     score: function of a model and the held-out conversations
@@ -178,7 +194,7 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
     train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
         train, held_out = [], train + held_out
-    kept, notes = [], []
+    kept, notes = [], list(notes)
     for name, half in (("training", train), ("held-out", held_out)):
         pairs = [(one, encode(one, tokenizer, template, cfg.sequence_len)) for one in half]
         kept.append([(one, pair) for one, pair in pairs if pair])
@@ -200,9 +216,10 @@ def load(cfg, tokenizer):
     """Read a file of instructions, and return the `Task`. It shows answers and has no metric."""
     template = load_template(tokenizer.folder)
     # A sweep has too many models to show, and with --stream each token reads all weights.
-    shown = 0 if cfg.sweep or cfg.stream else 3
-    score = lambda model, asked: {"samples": samples(model, tokenizer, template, asked[:shown])}
-    return make_task(read_instructions(cfg.data, template.check), tokenizer, template, cfg, score)
+    most = 0 if cfg.sweep or cfg.stream else 3
+    score = lambda model, asked: {"samples": samples(model, tokenizer, template, asked[:most])}
+    conversations, notes = read_instructions(cfg.data, template.check)
+    return make_task(conversations, tokenizer, template, cfg, score, notes=notes)
 
 
 def show(path):
@@ -210,7 +227,8 @@ def show(path):
 
     ShareGPT has no official source. Its usual file is ShareGPT_V3_unfiltered_cleaned_split.json in
     the data set anon8231489123/ShareGPT_Vicuna_unfiltered of the Hugging Face Hub."""
-    conversations = read_instructions(path)
+    conversations, notes = read_instructions(path)
+    print(*notes, sep="\n", end="\n" * bool(notes))
     answers = sum(message["role"] == "assistant" for one in conversations for message in one)
     print(f"{len(conversations)} conversations with {answers} answers. The first:")
     for message in conversations[0]:

@@ -19,17 +19,19 @@ def check_message(node):
     """Refuse a message with fields of other kinds."""
     for name, kind in FIELDS.items():
         if node.get(name) is not None and not kind.fits(node[name]):
-            raise Refused(f'has "{name}" {shown(node[name])}, which must be {kind.text}')
+            raise Refused(f'has a "{name}" that is not {kind.text}', shown(node[name]))
 
 
 def best_path(tree):
-    """Follow the best replies through a tree, from its prompt to an answer; [] if it is unfinished.
+    """Follow the best replies through a tree, from its prompt to an answer.
 
     The best answer has the lowest rank, and the best question is the first one with an answer.
     """
     check_message(tree)
     if tree.get("tree_state") not in (None, "ready_for_export"):
-        return []
+        raise Refused("is a tree that is not ready for export", shown(tree["tree_state"]))
+    if tree["prompt"].get("parent_id") is not None:
+        raise Refused("answers a message that cannot be used, or is not in the file")
     path, questions = [], [tree["prompt"]]
     while question := next(filter(replies, questions), None):
         answer = replies(question)[0]
@@ -50,8 +52,8 @@ def replies(node):
 
 
 def grow_trees(records, path):
-    """Join flat messages into trees: [(entry or line of the prompt, tree), ...]."""
-    nodes = {}
+    """Join flat messages into trees: [(place of the prompt, tree or its `Refused`), ...]."""
+    nodes, trees = {}, []
     for where, message in records:
         try:
             if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
@@ -59,17 +61,16 @@ def grow_trees(records, path):
             check_message(message)
             id = message["message_id"]
             if id is None or id in nodes:
-                raise Refused(f'has the "message_id" {shown(id)} of another, or none')
+                raise Refused('has the "message_id" of another, or none', shown(id))
+            nodes[id] = where, {**message, "replies": []}
         except Refused as error:
-            raise InputError(f"{path}, {where} {error}: correct or remove it.") from None
-        nodes[id] = where, {**message, "replies": []}
-    trees, seen = [], []
+            trees.append((where, error))
+    seen = []
     for where, node in nodes.values():
-        if node["parent_id"] is None:
-            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
         if node["parent_id"] in nodes:
             nodes[node["parent_id"]][1]["replies"].append(node)
-        else:  # a prompt, or a reply to a message that the file lacks: the latter is left out
+        else:  # a prompt, or a reply to a message that the file lacks, which `best_path` refuses
+            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
             seen.append(node)
     for node in seen:  # the list grows
         seen += node["replies"]

@@ -140,18 +140,19 @@ def tree(**reply):
 
 
 RECORDS = {
-    "known role": [{"messages": [{"role": ["user"], "content": "x"}]}],
-    'not text in "input"': [ALPACA | {"input": 0}],
-    'in "input"': [{"messages": [{"role": "user", "content": "x", "input": [1]}]}],
-    '"rank" [1]': [tree(rank=[1])],
-    '"deleted" \'no\'': [tree(deleted="no")],
+    "known role (line 1: ['user'])": [{"messages": [{"role": ["user"], "content": "x"}]}],
+    "input or context that is not text (line 1: 0)": [ALPACA | {"input": 0}],
+    "not text (line 1: [1])": [{"messages": [{"role": "user", "content": "x", "input": [1]}]}],
+    '"rank" that is not a number': [tree(rank=[1])],
+    '"deleted" that is not true or false (line 1: \'no\')': [tree(deleted="no")],
     '"replies"': [{"prompt": {"role": "prompter", "text": "q", "replies": {"a": 1}}}],
     '"tree_state"': [{"prompt": {"role": "prompter", "text": "q"}, "tree_state": ["x"]}],
-    '"message_id" [1]': [message([1], None)],
-    '"parent_id" {}': [message("a", {})],
-    "line 3 has the \"message_id\" 'b' of another": [
+    '"message_id" that is not a text (line 1: [1])': [message([1], None)],
+    '"parent_id" that is not a text (line 1: {})': [message("a", {})],
+    "the \"message_id\" of another, or none (line 3: 'b')": [
         message("a", None), message("b", "a"), message("b", "a")
     ],
+    "answers a message that cannot be used, or is not in the file (line 1)": [message("b", "a")],
     "b, c answer each other in a ring": [
         message("a", None), message("b", "c"), message("c", "b")
     ],
@@ -170,7 +171,7 @@ def test_halves_of_surrogate_pairs(tmp_path):
     """JSON can spell half a character, and web texts have it; what is read can be shown."""
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"instruction": "a\ud800", "input": "\udfff", "output": "b\udc00b"}))
-    (one,) = instruct.read_instructions(path)
+    ((one,), _) = instruct.read_instructions(path)
     assert [m["content"] for m in one] == ["a?", "b?b"] and one[0]["input"] == "?"
 
 
@@ -181,7 +182,7 @@ def test_a_long_conversation_is_read_in_no_time(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"conversations": turns}))
     start = time.monotonic()
-    assert len(instruct.read_instructions(path)[0]) == 2
+    assert len(instruct.read_instructions(path)[0][0]) == 2
     assert time.monotonic() - start < 10
 
 

@@ -115,7 +115,7 @@ def read_text(folder):
 
 
 def read_instructions(folder):
-    for one in instruct.read_instructions(folder / "data.jsonl"):
+    for one in instruct.read_instructions(folder / "data.jsonl")[0]:
         assert one[-1]["role"] == "assistant"
         instruct.encode(one, tokenizer(), chat.ChatTemplate(), 64)
         instruct.prompt_text(one).encode()

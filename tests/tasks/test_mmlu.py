@@ -276,15 +276,17 @@ def test_logits_are_those_of_transformers():
             torch.testing.assert_close(row, expected, atol=1e-3, rtol=0)
 
 
-def test_mmlu_is_scored_before_and_after_instructions(base_folder, folder, tokenizer, tmp_path):
+def test_mmlu_before_and_after_instructions(base_folder, folder, tokenizer, tmp_path, capsys):
     """Training is on --instructions, the score MMLU's; --eval_only gives the same again."""
     path = tmp_path / "some.json"
-    path.write_text(json.dumps([{"instruction": f"Say {i}", "output": "A B C"} for i in range(30)]))
+    records = [{"instruction": f"Say {i}", "output": "A B C" * (i < 30)} for i in range(31)]
+    path.write_text(json.dumps(records))
     common = dict(base=str(base_folder), data=str(folder), task="mmlu", quant="none", device="cpu")
     common |= dict(batch_size=4, sequence_len=300)
     out = str(tmp_path / "out")
     learns = dict(reduction=4, rank=4, max_iters=3, instructions=str(path))
     result = train.main(TrainConfig(out_dir=out, **learns, **common))
+    assert f"{path}: 1 of 31 records left out: each has an empty" in capsys.readouterr().out
     assert result["examples"] == 9 and 0 <= result["accuracy_before"] <= 1
     scores = dict(out_dir=str(tmp_path / "eval"), side=out, eval_only=True)
     again = train.main(TrainConfig(**scores, **common))
