@@ -42,7 +42,7 @@ def answer_prompts(args, load):
     """
     check(args)
     template = ChatTemplate() if args.raw else load_template(args.base)
-    chat = not args.raw and (args.side or template.name != "plain")
+    chat = not args.raw and (args.side or template.text)
     model, tokenizer = load()
     prompts = {"--prompt": args.prompt}  # {place, for messages: prompt}
     if args.batch:

@@ -141,17 +141,18 @@ def read_instructions(path, check=lambda conversation: None):
     return made, [f"{path}: {note}" for note in notes]
 
 
-def encode(conversation, tokenizer, template, sequence_len):
-    """Encode a conversation as ids and targets of equal length, at most `sequence_len`.
+def examples(conversation, tokenizer, template, sequence_len):
+    """Encode a conversation as examples of ids and targets, of equal length <= `sequence_len`.
 
     A target is the next id, or IGNORE_INDEX if that is not part of an answer. Each answer ends
-    with the end token. Returns None if the prompts alone fill the sequence.
+    with the end token. An example is left out if the prompts alone fill the sequence.
     """
-    ids, inside = template.encode(conversation, tokenizer)
-    ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
-    if not any(inside):
-        return None
-    return ids[:-1], [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
+    made = []
+    for ids, inside in template.examples(conversation, tokenizer, sequence_len):
+        ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
+        targets = [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
+        made += [(ids[:-1], targets)] * any(inside)
+    return made
 
 
 def prompt_text(conversation):
@@ -196,14 +197,14 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
         train, held_out = [], train + held_out
     kept, notes = [], list(notes)
     for name, half in (("training", train), ("held-out", held_out)):
-        pairs = [(one, encode(one, tokenizer, template, cfg.sequence_len)) for one in half]
-        kept.append([(one, pair) for one, pair in pairs if pair])
+        made = [(one, examples(one, tokenizer, template, cfg.sequence_len)) for one in half]
+        kept.append([(one, pairs) for one, pairs in made if pairs])
         if lost := len(half) - len(kept[-1]):
             why = f"the prompt alone fills {cfg.sequence_len} tokens"
             notes.append(f"{lost} {name} examples left out: {why}")
     if cfg.eval_only and not kept[1]:
         raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
-    train, held_out = ([pair for _, pair in half] for half in kept)
+    train, held_out = ([pair for _, pairs in half for pair in pairs] for half in kept)
     asked = [one for one, _ in kept[1]]
     return Task(
         train, held_out, lambda models: [score(model, asked) for model in models.models],
@@ -218,7 +219,7 @@ def load(cfg, tokenizer):
     # A sweep has too many models to show, and with --stream each token reads all weights.
     most = 0 if cfg.sweep or cfg.stream else 3
     score = lambda model, asked: {"samples": samples(model, tokenizer, template, asked[:most])}
-    conversations, notes = read_instructions(cfg.data, template.check)
+    conversations, notes = read_instructions(cfg.data)
     return make_task(conversations, tokenizer, template, cfg, score, notes=notes)
 
 

@@ -115,8 +115,8 @@ def pretraining_examples(tokenizer):
     plain, examples = chat.ChatTemplate(), []
     for record in pretraining(4000, BASE_RUN["seed"]):
         conversation = instruct.conversation(record)
-        ids, targets = instruct.encode(conversation, tokenizer, plain, BASE["max_positions"])
-        examples.append((ids, ids[1:] + targets[-1:]))
+        made = instruct.examples(conversation, tokenizer, plain, BASE["max_positions"])
+        examples += [(ids, ids[1:] + targets[-1:]) for ids, targets in made]
     return examples
 
 

@@ -1,120 +1,139 @@
-"""Format conversations with a model's chat template, without running its Jinja code.
+"""Make ids of conversations with a model's chat template, and find those of the answers.
 
-A conversation (see data/tasks/instruct.py) becomes parts, [(text or id, is in an answer), ...]. A
-marker such as <|im_end|> is an *id*. A message is a *string*, which never becomes a special token:
-a user who writes "<|im_end|>" closes nothing.
+A conversation (see data/tasks/instruct.py) is rendered up to an answer, as in generation, and up to
+its end. What the answer adds is learned, with the special token that ends it, so that the model
+learns to stop. A template may rewrite earlier turns, for example to drop their thoughts: then the
+next answer is in an example of its own.
 
-The markers in the folder's chat template choose the format:
-    ChatML     <|im_start|>user\\n..<|im_end|>\\n               SmolLM2, Qwen2, Qwen2.5
-    LLaMA-3    <|start_header_id|>user<|end_header_id|>\\n\\n..<|eot_id|>       also 3.1 and 3.2
-    LLaMA-2    <s>[INST] .. [/INST] answer </s>
-    plain      `frame`, if there is no template; a merged model stores it as a template
-The loss counts an answer and the token that ends it, so that the model learns to stop.
-
-differs from the templates: answers are encoded separately from the prompt, as in generation. The
-ids differ only if an answer begins with a space.
+What people wrote never becomes a special token: a user who writes "<|im_end|>" closes nothing.
+A folder without a template has the plain format, `frame`. A merged model stores it as a template.
 """
 
+import json
+import math
 import re
+import signal
+import sys
+import threading
 from bisect import bisect_left
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from functools import lru_cache, partial
+from os.path import commonprefix
 from pathlib import Path
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from data import InputError, Refused
-from data.formats.fields import TABLE, TEXT, either, field, list_of
+from data.formats.fields import TABLE, TEXT, either, field, first_few, list_of, reason
 from data.formats.files import read_json, read_text, write_atomically
-from data.tokens.tokenizer import SentencePiece
+from data.tokens.tokenizer import BREAK
+
+LONGEST_TEMPLATE = 1 << 15  # letters; gpt-oss's has 17,000
+SECONDS, MEMORY, LETTERS = 1, 1 << 28, 1 << 20  # of a rendering; long messages may have more
 
 
-@dataclass(frozen=True)
 class ChatTemplate:
-    """Hold the name of a format, and the system prompt that the template itself contains."""
+    """Hold the text of a template: none, or WRITTEN_OUT, has the plain format.
 
-    name: str = "plain"
-    system: str = ""
+    absent: "bos_token" or "eos_token", if the folder says that the model has none
+    """
 
-    def parts(self, messages, tokenizer):
-        """Format a conversation, or raise `Refused`; after a question, an answer is begun."""
-        if self.name not in FORMATS:
-            return plain(messages, tokenizer)
-        messages = [{**m, "content": with_input(m)} for m in messages]
-        return FORMATS[self.name](messages, tokenizer, self.system)
+    def __init__(self, text="", path="", absent=()):
+        self.text, self.path, self.absent = text, path, absent
+        self.plain = text in ("", WRITTEN_OUT)
 
     def encode(self, messages, tokenizer):
-        """Encode a conversation: its ids, and for each whether it is in an answer."""
-        ids, inside = [], []
-        for part, answer in self.parts(messages, tokenizer):
-            new = [part] if isinstance(part, int) else tokenizer.encode(part)
-            ids += new
-            inside += [answer] * len(new)
-        return ids, inside
+        """Encode a conversation: its ids, and for each whether it is in an answer to be learned.
 
-    def check(self, conversation):
-        """Refuse a conversation for training if any of its texts has LLaMA-2's markers."""
-        if self.name == "LLaMA-2":
-            check_llama2(conversation, ("system", "user", "assistant"))
+        After a question, an answer is begun. `Refused` gives the reason if it is not possible.
+        """
+        if self.plain or messages[-1]["role"] == "assistant":
+            return self.examples(messages, tokenizer)[-1]
+        (ids,) = self.ids_of(tokenizer, (messages, True))
+        return ids, [False] * len(ids)
+
+    def examples(self, messages, tokenizer, most=math.inf):
+        """Encode a conversation to learn from: [(ids, inside), ...], with each answer in one.
+
+        Answers that begin after the first `most` ids are left out.
+        """
+        if self.plain:
+            return [plain(messages, tokenizer)]
+        made, kept = [], 0  # kept: ids of the last example up to its last answer's end
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant" or kept > most:
+                continue
+            both = (messages[:i], True), (messages[: i + 1], False)
+            prompt, ids = self.ids_of(tokenizer, *both)
+            start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
+            ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
+            end = ends[-1] if ends else len(ids)
+            inside = [start <= n < end for n in range(len(ids))]
+            if made and made[-1][0][:kept] == prompt[:kept] == ids[:kept]:  # nothing is rewritten
+                inside[:kept] = made.pop()[1][:kept]
+            made.append((ids, inside))
+            kept = end
+        return made
+
+    def ids_of(self, tokenizer, *wanted):
+        """Render and encode each of `wanted`: (messages, whether an answer is begun)."""
+        # A text set apart from the template cannot be half of a special token.
+        apart = lambda text: re.sub(r"^(\s*)(\S.*\S|\S)", rf"\1{BREAK}\2{BREAK}", text, flags=re.S)
+        changed = lambda messages, change: [
+            dict(role=m["role"], content=change(tokenizer.hide(with_input(m)))) for m in messages
+        ]
+        renders = [(changed(messages, str), begun) for messages, begun in wanted]
+        renders.append((changed(wanted[-1][0], apart), wanted[-1][1]))
+        texts = {id: text for text, id in tokenizer.added.items()}
+        names = {"bos_token": texts.get(tokenizer.bos_id), "eos_token": texts.get(tokenizer.eos_id)}
+        names = {name: text for name, text in names.items() if text and name not in self.absent}
+        texts = render(self.path, self.text, renders, names)
+        if not texts[-2].startswith(texts[0]):  # for example, the prompt alone has a system message
+            before, answer, _ = texts[-1].rpartition(renders[-1][0][-1]["content"].strip())
+            texts[0] = before if answer else texts[0]
+        *found, checked = [tokenizer.encode(text, special=True) for text in texts]
+        marks = [[id for id in ids if id in tokenizer.special_ids] for ids in (found[-1], checked)]
+        if marks[0] != marks[1]:
+            raise Refused("has a text that becomes a special token in the chat template")
+        return found
+
+    def check(self, conversation, tokenizer):
+        """Refuse a conversation that the template does not take, before many are encoded."""
+        if not self.plain:
+            self.ids_of(tokenizer, (conversation[:-1], True), (conversation, False))
 
     def end_ids(self, tokenizer):
-        """List all ids that end an answer; a base model may not count its template's marker."""
-        mark = {"ChatML": "<|im_end|>", "LLaMA-3": "<|eot_id|>"}.get(self.name)
-        own = markers(tokenizer, mark) if mark else []
-        return list(dict.fromkeys(own + tokenizer.eos_ids))
+        """List all ids that end an answer; a base model may not count its template's own."""
+        own = []
+        if not self.plain:
+            talk = [dict(role="user", content="a"), dict(role="assistant", content="b")]
+            with suppress(Refused):
+                ids, inside = self.encode(talk, tokenizer)
+                own = [id for id, on in zip(ids, inside) if on and id in tokenizer.special_ids]
+        return list(dict.fromkeys(own[-1:] + tokenizer.eos_ids))
 
 
 def with_input(message):
-    """Join the text of a message and an instruction's input."""
-    return "\n\n".join(filter(None, (message["content"], message.get("input"))))
-
-
-def chatml(messages, tokenizer, system):
-    """Format as ChatML. system: for conversations without a system message"""
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    start, end = markers(tokenizer, "<|im_start|>", "<|im_end|>")
-    return turns(messages, lambda role: [start, f"{role}\n"], end, after=["\n"])
-
-
-def llama3(messages, tokenizer, system):
-    """Format as LLaMA-3. system: precedes any system message (the dates of 3.1 and 3.2)"""
-    messages = [{**m, "content": m["content"].strip()} for m in messages]
-    if system:
-        own, messages = split_system(messages)
-        messages = [{"role": "system", "content": system + (own or "")}, *messages]
-    bos, start, stop, end = markers(
-        tokenizer, "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
-    )
-    return [(bos, False), *turns(messages, lambda role: [start, role, stop, "\n\n"], end)]
-
-
-def llama2(messages, tokenizer, system):
-    """Format as LLaMA-2, whose [INST] and <<SYS>> are plain text that no question may contain."""
-    check_llama2(messages, ("system", "user"))
-    own, messages = split_system(messages)
-    space = "" if isinstance(tokenizer, SentencePiece) else " "  # sentencepiece adds its own
-    parts = []
-    for i, message in enumerate(messages):
-        text = message["content"]
-        if message["role"] == "user":
-            if i == 0 and own is not None:
-                text = f"<<SYS>>\n{own}\n<</SYS>>\n\n{text}"
-            parts += [(tokenizer.bos_id, False), (f"[INST] {text.strip()} [/INST]", False)]
-        else:
-            parts += [(f"{space}{text.strip()} ", True), (tokenizer.eos_id, True)]
-    return parts
+    """Join a message's text and an instruction's input; JSON may hold half a surrogate pair."""
+    text = "\n\n".join(filter(None, (message["content"], message.get("input"))))
+    return text.encode("utf-8", "replace").decode()
 
 
 def plain(messages, tokenizer):
-    """Format each instruction with `frame`, after any system message."""
-    parts, before = [(tokenizer.bos_id, False)], ""
+    """Encode each instruction with `frame`, after any system message, and each answer: ids, and
+    for each whether it is in an answer."""
+    parts, before = [([tokenizer.bos_id], False)], ""
     for message in messages:
         if message["role"] == "system":
             before += message["content"] + "\n\n"
         elif message["role"] == "user":
-            parts.append((before + frame(message["content"], message.get("input")), False))
+            text = before + frame(message["content"], message.get("input"))
+            parts.append((tokenizer.encode(text), False))
             before = ""
         else:
-            parts += [(message["content"], True), (tokenizer.eos_id, True)]
-    return parts
+            parts.append(([*tokenizer.encode(message["content"]), tokenizer.eos_id], True))
+    return [id for ids, _ in parts for id in ids], [on for ids, on in parts for _ in ids]
 
 
 def frame(instruction, input=""):
@@ -129,100 +148,34 @@ WRITTEN_OUT = (  # the plain format as a template, which transformers renders to
     "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
     "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
 )
-FORMATS = {"ChatML": chatml, "LLaMA-3": llama3, "LLaMA-2": llama2}  # all others are plain
-
-
-def turns(messages, header, end, after=()):
-    """Put each message between its role's header and the end token, a question in one string."""
-    parts, outside = [], lambda *texts: [(text, False) for text in texts]
-    for message in messages:
-        *head, last = header(message["role"])
-        answer = message["role"] == "assistant"
-        if answer:
-            parts += [*outside(*head, last), (message["content"], True), (end, True)]
-        else:
-            parts += outside(*head, last + message["content"], end)
-        parts += outside(*after)
-    return parts if answer else parts + outside(*header("assistant"))
-
-
-def markers(tokenizer, *texts):
-    """Look up the ids of a template's markers."""
-    for text in texts:
-        if text not in tokenizer.special:
-            needs = f"needs {text}, which its tokenizer lacks: copy all tokenizer files there"
-            raise InputError(f"The chat template of {tokenizer.folder} {needs}.")
-    return [tokenizer.special[text] for text in texts]
-
-
-def split_system(messages):
-    """Take the system message from the front: (its text or None, the other messages)."""
-    first, *rest = messages
-    return (first["content"], rest) if first["role"] == "system" else (None, messages)
-
-
-def check_llama2(messages, roles):
-    """Refuse turns that do not alternate, and markers in the messages of some roles."""
-    for i, message in enumerate(split_system(messages)[1]):
-        if message["role"] != ("user", "assistant")[i % 2]:
-            raise Refused("has turns that do not alternate, which LLaMA-2's template needs")
-    # differs from the template, which accepts markers in messages; Meta's own code refuses them.
-    for message in messages:
-        for mark in ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>"):
-            if message["role"] in roles and mark in with_input(message):
-                raise Refused(f"has {mark} in a message, which would look like a turn")
-
-
-SIGNS = {  # texts that a template must contain
-    "ChatML": ("<|im_start|>", "<|im_end|>"),
-    "LLaMA-3": ("<|start_header_id|>", "<|eot_id|>"),
-    "LLaMA-2": ("[INST]", "<<SYS>>"),
-}
-LONGEST_TEMPLATE = 1 << 15  # letters; LLaMA-3.1's has 4,000, and a search below is quadratic
 
 
 def load_template(folder):
-    """Recognize a folder's chat template; a folder without one has the plain format."""
-    path = Path(folder) / "chat_template.jinja"  # newer folders have this file
-    if path.exists():
-        text = read_text(path)
-    else:
-        path = Path(folder) / "tokenizer_config.json"
-        kinds = either(TEXT, list_of(TABLE))
-        text = field(path, read_json(path, optional=True), "chat_template", kinds, "")
+    """Read a folder's chat template; a folder without one has the plain format."""
+    path = Path(folder) / "tokenizer_config.json"
+    config = read_json(path, optional=True)
+    text = field(path, config, "chat_template", either(TEXT, list_of(TABLE)), "")
+    absent = [name for name in ("bos_token", "eos_token") if config.get(name, "") is None]
+    if (newer := Path(folder) / "chat_template.jinja").exists():
+        path, text = newer, read_text(newer)
     if isinstance(text, list):  # several templates, with names
         own = lambda one, name: field(path, one, f"chat_template.{name}", TEXT)
-        text = {own(one, "name"): own(one, "template") for one in text}.get("default", "")
+        text = {own(one, "name"): own(one, "template") for one in text}
+        if "default" not in text:
+            names = first_few(list(text))
+            raise InputError(f'{path}: name one of its chat templates "default", not {names}.')
+        text = text["default"]
     if len(text) > LONGEST_TEMPLATE:
         raise InputError(f"{path}: the chat template is longer than {LONGEST_TEMPLATE:,} letters.")
-    if text in ("", WRITTEN_OUT):
-        return ChatTemplate("written out" if text else "plain")
-    names = [name for name, signs in SIGNS.items() if all(sign in text for sign in signs)]
-    if len(names) != 1 or "<think>" in text:  # thinking models format their answers differently
-        seen = dict.fromkeys(re.findall(r"<\|?\w+\|?>|\[/?[A-Z]+\]", text))
-        unknown = f"with {', '.join(seen)[:80] or repr(text[:60])} is unknown"
-        known = f"known are {', '.join(SIGNS)}. Remove it to use the plain format"
-        raise InputError(f"{path}: the chat template {unknown}; {known}.")
-    return ChatTemplate(names[0], own_system(names[0], text))
+    return ChatTemplate(text, path, absent)
 
 
 def keep_plain_template(folder):
     """Store the plain format as a merged model's template, if its base has no template."""
-    if load_template(folder).name == "plain":
-        path = Path(folder) / "chat_template.jinja"
+    path = Path(folder) / "chat_template.jinja"
+    config = read_json(path.with_name("tokenizer_config.json"), optional=True)
+    if not path.exists() and not config.get("chat_template"):
         write_atomically(path, lambda file: file.write(WRITTEN_OUT.encode()))
-
-
-def own_system(name, text):
-    """Find the system prompt that a template contains: ChatML's default, or LLaMA-3.1's dates."""
-    if name == "LLaMA-3":
-        # differs from 3.2's template, which asks the clock: a run must be repeatable.
-        dates = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
-        return dates if "Cutting Knowledge Date" in text else ""
-    # A Jinja literal, from its opening quote; only its own quote has a backslash inside.
-    literal = r"""(['"])<\|im_start\|>system(?:\n|\\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>"""
-    found = re.search(literal, text)
-    return re.sub(r"\\(.)", lambda m: "\n" if m[1] == "n" else m[1], found[2]) if found else ""
 
 
 def prompt_that_fits(messages, tokenizer, template, room):
@@ -233,10 +186,76 @@ def prompt_that_fits(messages, tokenizer, template, room):
     system = messages[: messages[0]["role"] == "system"]
     rest = messages[len(system) :]
     starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
-    encode = lambda start: template.encode(system + rest[start:], tokenizer)[0]
-    ids, start = encode(0), 0
-    if len(ids) > room and len(starts) > 1:
-        fits = lambda start: len(encode(start)) <= room
-        start = starts[bisect_left(starts, True, lo=1, hi=len(starts) - 1, key=fits)]
-        ids = encode(start)
-    return ids, system + rest[start:]
+    last = lambda turns: system + rest[starts[-turns] :]
+    encode = lambda turns: template.encode(last(turns), tokenizer)[0]
+    top = 1  # doubled until it is too much, so that the time depends on `room` alone
+    while top < len(starts) and len(encode(top)) <= room:
+        top = min(2 * top, len(starts))
+    too_many = lambda turns: len(encode(turns)) > room
+    turns = 1 + bisect_left(range(2, top + 1), True, key=too_many)
+    return encode(turns), last(turns)
+
+
+def render(path, template, renders, names):
+    """Render each of `renders`, (messages, whether an answer is begun): a stranger's program, in
+    Jinja's sandbox, which hides files and Python. names: {"bos_token": its text, ...}"""
+    letters = sum(len(message["content"]) for messages, _ in renders for message in messages)
+    try:
+        with limits(SECONDS + letters / 1e6):
+            names = {"tools": None, "documents": None, **names}
+            to_text = partial(compile_template(template).render, names)
+            texts = [to_text(messages=m, add_generation_prompt=begun) for m, begun in renders]
+        if sum(map(len, texts)) <= LETTERS + 4 * letters:
+            return texts
+        raise ValueError("it writes more than a megabyte")
+    except Refused:
+        raise
+    except Exception as error:  # whatever the program does wrong
+        advice = "correct it, or remove it to use the plain format"
+        raise InputError(f"{path}: the chat template fails ({reason(error)}): {advice}.") from None
+
+
+@lru_cache(1)
+def compile_template(text):
+    """Compile a template with the names that the library transformers gives to templates."""
+    env = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    env.globals["raise_exception"] = refuse
+    # differs from transformers, which asks the clock: a run must be repeatable.
+    env.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    # {% generation %} marks an answer for transformers; here it is a block like any other.
+    block = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"
+    as_if = lambda found: found[1] + ("endif" if found[2] else "if true") + found[3]
+    return env.from_string(re.sub(block, as_if, text))
+
+
+def refuse(message):
+    raise Refused(f"is refused by the chat template: {reason(message)}")
+
+
+@contextmanager
+def limits(seconds):
+    """On Linux, stop the body after some seconds of computing, or if it takes MEMORY."""
+    if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    import resource
+
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    most = size + MEMORY if hard < 0 else min(size + MEMORY, hard)  # -1: without end
+    handler = signal.signal(signal.SIGPROF, stop)
+    try:
+        signal.setitimer(signal.ITIMER_PROF, seconds, 0.1)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGPROF, handler)
+
+
+def stop(*_):
+    raise TimeoutError("it computes without end")

@@ -12,6 +12,7 @@ differs from the libraries: `encode` adds no bos and no eos. It encodes special 
 import codecs
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from data import InputError, leaf
@@ -20,6 +21,7 @@ from data.formats.files import read_bytes, read_json, write_atomically
 
 ID = whole(0, (1 << 24) - 1)
 MOST_ADDED, LONGEST_ADDED = 1 << 12, 256  # tokens that a regex searches in every text
+BREAK = "\udfff"  # half a surrogate pair, which no text holds: in a special token, it makes it text
 
 
 class Tokenizer:
@@ -39,18 +41,26 @@ class Tokenizer:
         if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
             most = f"{MOST_ADDED:,} special tokens or one of over {LONGEST_ADDED} letters"
             raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
+        self.special_ids = set(special.values())
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
         self.token_bytes = {**token_bytes, **dict.fromkeys(special.values(), b"")}
         self.vocab_size = max(self.token_bytes) + 1
         self._cut = {False: any_of(added), True: any_of(self.added)}
+        self._starts = re.compile(f"(?={any_of(special).pattern})(.)", re.DOTALL)
+        self._again = lru_cache(1 << 12)(self._encode_plain)  # what conversations have in common
 
     def encode(self, text, special=False):
         """Encode a text without bos and eos. special: texts such as "</s>" become tokens"""
-        text = text.encode("utf-8", "replace").decode()  # JSON may hold half a surrogate pair
-        ids = []
+        encode, ids = self._again if special else self._encode_plain, []
         for i, part in enumerate(self._cut[special].split(text)):
-            ids += [self.added[part]] if i % 2 else self._encode_plain(part)
+            # JSON may hold half a surrogate pair.
+            text = part.replace(BREAK, "").encode("utf-8", "replace").decode()
+            ids += [self.added[part]] if i % 2 else encode(text)
         return ids
+
+    def hide(self, text):
+        """Break special tokens in a text, so that `encode(..., special=True)` finds none there."""
+        return self._starts.sub(rf"\2{BREAK}", text)
 
     def decode(self, ids):
         """Decode ids without special tokens; bytes that are not UTF-8 become U+FFFD."""

@@ -95,17 +95,6 @@ def test_a_chat_template_of_other_types(template, tmp_path):
     refused(chat.load_template, tmp_path, named=str(path))
 
 
-def test_a_template_that_takes_long_to_search(tmp_path):
-    """Every opening quote is escaped, so that each search for the closing one goes to the end."""
-    path, part = tmp_path / "chat_template.jinja", "\\'<|im_start|>system\n"
-    start = time.monotonic()
-    path.write_text("<|im_start|><|im_end|>" + part * 1400)
-    assert chat.load_template(tmp_path).name == "ChatML"
-    path.write_text("<|im_start|><|im_end|>" + part * 10000)
-    refused(chat.load_template, tmp_path, named=str(path))
-    assert time.monotonic() - start < 10
-
-
 # --------------------------------------------------------------------------------------
 # Data
 

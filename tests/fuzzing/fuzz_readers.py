@@ -117,7 +117,7 @@ def read_text(folder):
 def read_instructions(folder):
     for one in instruct.read_instructions(folder / "data.jsonl")[0]:
         assert one[-1]["role"] == "assistant"
-        instruct.encode(one, tokenizer(), chat.ChatTemplate(), 64)
+        instruct.examples(one, tokenizer(), chat.ChatTemplate(), 64)
         instruct.prompt_text(one).encode()
 
 
@@ -176,7 +176,8 @@ def sharded_bin(work):
 def settings(work):
     """A tokenizer with all that settings may say of it."""
     files = folder_of(FIXTURES / "tokenizers/qwen2")
-    chatml = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% end %}"
+    message = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    chatml = "{% for m in messages %}" + message + "{% endfor %}"
     config = json.loads(files["tokenizer_config.json"]) | {"chat_template": chatml}
     several = config | {"chat_template": [{"name": "default", "template": chatml}]}
     ends = json.dumps({"bos_token_id": 3, "eos_token_id": [601, 602], "vocab_size": 700}).encode()

@@ -149,10 +149,10 @@ def test_prompts_have_the_models_own_format(tiny_model, tmp_path, monkeypatch, c
     ask()
     ask("--raw")
     assert prompts == ["Hi", chat.frame("Hi"), "[INST] Hi [/INST]", "Hi"]
-    with pytest.raises(InputError, match=r"--prompt has \[INST\] in a message"):
-        qst.main(["--base", str(folder), "--prompt", "[INST]"])
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(chat_template="<start_of_turn>")))
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('not this') }}")
+    with pytest.raises(InputError, match="--prompt is refused by the chat template: not this"):
+        ask()
+    (folder / "chat_template.jinja").write_text("{{ nothing.at.all }}")
     ask("--raw")
-    message = "tokenizer_config.json: the chat template with <start_of_turn>"
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match="chat_template.jinja: the chat template fails"):
         ask()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chat_templates import LLAMA2
 from helpers import say
 
 from data import IGNORE_INDEX, InputError
@@ -15,6 +16,25 @@ from model import from_pretrained
 PLAIN = ChatTemplate()
 
 
+def test_answers_after_rewritten_turns_are_examples_of_their_own(tokenizer):
+    """Where a template begins otherwise after each turn, each answer is learned once, if it is not
+    too far from the beginning; a conversation is in one half of the data."""
+    text = "{{ (messages | length + 1) // 2 }}"
+    text += "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+    made = say(*["user: a", "assistant: b", "user: c", "assistant: d"])
+    answers = [
+        [t for t in targets if t != IGNORE_INDEX]
+        for _, targets in instruct.examples(made, tokenizer, ChatTemplate(text), 99)
+    ]
+    assert answers == [[*tokenizer.encode(text), tokenizer.eos_id] for text in "bd"]
+    cfg = SimpleNamespace(
+        held_out=0.5, data_seed=0, max_examples=0, eval_only=False, sequence_len=99, data="x",
+    )
+    task = instruct.make_task([made, made], tokenizer, ChatTemplate(text), cfg, None)
+    assert len(task.train) == len(task.held_out) == 2 and not task.notes
+    assert len(instruct.examples(made, tokenizer, ChatTemplate(text), 7)) == 1
+
+
 def test_the_plain_frame(tokenizer):
     """Ids are bos, the frame, the answer and eos; input and system message have their places."""
     answer = [*tokenizer.encode("3"), tokenizer.eos_id]
@@ -23,18 +43,18 @@ def test_the_plain_frame(tokenizer):
         ("", "### Instruction:\nAdd.\n\n### Response:\n"),
     ):
         record = {"instruction": "Add.", "input": given, "output": "3"}
-        ids, targets = instruct.encode(instruct.conversation(record), tokenizer, PLAIN, 200)
+        ((ids, targets),) = instruct.examples(instruct.conversation(record), tokenizer, PLAIN, 200)
         assert ids == [tokenizer.bos_id, *tokenizer.encode(text), *answer[:-1]]
         assert [t for t in targets if t != IGNORE_INDEX] == answer
-    (bos, _), (text, trained) = PLAIN.parts(say("system: S", "system: T", "user: q"), tokenizer)
-    assert bos == tokenizer.bos_id and not trained
-    assert text == "S\n\nT\n\n### Instruction:\nq\n\n### Response:\n"
+    ids, inside = PLAIN.encode(say("system: S", "system: T", "user: q"), tokenizer)
+    text = "S\n\nT\n\n### Instruction:\nq\n\n### Response:\n"
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(text)] and not any(inside)
 
 
 def test_targets_are_the_answers_tokens(tokenizer):
     """A target is the next id inside an answer, its end included, and else IGNORE_INDEX."""
     record = {"instruction": "Where was Tom?", "input": "Tom went to the lake.", "output": "lake"}
-    ids, targets = instruct.encode(instruct.conversation(record), tokenizer, PLAIN, 200)
+    ((ids, targets),) = instruct.examples(instruct.conversation(record), tokenizer, PLAIN, 200)
     answer = [t for t in targets if t != IGNORE_INDEX]
     assert answer == tokenizer.encode("lake") + [tokenizer.eos_id]
     assert ids[0] == tokenizer.bos_id and len(ids) == len(targets)
@@ -54,7 +74,7 @@ def test_every_assistant_turn_is_trained_on(tokenizer):
     ]
     made = instruct.conversation({"messages": messages})
     assert made == messages
-    ids, targets = instruct.encode(made, tokenizer, PLAIN, 300)
+    ((ids, targets),) = instruct.examples(made, tokenizer, PLAIN, 300)
     answers = [[*tokenizer.encode(text), tokenizer.eos_id] for text in ("Tom", "the lake")]
     assert [t for t in targets if t != IGNORE_INDEX] == answers[0] + answers[1]
     assert "Be short." in tokenizer.decode(ids)
@@ -66,10 +86,10 @@ def test_every_assistant_turn_is_trained_on(tokenizer):
 def test_long_sequences_are_cut(tokenizer):
     """An answer is cut at the limit; an example whose prompt fills it is given up."""
     long = instruct.conversation({"instruction": "Say much.", "output": "lake " * 50})
-    whole = instruct.encode(long, tokenizer, PLAIN, 1000)
-    ids, targets = instruct.encode(long, tokenizer, PLAIN, 40)
+    (whole,) = instruct.examples(long, tokenizer, PLAIN, 1000)
+    ((ids, targets),) = instruct.examples(long, tokenizer, PLAIN, 40)
     assert len(ids) == 40 and ids == whole[0][:40] and targets == whole[1][:40]
-    assert instruct.encode(long, tokenizer, PLAIN, 5) is None
+    assert instruct.examples(long, tokenizer, PLAIN, 5) == []
 
 
 def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):

@@ -54,3 +54,54 @@ TEMPLATES = {
     "SmolLM2": SMOLLM2, "ChatML": CHATML, "Qwen2.5": QWEN25, "LLaMA-3": LLAMA3,
     "LLaMA-3.1": LLAMA31,
 }
+
+BEGIN = "{% if add_generation_prompt %}"
+OTHERS = {  # their ends are ChatML's, whose tokens the small tokenizer has
+    "ChatML with bos": "{{ bos_token }}" + CHATML,
+    "ChatML with sep": "{% for m in messages %}<|im_start|>{{ m.role }}<|im_sep|>{{ m.content }}"
+    "<|im_end|>{% endfor %}" + BEGIN + "<|im_start|>assistant<|im_sep|>{% endif %}",
+    "Other roles": "{% for m in messages %}<|im_start|>{{ 'Me' if m.role == 'user' else 'You' }}: "
+    "{{ m.content }}<|im_end|>\n{% endfor %}" + BEGIN + "<|im_start|>You:{% endif %}",
+    "One bos": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}"
+    "[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}",
+    "Zephyr": "{% for m in messages %}\n{{ '<|' + m.role + '|>\n' + m.content + eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n"
+    "{% endfor %}",
+    "Mistral": "{{ bos_token }}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate!') }}{% endif %}{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}{{ m['content'] + eos_token }}{% endif %}"
+    "{% endfor %}",
+    "System last": "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST]"
+    "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content + '\n\n' }}"
+    "{% endif %}{{ m.content }}[/INST]{% elif m.role == 'assistant' %}{% generation %}"
+    " {{ m.content | trim }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}",
+    "Vicuna": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content + ' ' }}"
+    "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}"
+    "{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    + BEGIN + "ASSISTANT:{% endif %}",
+    "Thoughts": """{%- set ns = namespace(last=0) %}
+{%- for m in messages if m.role == 'user' %}{% set ns.last = 2 * loop.index0 %}{% endfor %}
+{%- if messages[0].role == 'system' %}{% set ns.last = ns.last + 1 %}{% endif %}
+{%- for m in messages %}
+    {%- set text = m.content %}{% set thought = '' %}
+    {%- if '</think>' in text and m.role == 'assistant' %}
+        {%- set thought = text.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+        {%- set text = text.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {{- '<|im_start|>' + m.role + '\\n' }}
+    {%- if m.role == 'assistant' and loop.index0 > ns.last %}
+        {{- '<think>\\n' + thought + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- text + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}""",
+}
+REFUSED = {("Mistral", "system")}
