@@ -64,8 +64,8 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or kept > most:
                 continue
-            both = (messages[:i], True), (messages[: i + 1], False)
-            prompt, ids = self.ids_of(tokenizer, *both)
+            before, whole = messages[:i], messages[: i + 1]
+            prompt, ids = self.ids_of(tokenizer, (before, True), (whole, False))
             start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
             ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
             end = ends[-1] if ends else len(ids)
@@ -105,12 +105,10 @@ class ChatTemplate:
 
     def end_ids(self, tokenizer):
         """List all ids that end an answer; a base model may not count its template's own."""
-        own = []
-        if not self.plain:
-            talk = [dict(role="user", content="a"), dict(role="assistant", content="b")]
-            with suppress(Refused):
-                ids, inside = self.encode(talk, tokenizer)
-                own = [id for id, on in zip(ids, inside) if on and id in tokenizer.special_ids]
+        talk, own = [dict(role=role, content="a") for role in ("user", "assistant")], []
+        with suppress(Refused):
+            ids, inside = self.encode(talk, tokenizer)
+            own = [id for id, on in zip(ids, inside) if on and id in tokenizer.special_ids]
         return list(dict.fromkeys(own[-1:] + tokenizer.eos_ids))
 
 
@@ -218,6 +216,10 @@ def render(path, template, renders, names):
 @lru_cache(1)
 def compile_template(text):
     """Compile a template with the names that the library transformers gives to templates."""
+
+    def refuse(message):
+        raise Refused(f"is refused by the chat template: {reason(message)}")
+
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -231,10 +233,6 @@ def compile_template(text):
     return env.from_string(re.sub(block, as_if, text))
 
 
-def refuse(message):
-    raise Refused(f"is refused by the chat template: {reason(message)}")
-
-
 @contextmanager
 def limits(seconds):
     """On Linux, stop the body after some seconds of computing, or if it takes MEMORY."""
@@ -242,6 +240,9 @@ def limits(seconds):
         yield
         return
     import resource
+
+    def stop(*_):
+        raise TimeoutError("it computes without end")
 
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -255,7 +256,3 @@ def limits(seconds):
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGPROF, handler)
-
-
-def stop(*_):
-    raise TimeoutError("it computes without end")
