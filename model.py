@@ -499,4 +499,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(sys.argv[1:]))
+    run_main(lambda: main(sys.argv[1:]), "close other programs; the 4-bit model must fit")

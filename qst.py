@@ -365,4 +365,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, "give a shorter text, --quant nf4, or a 4-bit folder with --stream")

@@ -24,6 +24,7 @@ The bytes are those of the library bitsandbytes, as in checkpoints on the Hub. O
 tests/lectures/four_bits.py draws them. data/frozen/integers.py has integers of 3 or 4 bits.
 """
 
+import signal
 from functools import cache
 
 import torch
@@ -474,4 +475,6 @@ def main():
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
     main()

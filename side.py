@@ -26,7 +26,7 @@ from data import InputError, leaf
 from data.formats.fields import TEXT
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
-from data.settings.flags import check, setting
+from data.settings.flags import check, run_main, setting
 from data.settings.methods import LST, METHODS, PAPER, RELEASED, layers_per_side, of_4_bits, of_side
 from model import (
     PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,
@@ -326,4 +326,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

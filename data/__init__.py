@@ -26,6 +26,7 @@ TASKS = {  # --task
     **dict.fromkeys("rte mrpc stsb cola sst2 qnli qqp mnli mnli-mm".split(), "tasks.glue"),
 }
 LEAVES = TASKS | {
+    "command": "settings.command",  # what a command prints, and how it ends
     "sweep": "run.sweep",  # --sweep
     "resume": "run.resume",  # --resume
     "muon": "run.muon",  # --optimizer muon

@@ -293,4 +293,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(lambda: main(parse_args()))
+    run_main(lambda: main(parse_args()), "close other programs")

@@ -67,6 +67,19 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)
 
 
+def check(max_new_tokens, temperature, top_k, top_p, seed):
+    """Refuse values that no generation can have. None is a default."""
+    refuse_if(
+        (max_new_tokens is not None and max_new_tokens < 1,
+         f"max_new_tokens {max_new_tokens} must be at least 1"),
+        (temperature != 0 and not 0.001 <= temperature <= 1000,
+         f"temperature {temperature} must be 0, or from 0.001 to 1000"),
+        (top_k < 0, f"top_k {top_k} must be at least 0"),
+        (not 0 < top_p <= 1, f"top_p {top_p} must be above 0 and at most 1"),
+        (seed is not None and not 0 <= seed < 2**63, f"seed {seed} must be from 0 to 2^63 - 1"),
+    )
+
+
 @torch.no_grad()
 def stream(
     model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
@@ -80,15 +93,8 @@ def stream(
     streamed = hasattr(getattr(model, "base", model), "stream")
     check_length(model.config, idx.shape[1], "shorten the prompt")
     check_length(model.config, idx.shape[1] + max_new_tokens - 1, "lower max_new_tokens")
-    refuse_if(
-        (streamed and len(idx) == 1 < max_new_tokens, ONE_BY_ONE),
-        (max_new_tokens < 1, f"max_new_tokens {max_new_tokens} must be at least 1"),
-        (temperature != 0 and not 0.001 <= temperature <= 1000,
-         f"temperature {temperature} must be 0, or from 0.001 to 1000"),
-        (top_k < 0, f"top_k {top_k} must be at least 0"),
-        (not 0 < top_p <= 1, f"top_p {top_p} must be above 0 and at most 1"),
-        (seed is not None and not 0 <= seed < 2**63, f"seed {seed} must be from 0 to 2^63 - 1"),
-    )
+    refuse_if((streamed and len(idx) == 1 < max_new_tokens, ONE_BY_ONE))
+    check(max_new_tokens, temperature, top_k, top_p, seed)
     cache = model.new_cache(idx.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
     ends = torch.tensor([] if eos_id is None else eos_id, dtype=idx.dtype, device=idx.device)

@@ -32,6 +32,7 @@ def check(args):
         (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
         (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
     )
+    sampling.check(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
 
 def answer_prompts(args, load):
@@ -93,8 +94,6 @@ class Talk:
     """
 
     def __init__(self, say, tokenizer, template, positions, max_new_tokens, system=None):
-        if max_new_tokens < 1:
-            raise InputError(f"--max_new_tokens {max_new_tokens} must be at least 1.")
         self.say, self.tokenizer, self.template = say, tokenizer, template
         self.positions, self.max_new_tokens = positions, max_new_tokens
         self.system = [{"role": "system", "content": system}] if system else []

@@ -4,6 +4,7 @@ import math
 from html import escape
 from itertools import cycle
 
+from data import InputError, leaf
 from data.formats.files import write_atomically
 
 WIDTH, LEFT, RIGHT, TOP = 720, 64, 24, 64  # of a picture and of its margins, in pixels
@@ -59,7 +60,8 @@ def label(x, y, text, anchor="start"):
 
 
 def write_svg(path, title, names, shapes, height):
-    """Put a title, a legend and a white ground to the shapes, and write the file."""
+    """Put a title, a legend and a white ground to the shapes, and write the file, or say that it
+    cannot be written: a picture does not end a run."""
     x, legend = LEFT, []
     for colour, name in zip(cycle(COLOURS), names):
         legend.append(f'<rect x="{x}" y="36" width="10" height="10" fill="{colour}"/>')
@@ -67,9 +69,12 @@ def write_svg(path, title, names, shapes, height):
         x += 35 + 7 * len(name)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}"'
     style = 'font-family="sans-serif" font-size="12" fill="#2d3748"'
-    text = "\n".join([
+    text = leaf("command").printable("\n".join([
         f'{head} {style}>', '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
         *legend, *shapes, "</svg>\n",
-    ])
-    write_atomically(path, lambda file: file.write(text.encode()))
+    ]))
+    try:
+        write_atomically(path, lambda file: file.write(text.encode()))
+    except InputError as error:
+        print(f"warning: {error}", flush=True)

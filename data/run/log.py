@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from data import leaf
 from data.devices.device import peak_memory, show_bytes
 from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name
@@ -56,7 +57,8 @@ class TrainingLog:
         counts = dict(initial=self.iteration, total=self.cfg.max_iters)
         self.bar = progress(None, self.cfg.method, disable=not self.shown, **counts)
         if self.out_dir:
-            self.file = open(self.out_dir / "log.csv", "w", newline="", buffering=1)
+            file = open(self.out_dir / "log.csv", "w", newline="")
+            self.file = leaf("command").Output(file)  # a full disk costs lines
             csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
         return self
 

@@ -1,6 +1,5 @@
 """What a run of train.py measures and prints before and after training."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -90,17 +89,19 @@ def out_of_memory(cfg):
     half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
     return (
-        f"The GPU has no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
+        f"There is no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
         "flags of this run prints the memory of a step."
     )
 
 
 @contextmanager
 def memory_advice(cfg):
-    """End with a sentence if the GPU has no more memory."""
+    """End with a sentence if the GPU or the machine has no more memory."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not leaf("command").exhausted(error):
+            raise
         raise InputError(out_of_memory(cfg)) from None
 
 
@@ -186,6 +187,6 @@ def conclude(folder, cfg, result, example):
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
     if not cfg.eval_only and example:
         side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
-        script = os.path.relpath(Path(__file__).parents[2] / "qst.py")
+        script = Path(__file__).parents[2] / "qst.py"  # the current folder may be gone by now
         print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
               f"--side {shlex.quote(str(side))} --prompt {shlex.quote(example)}")

@@ -52,10 +52,11 @@ def remove_earlier_run(out_dir):
     files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *FILES
     files += "sweep.json", "sweep.svg"
     paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
-    if any(path.exists() for path in paths):
+    paths = [path for path in paths if path.is_file()]
+    if paths:
         print(f"The files of an earlier run in {out_dir} are replaced.", flush=True)
     for path in paths:
-        path.unlink(missing_ok=True)
+        path.unlink()
 
 
 @contextlib.contextmanager

@@ -8,10 +8,7 @@ from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
-import torch
-
-from data import InputError
-from data.devices import distributed
+from data import InputError, leaf
 from data.formats.fields import (
     NAME, NEEDED, TABLE, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole,
 )
@@ -118,27 +115,15 @@ class Parser(argparse.ArgumentParser):
         near = unknown and get_close_matches(ALIASES.get(unknown[1], unknown[1]), flags, 1)
         message += f" (did you mean {near[0]}?)" if near else ""
         message = message if len(message) < 300 else message[:300] + "..."
-        sys.exit(f"error: {message}; --help lists the flags")
+        sys.exit(leaf("command").printable(f"error: {message}; --help lists the flags"))
 
 
-def run_main(main):
-    """Call `main`. A user's mistake is printed in one line; a bug raises a traceback."""
-    try:
-        main()
-    except (InputError, OSError) as error:
-        if number := distributed.rank():  # this process's output is off
-            print(f"error in process {number}: {error}", file=sys.__stderr__)
-            sys.exit(1)
-        sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError:
-        sys.exit("error: The GPU has no more memory: give a shorter text, or --quant nf4.")
-    except RuntimeError as error:
-        if "can't allocate memory" not in str(error):  # torch's error on a CPU
-            raise
-        advice = "lower --batch_size, or leave the layers of a 4-bit folder on disk (--stream)"
-        sys.exit(f"error: The machine has no more memory: {advice}.")
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+def run_main(main, less="give less --data, a lower --batch_size, or --stream a 4-bit folder"):
+    """Call `main` for a command. A user's mistake is printed in one line; a bug raises a traceback.
+
+    less: what to do if there is too little memory
+    """
+    leaf("command").run(main, less)
 
 
 def add_flags(parser, settings, shown_defaults=()):

@@ -84,11 +84,11 @@ def command_line(show, *names):
     parser.add_argument("--download", metavar="FOLDER", help="a folder to download the data to")
     parser.add_argument("--only", choices=names, nargs=1, default=names,
         help="the one to download; default: all")
-    args = parser.parse_args()
-    if not (args.data or args.download):
-        parser.error("give --data or --download")
 
     def fetch_and_show():
+        args = parser.parse_args()
+        if not (args.data or args.download):
+            parser.error("give --data or --download")
         if args.download:
             for name in args.only:
                 fetch(name, args.download)
@@ -96,7 +96,7 @@ def command_line(show, *names):
         if args.data:
             show(args.data)
 
-    run_main(fetch_and_show)
+    run_main(fetch_and_show, "give a smaller file")
 
 
 def fetch(name, folder):
