@@ -6,9 +6,7 @@
     python train.py --config out/result.json              repeat a run; your flags count more
     python train.py --help                                every setting
 
-A run leaves in --out_dir: side.safetensors and side.json (the side network that was best on the
-held-out examples), last/ (the last one), log.csv, loss.svg, mix.svg, result.json, and
-state.safetensors, for --resume.
+A run leaves in --out_dir the best side network, its log, its result and a state for --resume.
 """
 
 import time
@@ -389,6 +387,8 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in(cfg.out_dir):
+        if cfg.resume and not (cfg.sweep or cfg.eval_only):  # a sweep goes on with its good runs
+            leaf("resume").check_settings(cfg)
         folder = Path(cfg.base or distributed.make_in_first_process(leaf("tiny").base_folder))
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)

@@ -4,6 +4,9 @@ The state may come from a stranger: it is no pickle, and every value in it is ch
 """
 
 import json
+import math
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
@@ -28,7 +31,8 @@ CURVES = Kind(
     lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
     and all(line == [] or POINTS.fits(line) for line in v.values()),
 )
-LOG = {  # what is neither a count nor a number in the log
+LOG = {  # what is neither a count nor any number in the log
+    "seconds": number(0, 1e12), "cached_seconds": number(0, 1e12),
     "step_ms": list_of(REAL), "curves": CURVES, "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
 }
 SCALER = {  # what fp16's GradScaler keeps
@@ -48,17 +52,13 @@ def load(run):
         return False
     parts = ("about", "side", "moments", "scaler", "log")
     about, side, moments, scaler, log = (field(path, state, part, TABLE) for part in parts)
-    for name, value in run.about.items():
-        if name not in MAY_DIFFER and (old := about.get(name)) != value:
-            raise InputError(
-                f"--resume: {run.out_dir} was begun with another --{name}, {shown(old)} and "
-                f"not {shown(value)}: give the same, or another --out_dir."
-            )
+    refuse_others(run.out_dir, about, run.about)
     kinds = {int: COUNT, float: REAL}
     log = {name: field(path, log, f"log.{name}", LOG.get(name) or kinds[type(value)])
            for name, value in run.log.state().items()}
     if run.scaler.is_enabled():
         scaler = {name: field(path, scaler, f"scaler.{name}", k) for name, k in SCALER.items()}
+    check_losses(path, log)
     field(path, state, "side", table_of(TENSOR))
     field(path, state, "moments", table_of(TABLE))
     copy_into(run.model.side, side, path)
@@ -68,6 +68,39 @@ def load(run):
     ended = "" if run.interrupted else " It had ended, and is scored again."
     print(f"{run.out_dir} continues after iteration {run.log.iteration}.{ended}")
     return True
+
+
+def refuse_others(out_dir, old, new):
+    """Refuse to continue a run with other settings."""
+    for name, value in new.items():
+        if name not in MAY_DIFFER and old.get(name) != value:
+            raise InputError(
+                f"--resume: {out_dir} was begun with another --{name}, {shown(old.get(name))} and "
+                f"not {shown(value)}: give the same, or another --out_dir."
+            )
+
+
+def check_settings(cfg):
+    """The same before the base is loaded. A state that cannot be read is refused later."""
+    for path in [Path(cfg.out_dir) / name for name in FILES]:
+        try:
+            tree = json.loads(bytes(tensor_bytes(read_safetensors(path)["tree"]())))
+            about = field(path, tree, "about", TABLE)
+        except (ValueError, KeyError, AttributeError, RecursionError):  # also an InputError
+            continue
+        known_later = {name: about.get(name) for name in ("base", "data")}
+        return refuse_others(cfg.out_dir, about, asdict(cfg) | known_later)
+
+
+def check_losses(path, log):
+    """Refuse a best loss that is not the lowest one of the curve: no later one would replace it."""
+    curve = [(loss, i) for i, loss in log["curves"]["held out"] if i and loss < math.inf]
+    best = min(curve, default=(math.inf, 0))
+    counts = [log[name] for name in ("failures", "skipped", "iteration")]
+    if best != (log["best_loss"], log["best_iteration"]) or best < (0, 0) or (
+        best[1] > log["iteration"] or counts != sorted(counts)
+    ):
+        raise InputError(f"{path}: its losses contradict each other: leave out --resume.")
 
 
 def load_moments(optimizer, moments, where):

@@ -229,16 +229,39 @@ def test_signals_are_noted(capfd):
         signal.signal(signal.SIGHUP, old)
 
 
-def test_other_settings_are_refused(cfg):
+def test_other_settings_are_refused(cfg, monkeypatch):
+    """Those of a state before the base is loaded; other data when it is read."""
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
-    with pytest.raises(InputError, match="another --learning_rate, 0.01 and not 0.02"):
+    with monkeypatch.context() as patch, pytest.raises(InputError) as refusal:
+        patch.setattr(train, "load_base", None)
         train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
+    assert "another --learning_rate, 0.01 and not 0.02" in str(refusal.value)
     text = Path(cfg["data"]).read_text()
     moved = "\n".join(text.split("\n")[::-1])  # as many tokens, in another order
     for other in (text + '\n{"instruction": "One", "output": "more"}', moved):
         Path(cfg["data"]).write_text(other)
         with pytest.raises(InputError, match="another --data"):
             train.main(TrainConfig(**cfg | dict(resume=True)))
+
+
+@pytest.mark.parametrize("changes", [
+    dict(best_loss=-1e9), dict(best_loss=float("nan")), dict(best_loss=0.0), dict(best_iteration=0),
+    dict(best_iteration=8), dict(iteration=3), dict(skipped=9), dict(failures=1),
+    dict(seconds=-1.0), dict(seconds=float("inf")),
+    dict(best_loss=-1.0, curve=[[0, 7.0], [4, -1.0]]),
+    dict(best_loss=float("inf"), best_iteration=0),
+], ids=str)
+def test_a_log_that_contradicts_itself(changes, cfg):
+    """A state with the right checksum, whose best loss no later one could replace, is refused."""
+    out_dir = Path(cfg["out_dir"])
+    train.main(TrainConfig(**cfg | dict(max_iters=4)))
+    tree, _ = resume.load_state(out_dir)
+    assert tree["log"]["best_iteration"] == tree["log"]["iteration"] == 4
+    tree["log"]["curves"]["held out"] = changes.pop("curve", tree["log"]["curves"]["held out"])
+    tree["log"] |= changes
+    state.save_state(out_dir, tree)
+    with pytest.raises(InputError, match="state.safetensors: .*(contradict|seconds is)"):
+        train.main(TrainConfig(**cfg | dict(max_iters=8, resume=True)))
 
 
 def test_two_runs_in_one_folder(cfg):
