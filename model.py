@@ -471,7 +471,7 @@ def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
     if any(Path(target).resolve().glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
-    if config_json.is_quantized(source):
+    if any(".weight." in name for name in hub.find_files(Path(source))):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))
     leaf("save").save_pretrained(model, target)

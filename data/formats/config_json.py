@@ -9,7 +9,7 @@ import torch
 
 from data import InputError
 from data.formats.fields import (
-    NEEDED, TABLE, TRUE_OR_FALSE, either, field, list_of, number, one_of, whole,
+    NEEDED, TABLE, TRUE_OR_FALSE, Kind, either, field, list_of, number, one_of, whole,
 )
 from data.formats.files import read_json
 
@@ -32,7 +32,7 @@ FIELDS = {
         "n_ffn": ("intermediate_size", SIZE, NEEDED),
         "n_kv_head": ("num_key_value_heads", SIZE, 0),
         "head_dim": ("head_dim", SIZE, 0),
-        "norm_eps": ("rms_norm_eps", number(1e-12, 1), NEEDED),
+        "norm_eps": ("rms_norm_eps", number(1e-12, 1), 1e-6),
         "attention_bias": ("attention_bias", TRUE_OR_FALSE, False),
         "mlp_bias": ("mlp_bias", TRUE_OR_FALSE, False),
         "tied": ("tie_word_embeddings", TRUE_OR_FALSE, False),
@@ -50,14 +50,22 @@ ONLY = {  # the only values that model.py computes, and the values of missing fi
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
 }
+ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # the same
 FAMILIES = {"llama": "llama", "mistral": "llama", "opt": "opt"}
+MISSING = {  # transformers' values of missing fields; null is another value
+    "llama": {"bos_token_id": 1}, "opt": {"bos_token_id": 2},
+    "mistral": dict(
+        bos_token_id=1, max_position_embeddings=1 << 17, num_key_value_heads=8, sliding_window=4096
+    ),
+}
+SHARED = {"eos_token_id": 2, "max_position_embeddings": 2048, "is_causal": True}  # of all classes
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": False}
 ROPE_THETA = number(1, 1e15)
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+ORIGINAL = "original_max_position_embeddings"
 ROPE = {
-    "default": {},
-    "linear": {"factor": POSITIVE},
-    "llama3": dict.fromkeys(LLAMA3, POSITIVE) | {"original_max_position_embeddings": LENGTH},
+    "default": {}, "dynamic": {"factor": POSITIVE}, "linear": {"factor": POSITIVE},
+    "llama3": dict.fromkeys(LLAMA3, POSITIVE) | {ORIGINAL: LENGTH},
 }
 DTYPE = one_of("float32", "bfloat16", "float16")
 
@@ -65,15 +73,20 @@ DTYPE = one_of("float32", "bfloat16", "float16")
 def read(folder):
     """Read a folder's config.json: {field of `ModelConfig`: value}."""
     if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder: `git clone` it from huggingface.co.")
+        raise InputError(f"{folder} is not a folder: `git clone` one from huggingface.co.")
     path = Path(folder) / "config.json"
-    c = read_json(path)
-    family = FAMILIES[field(path, c, "model_type", one_of(*FAMILIES))]
-    for name, known in ONLY[family].items():
+    c = read_json(path, advice="give a whole model's folder, which has one, unlike a LoRA or GGUF")
+    kind = field(path, c, "model_type", one_of(*FAMILIES))
+    family, c = FAMILIES[kind], SHARED | MISSING[kind] | c
+    c["is_causal"] = bool(c["is_causal"])  # null is false
+    if kind == "mistral":  # its class has no such fields
+        c |= {"attention_bias": False, "mlp_bias": False}
+    for name, known in (ALWAYS | ONLY[family]).items():
         field(path, c, name, one_of(known), known)
     quantized = field(path, c, "quantization_config", TABLE, {})
     for name, known in QUANTIZED.items():
-        field(path, quantized, f"quantization_config.{name}", one_of(known), known)
+        kind_of = Kind(f"{known!r}: get the model's unquantized folder", one_of(known).fits)
+        field(path, quantized, f"quantization_config.{name}", kind_of, known)
     config = {"family": family}
     for ours, (theirs, kind, absent) in FIELDS[family].items():
         config[ours] = field(path, c, theirs, kind, absent)
@@ -82,9 +95,9 @@ def read(folder):
         config["final_norm"] = config["pre_norm"] and not removed
     else:
         # Sliding attention equals plain attention within its window: that is our limit.
-        c = {"sliding_window": 4096} | c if c["model_type"] == "mistral" else c  # null: none
-        window = field(path, c, "sliding_window", LENGTH, config["max_positions"])
-        config["max_positions"] = min(config["max_positions"], window)
+        for name in ("sliding_window", "attention_chunk_size"):
+            window = field(path, c, name, LENGTH, config["max_positions"])
+            config["max_positions"] = min(config["max_positions"], window)
         config |= read_rope(path, c)
     check_sizes(path, config)
     return config
@@ -100,11 +113,14 @@ def read_rope(path, c):
     scaling.pop("rope_theta", None)
     scaling.setdefault("rope_type", scaling.pop("type", "default"))
     kind = field(path, scaling, "rope_scaling.rope_type", one_of(*ROPE))
+    if kind == "llama3":  # the field beside the table comes first
+        scaling[ORIGINAL] = c.get(ORIGINAL, scaling.get(ORIGINAL, c["max_position_embeddings"]))
     for name, known in ROPE[kind].items():
         field(path, scaling, f"rope_scaling.{name}", known)
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise InputError(f"{path}: low_freq_factor must be less than high_freq_factor.")
-    return dict(rope_theta=theta, rope_scaling=None if kind == "default" else scaling)
+    plain = kind in ("default", "dynamic")  # dynamic scaling begins beyond our limit
+    return dict(rope_theta=theta, rope_scaling=None if plain else scaling)
 
 
 def check_sizes(path, config):
@@ -134,12 +150,6 @@ def to_theirs(config):
         return written | dict(model_type="opt", architectures=["OPTForCausalLM"])
     written |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
     return written | dict(model_type="llama", architectures=["LlamaForCausalLM"])
-
-
-def is_quantized(folder):
-    """Return whether a folder's weights have bitsandbytes' 4 bits already."""
-    path = Path(folder) / "config.json"
-    return bool(field(path, read_json(path), "quantization_config", TABLE, {}))
 
 
 def read_dtype(folder):

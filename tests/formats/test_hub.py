@@ -17,12 +17,14 @@ from model import Transformer, from_pretrained, read_config
     ("model_type", "gpt2"), ("hidden_act", "gelu"), ("partial_rotary_factor", 0.5),
     ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("model_type", None),
     ("hidden_size", None), ("rope_parameters", {"rope_type": "llama3", "factor": 2.0}),
-    ("quantization_config", {"quant_method": "gptq"}),
+    ("quantization_config", {"quant_method": "gptq"}), ("is_causal", False),
+    ("per_layer_config", {"0": {"rms_norm_eps": 0.5}}), ("transformers_weights", "x.safetensors"),
 ])
 def test_what_we_cannot_compute_is_refused_by_name(field, value, tmp_path):
     """An unknown architecture is refused in a sentence with config.json's field."""
     folder = copy_folder("llama_rope3", tmp_path, **{field: value})
-    named = {"rope_parameters": "yarn|low_freq_factor", "quantization_config": "method is .gptq"}
+    method = "method is .gptq.*unquantized"
+    named = {"rope_parameters": "yarn|low_freq_factor", "quantization_config": method}
     with pytest.raises(InputError, match=f"config.json.*({named.get(field, field)})"):
         from_pretrained(folder)
 
@@ -58,7 +60,7 @@ def test_missing_files(tmp_path):
     """Each is named: the folder, its config.json, its weights."""
     with pytest.raises(InputError, match="nowhere is not a folder"):
         from_pretrained(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="config.json is missing"):
+    with pytest.raises(InputError, match="config.json is missing: .*, unlike a LoRA"):
         from_pretrained(tmp_path)
     folder = copy_folder("llama_rope3", tmp_path)
     (folder / "model.safetensors").unlink()
