@@ -1,6 +1,6 @@
 """Read and write 4-bit weights in the format of the library bitsandbytes, as on the Hub.
 
-NAME.weight holds the codes. The other fields are called NAME.weight.FIELD:
+NAME.weight holds the codes, bytes of any dtype. The other fields are called NAME.weight.FIELD:
     absmax, quant_map                   the scale of each block, and the code book
     nested_absmax, nested_quant_map     the same for the scales, if they are quantized too
     quant_state.bitsandbytes__nf4       bytes of JSON: the shape, the sizes of blocks, ...
@@ -46,7 +46,7 @@ def read_weight(where, codes, mine, quant):
     state = read_state(f"{where}, its quant_state", mine[states[0]](), NESTED if nested else PLAIN)
     if kind not in CODEBOOKS or state["quant_type"] not in (None, kind):
         raise refuse(f"is in {shown(kind)} or {shown(state['quant_type'])}, which cannot be read")
-    tensors = {"codes": codes.reshape(-1)} | {name: mine[name]() for name in needed}
+    tensors = {n: mine[n]() for n in needed} | {"codes": codes.reshape(-1).view(torch.uint8)}
     shape, offset = torch.Size(state["shape"]), None
     blocks = -(-shape.numel() // BLOCK_SIZE)
     sizes = {"codes": (torch.uint8, -(-shape.numel() // 2))}

@@ -16,7 +16,6 @@ from data.formats.fields import TEXT, field, first_few, shown, table_of
 from data.formats.files import read_json
 from data.formats.safetensors import read_safetensors
 
-IN_16_BITS = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")  # always
 OPT_NAMES = {  # ours (LLaMA's): OPT's
     "self_attn.o_proj.": "self_attn.out_proj.",
     "input_layernorm.": "self_attn_layer_norm.",
@@ -109,10 +108,10 @@ def choose_weights(folder, config, tensors, shapes, quant):
     found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
     if missing := sorted(needed - found):
         raise InputError(f"{folder} lacks {first_few(missing)}: is config.json another model's?")
-    linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and n not in IN_16_BITS}
+    linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and "embed" not in n}
     if surplus := sorted(found - needed | set(packed) - linear):
         names = first_few(surplus)
-        raise InputError(f"{folder} has {names}, which this architecture cannot use like this.")
+        raise InputError(f"{folder} has {names}, unlike config.json: get all files of one model.")
     bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
 
     def read(ours):
@@ -121,6 +120,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
         where, tensor = f"{folder}: {name}", tensors[name]()
         if name in packed:
             tensor = leaf("bnb").read_weight(where, tensor, packed[name], quant)
+            tensor = tensor.dequantize() if ours == "lm_head.weight" else tensor
         elif not tensor.is_floating_point():
             raise InputError(f"{where} is {tensor.dtype} and has no scales.")
         if tensor.shape != shape:

@@ -1,6 +1,7 @@
 """Folders in 4 bits: quantized while loading, by bitsandbytes, or by `model.py quantize`."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from samples import oracle
 from torch import nn
 
 from data import InputError
+from data.formats.bnb import weight_fields
 from data.formats.safetensors import read_safetensors, write_safetensors
 from data.formats.save import save_pretrained
 from data.frozen.fingerprint import fingerprint
 from model import Transformer, from_pretrained, quantize_folder
-from quant import Linear4bit
+from quant import Linear4bit, quantize_4bit
 
 
 @pytest.mark.parametrize("name", ["llama_gqa", "opt_350m"])
@@ -71,6 +73,59 @@ def test_quantizing_on_the_command_line(tiny_model, tmp_path):
     with pytest.raises(SystemExit, match="out is in 4 bits already: there is nothing to do"):
         run_script("model.py", "quantize", str(tmp_path / "out"), str(tmp_path / "again"))
     assert not (tmp_path / "again").exists()
+
+
+def test_a_stale_quantization_config(tmp_path):
+    """The weights decide: 16-bit ones are quantized, whatever config.json still says."""
+    folder = copy_folder("llama_gqa", tmp_path, quantization_config={
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+    })
+    quantize_folder(folder, tmp_path / "out")
+    direct = from_pretrained(FIXTURES / "llama_gqa", "nf4")
+    assert fingerprint(from_pretrained(tmp_path / "out", "nf4")) == fingerprint(direct)
+
+
+def rewrite(folder, change):
+    """Apply a function to a folder's tensors."""
+    path = folder / "model.safetensors"
+    tensors = {name: read().clone() for name, read in read_safetensors(path).items()}
+    change(tensors)
+    write_safetensors(path, tensors)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_codes_of_another_dtype(dtype, tmp_path):
+    """bnb_4bit_quant_storage, as for FSDP, changes the dtype of the codes and no byte of them."""
+
+    def change(tensors):
+        for name in [name for name in tensors if f"{name}.absmax" in tensors]:
+            tensors[name] = tensors[name].view(-1).view(dtype).unsqueeze(1)
+
+    folder = rewrite(copy_folder("bnb_llama", tmp_path), change)
+    ours = from_pretrained(folder, "nf4", torch.float32)
+    expected = from_pretrained(FIXTURES / "bnb_llama", "nf4", torch.float32)
+    assert fingerprint(ours) == fingerprint(expected)
+    assert ours.layers[0].mlp.up_proj.weight.codes.dtype == torch.uint8
+
+
+def test_a_4_bit_head(tmp_path):
+    """It is dequantized: our heads have 16 bits. An embedding in 4 bits is refused by name."""
+    weight = torch.randn(48, 64)
+    packed = quantize_4bit(weight, "nf4")
+
+    def change(name, tensors):
+        del tensors[name]
+        tensors.update(weight_fields(name, packed, "float32"))
+
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        folder = rewrite(copy_folder("bnb_llama", tmp_path / name), partial(change, name))
+        if name == "lm_head.weight":
+            ours = from_pretrained(folder, "nf4", torch.float32)
+            assert torch.equal(ours.lm_head.weight, packed.dequantize(torch.float32))
+        else:
+            with pytest.raises(InputError, match="has embed_tokens.weight, unlike config.json"):
+                from_pretrained(folder, "nf4")
 
 
 def test_transformers_reads_our_folder(tmp_path, idx):
