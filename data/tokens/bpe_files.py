@@ -16,7 +16,7 @@ from data.tokens.tokenizer import ID, Tokenizer, end_ids
 
 REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's regex")
 MODEL = {  # the only values in tokenizer.json that we can follow, and those of missing fields
-    "type": "BPE", "byte_fallback": False,  # True is sentencepiece in disguise
+    "type": "BPE", "byte_fallback": False,
     "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
 }
 
@@ -30,7 +30,6 @@ class ByteLevel(Tokenizer):
         taken = set(special.values())  # a word never becomes a special token
         whole = {token: id for id, token in token_bytes.items() if whole_words and id not in taken}
         self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
-        token_bytes |= {id: text.encode() for text, id in added.items()}
         bos_id, *_ = end_ids(folder, "bos", every)
         super().__init__(folder, token_bytes, special, added, bos_id, end_ids(folder, "eos", every))
 
@@ -71,13 +70,16 @@ def read_tokenizer_json(folder):
     path = folder / "tokenizer.json"
     spec = read_json(path)
     model = field(path, spec, "model", TABLE)
+    if model.get("type") == "Unigram" or model.get("byte_fallback"):
+        raise InputError(f"{path} holds a sentencepiece model: copy its tokenizer.model there.")
     for name, known in MODEL.items():
         field(path, model, f"model.{name}", one_of(known), known)
     field(path, field(path, spec, "decoder", TABLE), "decoder.type", one_of("ByteLevel"))
     nfc = field(path, spec, "normalizer", one_of({"type": "NFC"}), None) is not None
     vocab = checked_vocab(path, model, "model.vocab")
     merges = checked_merges(path, field(path, model, "model.merges", LIST), vocab)
-    special, added = read_added_tokens(path, spec, nfc, vocab)
+    tokens = field(path, spec, "added_tokens", list_of(TABLE), [])
+    special, added = read_added_tokens(path, tokens, nfc, vocab)
     whole_words = field(path, model, "model.ignore_merges", TRUE_OR_FALSE, False)
     unknown = field(path, model, "model.unk_token", WORD, None)
     if unknown is not None and unknown not in vocab:
@@ -111,10 +113,10 @@ def checked_merges(path, merges, vocab):
     return pairs
 
 
-def read_added_tokens(path, spec, nfc, vocab):
+def read_added_tokens(path, tokens, nfc, vocab):
     """Return the special tokens and the other added ones: two dicts {text: id}."""
     kinds, owners = ({}, {}), {id: token for token, id in vocab.items()}
-    for token in field(path, spec, "added_tokens", list_of(TABLE), []):
+    for token in tokens:
         for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
             field(path, token, f"added_tokens.{flag}", one_of(False), False)
         text = field(path, token, "added_tokens.content", WORD)

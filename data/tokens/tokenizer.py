@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import InputError, leaf
-from data.formats.fields import TABLE, WORD, either, field, list_of, shown, whole
+from data.formats.fields import TABLE, TEXT, WORD, either, field, list_of, shown, table_of, whole
 from data.formats.files import read_bytes, read_json, write_atomically
 
 ID = whole(0, (1 << 24) - 1)
@@ -43,7 +43,8 @@ class Tokenizer:
             raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
         self.special_ids = set(special.values())
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
-        self.token_bytes = {**token_bytes, **dict.fromkeys(special.values(), b"")}
+        self.token_bytes = token_bytes | {id: text.encode() for text, id in added.items()}
+        self.token_bytes |= dict.fromkeys(special.values(), b"")
         self.vocab_size = max(self.token_bytes) + 1
         self._cut = {False: any_of(added), True: any_of(self.added)}
         self._starts = re.compile(f"(?={any_of(special).pattern})(.)", re.DOTALL)
@@ -85,7 +86,7 @@ def any_of(texts):
 class SentencePiece(Tokenizer):
     """Tokenize with a tokenizer.model, by the library sentencepiece."""
 
-    def __init__(self, path):
+    def __init__(self, path, vocab_size):
         import sentencepiece
 
         proto = read_bytes(path, "give a folder with it")
@@ -98,10 +99,11 @@ class SentencePiece(Tokenizer):
             ids = ()
         if not ids or not math.isfinite(scores):
             raise InputError(f"{path} is not a sentencepiece model, or is empty: get it again.")
-        special = {model.id_to_piece(id): id for id in ids if model.is_control(id)}
-        bos_id, *_ = end_ids(path.parent, "bos", special, model.bos_id())
-        eos_ids = end_ids(path.parent, "eos", special, model.eos_id())
-        super().__init__(path.parent, token_bytes, special, {}, bos_id, eos_ids)
+        special, added = added_tokens(path.parent, range(len(ids), vocab_size))
+        special |= {model.id_to_piece(id): id for id in ids if model.is_control(id)}
+        bos_id, *_ = end_ids(path.parent, "bos", added | special, model.bos_id())
+        eos_ids = end_ids(path.parent, "eos", added | special, model.eos_id())
+        super().__init__(path.parent, token_bytes, special, added, bos_id, eos_ids)
         self.lead = " " if "".join(model.encode("a", out_type=str)).startswith("▁") else ""
 
     def _bytes(self, id):
@@ -114,22 +116,38 @@ class SentencePiece(Tokenizer):
         return self.model.encode(text)
 
 
+def added_tokens(folder, ids):
+    """Read the tokens beside tokenizer.model: the special ones and the others, two {text: id}.
+
+    ids: those that have a row in the embedding. added_tokens.json does not say which are special:
+    all, so that no user can forge one.
+    """
+    older, path = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    found = field(older, {"tokens": read_json(older, optional=True)}, "tokens", table_of(ID))
+    tokens = {str(id): {"content": text, "special": True} for text, id in found.items()}
+    settings = read_json(path, optional=True)
+    tokens |= field(path, settings, "added_tokens_decoder", table_of(TABLE), {})
+    own = [id for id in tokens if re.fullmatch("[0-9]{1,9}", id) and int(id) in ids]
+    tokens = [tokens[id] | {"id": int(id)} for id in own]
+    return leaf("bpe").read_added_tokens(path, tokens, False, {}) if tokens else ({}, {})
+
+
 def load_tokenizer(folder):
     """Load the tokenizer of a model's folder, and check that the model has all of its ids."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: `git clone` it from huggingface.co.")
+        raise InputError(f"{folder} is not a folder: `git clone` one from huggingface.co.")
+    path = folder / "config.json"
+    vocab_size = field(path, read_json(path, optional=True), "vocab_size", ID, 1 << 24)
     if (folder / "tokenizer.model").exists():
-        tokenizer = SentencePiece(folder / "tokenizer.model")
+        tokenizer = SentencePiece(folder / "tokenizer.model", vocab_size)
     elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = leaf("bpe").load(folder)
     else:
         files = "tokenizer.model, its tokenizer.json, or its vocab.json and merges.txt"
         raise InputError(f"{folder} has no tokenizer: copy the model's {files} there.")
-    path = folder / "config.json"
-    vocab_size = field(path, read_json(path, optional=True), "vocab_size", ID, 0)
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
-    if largest >= (vocab_size or math.inf):
+    if largest >= vocab_size:
         sizes = f"ids up to {largest}, but vocab_size in config.json is {vocab_size}"
         raise InputError(f"{folder}: its tokenizer has {sizes}: copy all files of one model there.")
     return tokenizer
@@ -140,11 +158,11 @@ def end_ids(folder, name, ids, own=-1):
 
     ids: {token: id}; own: the id in tokenizer.model, or -1
     """
-    path, known = folder / "tokenizer_config.json", either(WORD, TABLE)
-    token = field(path, read_json(path, optional=True), f"{name}_token", known, None)
+    path, known = folder / "tokenizer_config.json", either(TEXT, TABLE)
+    token = field(path, read_json(path, optional=True), f"{name}_token", known, "")
     if isinstance(token, dict):
-        token = field(path, token, f"{name}_token.content", WORD)
-    if token is not None and token not in ids:
+        token = field(path, token, f"{name}_token.content", TEXT)
+    if token and token not in ids:  # some of the first LLaMA folders have ""
         raise InputError(f'{path}: "{name}_token" is {shown(token)}, which the tokenizer lacks.')
     found = [ids.get(token, -1), own]
     for other in (folder / "config.json", folder / "generation_config.json"):

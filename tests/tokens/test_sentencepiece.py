@@ -1,12 +1,15 @@
 """data/tokens/tokenizer.py with a tokenizer.model: ids and text are those of sentencepiece."""
 
+import json
 import random
+import shutil
 
 import pytest
-from helpers import TEST_DATA, needs_test_data
+from helpers import TEST_DATA, needs_test_data, refused, say
 from samples import NASTY_TEXT
 
 from data import InputError
+from data.tokens.chat import ChatTemplate
 from data.tokens.tokenizer import load_tokenizer
 
 
@@ -44,6 +47,67 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="tokenizer.model is not"):
         load_tokenizer(tmp_path)
+
+
+def with_added(tiny_model, tmp_path, room=3, **more):
+    """The tokenizer's folder with three tokens beside tokenizer.model, and their first id."""
+    first = load_tokenizer(tiny_model).model.vocab_size()
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": first + room}))
+    shutil.copyfile(tiny_model / "tokenizer.model", tmp_path / "tokenizer.model")
+    older = {"<|im_end|>": first, "<|im_start|>": first + 1, "<tool>": first + 2}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(older))
+    token = {"content": "<tool>", "special": False, "lstrip": False} | more
+    decoder = {"1": {"content": "<s>", "special": True}, str(first + 2): token}
+    settings = {"added_tokens_decoder": decoder, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path, first
+
+
+def test_tokens_beside_tokenizer_model(tiny_model, tmp_path):
+    """They are read as those of a tokenizer.json: an ordinary one is found in any text, a special
+    one only where it is asked for, and one of them may be the end."""
+    folder, first = with_added(tiny_model, tmp_path)
+    ours = load_tokenizer(folder)
+    plain = ours.model.encode
+    assert ours.eos_ids[0] == first and ours.vocab_size == first + 3
+    text = "Tom <tool>went<|im_end|>"
+    assert ours.encode(text) == [*plain("Tom "), first + 2, *plain("went<|im_end|>")]
+    assert ours.encode(text, special=True) == [*plain("Tom "), first + 2, *plain("went"), first]
+    assert ours.decode([first + 2, first, *plain("x")]) == "<tool> x"
+
+
+def test_tokens_that_cannot_be_used(tiny_model, tmp_path):
+    """One without a row in the embedding is none; one that takes the spaces around it is refused,
+    and so is an id that is no number."""
+    folder, first = with_added(tiny_model, tmp_path, room=2)
+    assert load_tokenizer(folder).encode("<tool>", special=True) == \
+        load_tokenizer(tiny_model).encode("<tool>")
+    with_added(tiny_model, tmp_path, lstrip=True)
+    assert "lstrip" in refused(load_tokenizer, folder, named="tokenizer_config.json")
+    (folder / "added_tokens.json").write_text('{"<tool>": "x"}')
+    refused(load_tokenizer, folder, named="added_tokens.json")
+
+
+def test_chatml_with_sentencepiece(tiny_model, tmp_path):
+    """The ids are those of whole texts between markers: no space begins an answer."""
+    ours = load_tokenizer(with_added(tiny_model, tmp_path)[0])
+    end, start = ours.special["<|im_end|>"], ours.special["<|im_start|>"]
+    talk = say("user: Tom went.", "assistant: The lake.")
+    ids, inside = ChatTemplate("ChatML").encode(talk, ours)
+    plain, head = ours.model.encode, ours.model.encode("assistant\n")
+    question = [start, *plain("user\nTom went."), end, *plain("\n"), start, *head]
+    answer = [*plain("assistant\nThe lake.")[len(head) :], end]
+    assert ids == [*question, *answer, *plain("\n")]
+    assert inside == [False] * len(question) + [True] * len(answer) + [False] * len(plain("\n"))
+
+
+def test_an_end_that_is_empty(tiny_model, tmp_path):
+    """Some of the first LLaMA folders have the bos_token "": tokenizer.model knows the id."""
+    shutil.copyfile(tiny_model / "tokenizer.model", tmp_path / "tokenizer.model")
+    ends = {"bos_token": "", "eos_token": {"content": ""}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(ends))
+    ours = load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_ids) == (1, [2])
 
 
 @pytest.fixture(scope="module")

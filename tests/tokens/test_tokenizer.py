@@ -124,8 +124,9 @@ def broken(tmp_path, change, source="qwen2", file="tokenizer.json"):
 
 
 @pytest.mark.parametrize("named, change", [
-    ("model.type", put("model", "type", value="Unigram")),
-    ("model.byte_fallback", put("model", "byte_fallback", value=True)),
+    ("copy its tokenizer.model", put("model", "type", value="Unigram")),
+    ("copy its tokenizer.model", put("model", "byte_fallback", value=True)),
+    ("model.type", put("model", "type", value="WordPiece")),
     ("model.dropout", put("model", "dropout", value=0.1)),
     ("model.merges", put("model", "merges", value=None)),
     ("merge 1", put("model", "merges", 0, value="a b c")),
