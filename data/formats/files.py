@@ -37,6 +37,10 @@ def file_size(path, advice):
     if not stat.S_ISREG(about.st_mode):
         kind = "a folder" if stat.S_ISDIR(about.st_mode) else "a device or a pipe, not a file"
         raise InputError(f"{path} is {kind}: {advice}.")
+    if 0 < about.st_size < 1000 and os.access(path, os.R_OK):
+        with open(path, "rb") as file:
+            if file.read().startswith(b"version https://git-lfs"):
+                raise InputError(f"{path} is a git-lfs pointer: run `git lfs pull` in its folder.")
     return about.st_size
 
 

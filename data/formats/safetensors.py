@@ -33,10 +33,7 @@ def read_header(path):
     advice = "give a safetensors file"
     bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
     size = file_size(path, advice)
-    first = read_bytes(path, advice, 8)
-    if first == b"version ":  # the first word of a pointer
-        raise bad("it looks like a pointer of git-lfs; run `git lfs pull` in its folder")
-    length = int.from_bytes(first, "little")
+    length = int.from_bytes(read_bytes(path, advice, 8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise bad("the header is longer than the file, or than a model's header can be")
     try:

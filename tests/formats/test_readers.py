@@ -111,6 +111,16 @@ def test_what_is_no_file_is_refused(name, tmp_path):
         path.rmdir() if path.is_dir() else path.unlink()
 
 
+@pytest.mark.parametrize("name", READ)
+def test_a_pointer_of_git_lfs(name, tmp_path):
+    """What a clone without git-lfs leaves in a file's place is told from a damaged file."""
+    source, read = READ[name]
+    path = copy(FIXTURES / source, tmp_path) / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269060552\n")
+    told = refused(read, path.parent, named=f"{path} is a git-lfs pointer")
+    assert "run `git lfs pull`" in told
+
+
 @pytest.mark.parametrize("text, told", [
     ("[" * 100000, "nested too deep"), ('{"a": NaN}', "NaN is not a JSON number"),
     ('{"a": 1e999}', "too large"),

@@ -60,14 +60,6 @@ def test_a_header_that_lies_is_refused(lie, tmp_path):
         read_safetensors(path)
 
 
-def test_a_pointer_of_git_lfs(tmp_path):
-    """What a clone without git-lfs leaves in a file's place is told from a damaged file."""
-    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 269060552\n"
-    (tmp_path / "x.safetensors").write_text(text)
-    with pytest.raises(InputError, match="x.safetensors .* pointer of git-lfs; run `git lfs pull`"):
-        read_safetensors(tmp_path / "x.safetensors")
-
-
 def test_an_empty_file_is_refused(tmp_path):
     """So is one without even the length of a header."""
     (tmp_path / "x.safetensors").write_bytes(b"")
