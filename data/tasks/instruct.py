@@ -14,6 +14,7 @@ The chat template makes ids of it: see chat.py. The loss counts only the tokens 
 """
 
 import sys
+from collections import Counter
 from itertools import chain, pairwise, takewhile
 from pathlib import Path
 
@@ -117,18 +118,14 @@ def checked(messages, field, system=None):
     return made
 
 
-def read_instructions(path, check=lambda conversation: None):
-    """Read and check a file: (conversations, notes on the records that were left out).
-
-    check: raises `Refused` for a conversation that does not fit into the model's chat template
-    """
+def read_instructions(path):
+    """Read and check a file: (conversations, notes on the records that were left out)."""
     records, made, left_out, notes = read_records(path), [], {}, []
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
         records = leaf("oasst").grow_trees(records, path)
     for where, record in records:
         try:
-            check(one := conversation(record))
-            made.append(one)
+            made.append(conversation(record))
         except Refused as error:
             why, *found = error.args
             left_out.setdefault(why, []).append(": ".join([where, *found])[:50])
@@ -197,11 +194,19 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
         train, held_out = [], train + held_out
     kept, notes = [], list(notes)
     for name, half in (("training", train), ("held-out", held_out)):
-        made = [(one, examples(one, tokenizer, template, cfg.sequence_len)) for one in half]
-        kept.append([(one, pairs) for one, pairs in made if pairs])
-        if lost := len(half) - len(kept[-1]):
-            why = f"the prompt alone fills {cfg.sequence_len} tokens"
-            notes.append(f"{lost} {name} examples left out: {why}")
+        made, left_out = [], Counter()
+        for one in half:
+            try:
+                if half is held_out:  # it may be asked
+                    template.encode(one[:-1], tokenizer)
+                if pairs := examples(one, tokenizer, template, cfg.sequence_len):
+                    made.append((one, pairs))
+                else:
+                    left_out[f"has a prompt that fills {cfg.sequence_len} tokens"] += 1
+            except Refused as error:  # by the chat template
+                left_out[str(error)] += 1
+        notes += [f"{n} {name} examples left out: each {why}" for why, n in left_out.items()]
+        kept.append(made)
     if cfg.eval_only and not kept[1]:
         raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
     train, held_out = ([pair for _, pairs in half for pair in pairs] for half in kept)

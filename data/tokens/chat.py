@@ -98,11 +98,6 @@ class ChatTemplate:
             raise Refused("has a text that becomes a special token in the chat template")
         return found
 
-    def check(self, conversation, tokenizer):
-        """Refuse a conversation that the template does not take, before many are encoded."""
-        if not self.plain:
-            self.ids_of(tokenizer, (conversation[:-1], True), (conversation, False))
-
     def end_ids(self, tokenizer):
         """List all ids that end an answer; a base model may not count its template's own."""
         talk, own = [dict(role=role, content="a") for role in ("user", "assistant")], []

@@ -2,8 +2,10 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
+from chat_templates import LLAMA2
 from helpers import TEST_DATA, needs_test_data, run_script, say
 from samples import flat_tree, oasst_tree
 
@@ -198,19 +200,23 @@ def test_a_file_without_a_good_record_is_refused(text, message, tmp_path):
         instruct.read_instructions(path)
 
 
-def test_what_the_template_refuses_is_named(tmp_path):
-    """LLaMA-2's markers in any text, or turns that do not alternate: file, line and reason."""
-    check = ChatTemplate("LLaMA-2").check
-    path = tmp_path / "some.jsonl"
-    for text, message in (
-        (dialogue("user: a", "assistant: b [INST] c"), r"has \[INST\] in a message"),
-        (dialogue("user: a", "user: b", "assistant: c"), "do not alternate"),
-        ('{"instruction": "a", "input": "<<SYS>>", "output": "c"}', "has <<SYS>>"),
-    ):
-        path.write_text(GOOD + "\n" + text)
-        assert len(instruct.read_instructions(path)[0]) == 2
-        found, (note,) = instruct.read_instructions(path, check)
-        assert len(found) == 1 and re.search(rf"1 of 2 .*{message}.* \(line 2\)", note)
+def test_what_the_template_refuses_is_named(tokenizer):
+    """What a template says of turns that it does not take is a note with a count, in both halves of
+    the data; so is a template that refuses to begin an answer."""
+    cfg = SimpleNamespace(
+        held_out=0.5, data_seed=0, max_examples=0, eval_only=False, sequence_len=99, data="x"
+    )
+    good = [say("user: a", f"assistant: {i}") for i in range(4)]
+    bad = [say("user: a", "user: b", "assistant: c")] * 4
+    make = lambda text: instruct.make_task(good + bad, tokenizer, ChatTemplate(text), cfg, None)
+    task = make(LLAMA2)
+    assert len(task.train) + len(task.held_out) == 4
+    notes = [re.fullmatch(r"(\d) (\S+) examples left out: each (.*)", n).groups() for n in task.notes]
+    assert sum(int(n) for n, *_ in notes) == 4
+    assert {why for *_, why in notes} == {"is refused by the chat template: must alternate"}
+    begun = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
+    assert not make(begun).train and not make(begun).held_out
+
 
 
 def test_looking_into_a_file(tmp_path, capsys):

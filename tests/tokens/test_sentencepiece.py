@@ -5,6 +5,7 @@ import random
 import shutil
 
 import pytest
+from chat_templates import CHATML
 from helpers import TEST_DATA, needs_test_data, refused, say
 from samples import NASTY_TEXT
 
@@ -93,7 +94,7 @@ def test_chatml_with_sentencepiece(tiny_model, tmp_path):
     ours = load_tokenizer(with_added(tiny_model, tmp_path)[0])
     end, start = ours.special["<|im_end|>"], ours.special["<|im_start|>"]
     talk = say("user: Tom went.", "assistant: The lake.")
-    ids, inside = ChatTemplate("ChatML").encode(talk, ours)
+    ids, inside = ChatTemplate(CHATML).encode(talk, ours)
     plain, head = ours.model.encode, ours.model.encode("assistant\n")
     question = [start, *plain("user\nTom went."), end, *plain("\n"), start, *head]
     answer = [*plain("assistant\nThe lake.")[len(head) :], end]
