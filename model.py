@@ -447,7 +447,7 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     quant: see `Transformer.freeze`; nf4 and fp4 are always double-quantized
     dtype: of the weights that are not quantized, and of the computation
     device: one for all, or a function of a weight's name (data/devices/placement.py)
-    stream: leave 4-bit layers in the mapped file, copy each when needed (data/devices/stream.py)
+    stream: leave 4-bit layers in the files, read each when needed (data/devices/stream.py)
     Peak memory is the 4-bit model and the largest tensor. A 4-bit folder is used unchanged.
     """
     config = read_config(folder)

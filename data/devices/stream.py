@@ -118,7 +118,7 @@ class Stream:
             if done:
                 self.copies.wait_event(done)
             for name, linear in self.layers[i].items():
-                # A memory map may go when `copy_` returns; pinned memory stays.
+                # What was read from a file may go when `copy_` returns; pinned memory stays.
                 for here, there in zip(slot[name].buffers(), linear.source().buffers()):
                     here.copy_(there, non_blocking=there.is_pinned())
             return self.copies and self.copies.record_event()

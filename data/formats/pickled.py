@@ -2,7 +2,7 @@
 
 A pickle is a program that may call any function of Python. torch.load with weights_only calls some
 of torch's only, and we let it see a pickle that names no others than plain tensors need: the rest
-can do no harm, but take all memory. Nothing is copied: the tensors lie in one memory map.
+can do no harm, but take all memory. Its memory map only tells us where the tensors are to be read.
 What we give up: files from before torch 1.6, of 2020; a pickle_protocol other than torch.save's; a
 file larger than the machine's memory, which is not mapped as one. And of a pickle we limit the
 size, not the steps: tuples or lists that each hold another twice can take years, or all memory.
@@ -10,14 +10,17 @@ size, not the steps: tuples or lists that each hold another twice can take years
 
 import pickle
 import pickletools
+import struct
 import warnings
 import zipfile
+from functools import partial
 
 import torch
 
 from data import InputError
 from data.formats.fields import TEXT, reason, shown
 from data.formats.files import file_size
+from data.formats.safetensors import read_part, version_of
 
 ADVICE = "save it anew with torch.save, as a table of names and tensors"
 LARGEST_PROGRAM = 1 << 21  # bytes; a tensor takes some 200
@@ -27,25 +30,21 @@ GLOBALS += [f"torch._utils _rebuild_{kind}" for kind in ("tensor_v2", "parameter
 GLOBALS += [f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Byte")]
 
 
-def read_tensors(path, advice=ADVICE):
-    """Check a file of names and tensors: {name: function that returns the tensor}."""
+def read_tensors(path, advice=ADVICE, alone=False):
+    """Check a file of names and tensors, or of a tensor alone, called "its tensor": {name: function
+    that returns the tensor}."""
     refuse = lambda why: InputError(f"{path} {why}: {advice}.")
-    content, sizes = load(path, refuse)
+    content, *about = load(path, refuse)
+    content = {"its tensor": content} if alone else content
     if not isinstance(content, dict):
         raise refuse("holds no table of names and tensors")
-    return checked(path, dict.items(content), sizes, refuse)  # a pickle can hide its own `items`
-
-
-def read_tensor(path, advice=ADVICE):
-    """Read a file of one tensor."""
-    refuse = lambda why: InputError(f"{path} {why}: {advice}.")
-    content, sizes = load(path, refuse)
-    return checked(path, [("its tensor", content)], sizes, refuse)["its tensor"]()
+    return checked(path, dict.items(content), *about, refuse)  # a pickle can hide its own `items`
 
 
 def load(path, refuse):
-    """Load a file: what it holds, and the sizes of its storages, in the file's order."""
-    file_size(path, ADVICE)
+    """Load a file: what it holds, in a memory map; its version, where the bytes of its first
+    storage begin, and the sizes of all, in the file's order."""
+    version = version_of(path)
     try:
         with zipfile.ZipFile(path) as archive:
             infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
@@ -55,9 +54,15 @@ def load(path, refuse):
             if program.file_size > LARGEST_PROGRAM:
                 raise ValueError("its pickle is too long")
             check(archive.read(program))
+            if any(archive.read(i) == b"big" for i in infos if i.filename.endswith("/byteorder")):
+                raise ValueError("its numbers are big-endian")
+            storages = [i for i in infos if "/data/" in i.filename and i.file_size]
+            start = (storages or infos)[0].header_offset + 30  # then its name and its padding
+            archive.fp.seek(start - 4)
+            start += sum(struct.unpack("<2H", archive.fp.read(4)))
         with warnings.catch_warnings(action="ignore"):  # of what torch then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return content, [i.file_size for i in infos if "/data/" in i.filename and i.file_size]
+        return content, version, start, [i.file_size for i in storages]
     except pickle.UnpicklingError:  # whose message is a page about weights_only
         why = "its pickle does what tensors do not need"
     except Exception as error:  # whatever zipfile, torch and a strange pickle end in
@@ -76,12 +81,12 @@ def check(program):
             raise ValueError("its pickle has too many tuples")
 
 
-def checked(path, tensors, sizes, refuse):
+def checked(path, tensors, version, start, sizes, refuse):
     """Check pairs of a name and a tensor: {name: function that returns the tensor}.
 
-    sizes: of the storages in the file; torch.load does not see where one ends
+    version, start, sizes: of `load`; torch.load does not see where a storage ends
     """
-    readers, storages, total = {}, {}, 0
+    found, storages, total = {}, {}, 0
     for name, tensor in tensors:
         if not TEXT.fits(name):
             raise refuse("has a name that is no text")
@@ -89,10 +94,12 @@ def checked(path, tensors, sizes, refuse):
             raise refuse(f"has {shown(name)}, which is no tensor of a kind that we read")
         total += tensor.numel() * tensor.itemsize
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        aligned = tensor.data_ptr() % tensor.itemsize == 0
-        readers[name] = tensor.detach if aligned else tensor.detach().clone
-    if [size for _, size in sorted(storages.items()) if size] != sizes:
+        found[name] = tensor.detach()
+    places = sorted(place for place, size in storages.items() if size)
+    if [storages[place] for place in places] != sizes:
         raise refuse("has fewer or more bytes than its tensors")
     if total > 2 * file_size(path, ADVICE):  # a tied head is there twice
         raise refuse("has many tensors of the same bytes")
-    return readers
+    start -= min(places, default=0)  # from a place in the map to one in the file
+    return {name: partial(read_part, path, version, x.dtype, x.shape, start + x.data_ptr())
+            if x.is_contiguous() else x.clone for name, x in found.items()}

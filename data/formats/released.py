@@ -7,7 +7,7 @@ import torch
 from data import InputError
 from data.formats.fields import shown
 from data.formats.hub import OPT_NAMES
-from data.formats.pickled import read_tensor, read_tensors
+from data.formats.pickled import read_tensors
 
 ADVICE = "a released side checkpoint has six .pt files, of plain tensors"
 DOWNSAMPLE_NAMES = {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."}
@@ -36,7 +36,8 @@ def read(folder, config):
             if f"{ours}.{name}" in found or not tensor.is_floating_point():
                 raise refuse(f"has {shown(theirs)} twice in {file}, or not as floats")
             found[f"{ours}.{name}"] = tensor
-    mix = read_tensor(folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt", ADVICE)
+    mix = folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt"
+    mix = read_tensors(mix, ADVICE, alone=True)["its tensor"]()
     gates = [found.pop(f"gamma.{i}", None) for i in range(config.n_layer)]
     down = found.get("downsample.0.down.weight")
     if down is None or any(gate is None for gate in gates):

@@ -1,12 +1,15 @@
 """Read and write safetensors files; a file from outside is checked before it is used.
 
 A file has 8 bytes with the header's length (little endian), a JSON header with the dtype, shape and
-place of each tensor, and the tensors' bytes, which are read through a memory map.
+place of each tensor, and the tensors' bytes.
+A tensor is read into memory of its own: maps would keep a file open for each, or all that was read
+in memory; and a file that is cut off under a map ends Python.
 """
 
 import json
 import math
 import mmap
+import os
 from functools import partial
 
 import torch
@@ -67,26 +70,33 @@ def read_header(path):
 
 def read_safetensors(path):
     """Check a file and return {name: function that reads the tensor}."""
+    version = version_of(path)
     entries, _ = read_header(path)
-    return {name: partial(map_tensor, path, *entry[:3]) for name, entry in entries.items()}
+    return {name: partial(read_part, path, version, *e[:3]) for name, e in entries.items()}
 
 
-def map_tensor(path, dtype, shape, offset):
-    """Map a part of a file as a tensor; the map is freed with the tensor."""
-    if not math.prod(shape):
+def version_of(path):
+    """What differs when a file was written to or replaced."""
+    return file_size(path, "get it again"), os.stat(path).st_mtime_ns
+
+
+def read_part(path, version, dtype, shape, offset):
+    """Read a part of a file as a tensor. version: what the file had when it was checked"""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not nbytes:
         return torch.empty(shape, dtype=dtype)
-    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-    length = offset - start + math.prod(shape) * dtype.itemsize
     try:
+        # Memory of the system, which has it back at once; malloc would keep some of it.
+        memory = mmap.mmap(-1, nbytes, access=mmap.ACCESS_COPY)
         with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
-    except (OSError, ValueError) as error:  # the file is gone, or the memory is full
+            file.seek(offset)
+            whole = file.readinto(memory) == nbytes
+    except OSError as error:  # the file is gone, or the memory is full
         message = f"{path} cannot be read ({reason(error)}): close other programs."
         raise InputError(message) from None
-    raw = torch.frombuffer(view, dtype=torch.uint8, offset=offset - start)
-    if offset % dtype.itemsize:
-        raw = raw.clone()
-    return raw.view(dtype).view(shape)
+    if not whole or version_of(path) != version:
+        raise InputError(f"{path} was changed while it was read: put the right file there again.")
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def tensor_bytes(tensor):

@@ -37,7 +37,7 @@ def test_loading_in_4_bits(name):
 @pytest.mark.parametrize("name, kind", [("bnb_llama", "nf4"), ("bnb_opt", "fp4")])
 def test_folders_of_bitsandbytes(name, kind):
     """A folder that transformers wrote in 4 bits gives the logits that it has there; what it
-    skipped stays as it is, and nothing is quantized anew: the codes lie in the memory map."""
+    skipped stays as it is, and nothing is quantized anew: the codes are the file's."""
     folder = FIXTURES / name
     z, model = oracle(folder), from_pretrained(folder, kind, torch.float32)
     assert (model(z["idx"]) - z["logits"]).abs().max() < 1e-5 * z["logits"].abs().max()

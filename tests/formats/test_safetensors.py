@@ -12,7 +12,7 @@ from data.formats.safetensors import read_safetensors, write_safetensors
 
 
 def test_safetensors_round_trip(tmp_path):
-    """What we write, we read, whatever the dtype and shape; and nothing of it is copied."""
+    """What we write, we read, whatever the dtype and shape."""
     tensors = {
         "a": torch.randn(3, 5), "half": torch.randn(7).half(), "b": torch.randn(2, 1, 3).bfloat16(),
         "empty": torch.zeros(0, 4), "scalar": torch.tensor(2.5),
