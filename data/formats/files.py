@@ -12,11 +12,16 @@ import os
 import re
 import stat
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data import InputError
 from data.formats.fields import reason, shown
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 LARGEST_SETTINGS = 1 << 26  # bytes; the largest known tokenizer.json has half as many
 NOT_TEXT = {  # how other files begin, and what to do with them
@@ -171,6 +176,26 @@ def make_writable_folder(folder, flag):
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise InputError(f"{flag} {folder} cannot be written to ({error.strerror}).") from None
+
+
+@contextmanager
+def locked(path, refusal=""):
+    """Hold the lock of a folder, or of a file, which is made. A process that is killed has none.
+
+    refusal: the message if another process holds it; without one we wait
+    """
+    if fcntl is None:
+        yield
+        return
+    flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        yield
+    except BlockingIOError:
+        raise InputError(refusal) from None
+    finally:
+        os.close(descriptor)
 
 
 def checksum(path):

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from data import IGNORE_INDEX, InputError
 from data.devices.device import device_of
 from data.formats.fields import TABLE, field, one_of, whole
-from data.formats.files import make_writable_folder, read_json, write_json
+from data.formats.files import read_json, write_json
 from data.frozen.fingerprint import fingerprint
 from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
 from data.settings.methods import layers_per_side
@@ -41,7 +41,7 @@ PARTS = {  # of cache.json: what must be the same, in words
     "repair": "of another --repair", "every": "of another --every",
     "pool": "of another pooling --downsample or --reduction", "bits": "of fewer --h_f_bits",
 }
-KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4), "fingerprint": TABLE}
+KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4)}
 
 
 class Entry(NamedTuple):
@@ -64,7 +64,6 @@ class HiddenCache:
     def __init__(self, cfg, runs, folder, config, dtype, task):
         self.folder, self.config = Path(cfg.cache_hidden), config
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
-        make_writable_folder(self.folder, "--cache_hidden")
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
         pools = not others and form[0] in POOLS and not form[2]
@@ -77,10 +76,7 @@ class HiddenCache:
         )
         path, self.repair_file = self.folder / "cache.json", self.folder / "repair.safetensors"
         self.about = read_json(path, optional=True) or own
-        if self.about is own:  # nobody knows what other files here are of
-            for file in (self.folder / "sums.bin", self.repair_file):
-                file.unlink(missing_ok=True)
-        for name, kind in KINDS.items() if self.about is not own else ():
+        for name, kind in KINDS.items():
             field(path, self.about, name, kind)
         for name, message in PARTS.items():
             known = self.about.get(name)
@@ -103,6 +99,10 @@ class HiddenCache:
             self.entries[ids] = Entry(len(self.entries), *rows, at)
             tokens, targets = rows[0].stop, rows[1].stop
         self.check_room(tokens * token.itemsize + targets * last.itemsize, cfg.cache_limit_gb)
+        if self.about is own:  # nobody knows what other files here are of
+            for file in (self.folder / "sums.bin", self.repair_file):
+                file.unlink(missing_ok=True)
+            write_json(path, own)  # before a file has its form; `attach` adds the fingerprint
         self.tokens = self.map("states.bin", token, tokens)
         self.last = self.map("last.bin", last, targets)
         self.sums = self.map("sums.bin", np.dtype("u4"), len(examples))
@@ -140,7 +140,7 @@ class HiddenCache:
         if not self.absent:
             self.about["fingerprint"] = fingerprint(base)
             write_json(self.folder / "cache.json", self.about)
-        base.known_fingerprint = self.about["fingerprint"]
+        base.known_fingerprint = field(self.folder / "cache.json", self.about, "fingerprint", TABLE)
         self.base, self.load, self.computed, base.source = base, load, base.source or base, self
 
     def states(self, idx, keep=None, cache=None, every=1):

@@ -10,6 +10,7 @@ import torch
 
 from data import leaf
 from data.devices.device import pick_device, pick_dtype
+from data.formats.files import locked, make_writable_folder
 from data.settings.methods import SIDE_METHODS
 
 SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
@@ -38,7 +39,9 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
         device = leaf("placement").places(devices, config.n_layer, config.tied)
     cache = None
     if cfg.cache_hidden:
-        cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
+        make_writable_folder(cfg.cache_hidden, "--cache_hidden")
+        with locked(f"{cfg.cache_hidden}/cache.lock"):  # two runs may begin it together
+            cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
 
     def load(device, stream):
         base = from_pretrained(folder, cfg.quant, dtype, device, stream)

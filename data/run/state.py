@@ -12,15 +12,10 @@ import signal
 
 import torch
 
-from data import InputError
 from data.devices import distributed
+from data.formats.files import locked
 from data.formats.safetensors import write_safetensors
 from data.run.checkpoint import digest
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 FILES = "state.safetensors", "state.previous.safetensors"
 
@@ -59,21 +54,10 @@ def remove_earlier_run(out_dir):
         path.unlink()
 
 
-@contextlib.contextmanager
 def only_run_in(out_dir):
     """Refuse a second run in a folder while the first one writes to it."""
-    if fcntl is None or distributed.rank():
-        yield
-        return
-    folder = os.open(out_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        message = f"Another run writes to {out_dir}: wait, or give another --out_dir."
-        raise InputError(message) from None
-    finally:
-        os.close(folder)
+    refusal = f"Another run writes to {out_dir}: wait, or give another --out_dir."
+    return contextlib.nullcontext() if distributed.rank() else locked(out_dir, refusal)
 
 
 STOPPING = "\nStopping after this iteration. Ctrl-C again stops at once, without saving.\n"

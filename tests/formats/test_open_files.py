@@ -11,6 +11,7 @@ from helpers import FIXTURES, Forked, left, short_run, small_config
 
 import train
 from data import InputError
+from data.formats.files import locked
 from data.formats.pickled import read_tensors
 from data.formats.safetensors import read_safetensors, write_safetensors
 from data.formats.save import save_pretrained
@@ -164,6 +165,33 @@ def test_a_base_that_changes_while_a_run_reads_it(stream, change, packed, tmp_pa
     else:
         train.main(TrainConfig(**cfg))
     assert left(cfg["out_dir"])[0] == left(tmp_path / "alone")[0]
+
+
+def test_one_at_a_time(tmp_path):
+    """Who comes second waits for a lock, or is refused; a process that is killed has none."""
+    path, there = tmp_path / "x.lock", tmp_path / "there"
+
+    def holding(seconds):
+        with locked(path):
+            there.write_text("")
+            time.sleep(seconds)
+            there.unlink()
+
+    first = Forked(lambda: holding(0.5))
+    while not there.exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="busy"), locked(path, "busy"):
+        pass
+    with locked(path):
+        assert not there.exists()
+    assert first.wait()[0] == 0
+    first = Forked(lambda: holding(100))
+    while not there.exists():
+        time.sleep(0.01)
+    first.kill()
+    first.wait()
+    with locked(path, "busy"):
+        pass
 
 
 def test_fixtures_are_read_without_maps():

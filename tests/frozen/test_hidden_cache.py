@@ -209,7 +209,7 @@ def test_a_missing_file(name, cfg, tmp_path, monkeypatch):
     (dict(pool=3), "another pooling"),
 ])
 def test_a_damaged_cache_json(changes, message, cfg, tmp_path):
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"), max_iters=2)
+    cfg |= dict(cache_hidden=str(tmp_path / "cache"))
     train.main(TrainConfig(**cfg))
     path = tmp_path / "cache" / "cache.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -266,4 +266,34 @@ def test_room_is_checked_before(cfg, tmp_path):
     folder = tmp_path / "cache"
     with pytest.raises(InputError, match="needs .* GB, and --cache_limit_gb is 1e-06: --h_f_bits"):
         train.main(TrainConfig(**cfg, cache_hidden=str(folder), cache_limit_gb=1e-6))
-    assert not list(folder.glob("*"))
+    assert [path.name for path in folder.iterdir()] == ["cache.lock"]
+
+
+@pytest.mark.parametrize("changes", [dict(data_seed=9), dict(h_f_bits=16), dict(weight_decay=1.0)])
+def test_two_runs_begin_a_cache_together(changes, cfg, tmp_path, monkeypatch):
+    """While one loads its base, the other comes: it uses the cache that the first has begun, or is
+    refused. Each has the losses that it has alone, to rounding."""
+    cfg |= dict(h_f_bits=8)
+    names, alone = ("first", "second"), []
+    for name, settings in zip(names, ({}, changes)):
+        own = cfg | settings | dict(out_dir=str(tmp_path / f"{name} alone"))
+        alone.append(train.main(TrainConfig(**own))["loss_after"])
+    first, second = (cfg | dict(cache_hidden=str(tmp_path / "cache"), out_dir=str(tmp_path / name))
+                     for name in names)
+    load, found = train.from_pretrained, []
+
+    def loading(*args):
+        monkeypatch.setattr(train, "from_pretrained", load)
+        base, state = load(*args), torch.get_rng_state()
+        if "weight_decay" in changes:
+            found.append(train.main(TrainConfig(**second | changes))["loss_after"])
+        else:
+            with pytest.raises(InputError, match="of other examples|of fewer --h_f_bits"):
+                train.main(TrainConfig(**second | changes))
+        torch.set_rng_state(state)
+        return base
+
+    monkeypatch.setattr(train, "from_pretrained", loading)
+    found.insert(0, train.main(TrainConfig(**first))["loss_after"])
+    np.testing.assert_allclose(found, alone[: len(found)], atol=5e-3)
+    assert np.fromfile(tmp_path / "cache" / "sums.bin", np.uint32).all()
