@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import InputError, Refused
 from data.formats.fields import TABLE, TEXT, WORD, either, list_of, shown, whole
-from data.formats.files import checksum, parse_json, read_bytes, read_records
+from data.formats.files import checksum, locked, parse_json, read_bytes, read_records
 
 TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
@@ -125,7 +125,8 @@ def answer_file(args, start_talk):
     done = answered(args.out, model_id)
     todo = [question for question in questions if question["question_id"] not in done]
     talk = start_talk()  # it may fail: the file is opened later
-    with open(args.out, "a", encoding="utf-8") as out:
+    refusal = f"Another process writes to {args.out}: give another --out."
+    with locked(args.out, refusal), open(args.out, "a", encoding="utf-8") as out:
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
                 args.temperature = temperature(question)

@@ -7,6 +7,7 @@ import torch
 
 import qst
 from data import InputError
+from data.formats.files import locked
 from data.generate import talk
 from data.tokens import chat
 from data.tokens.tokenizer import load_tokenizer
@@ -80,6 +81,17 @@ def test_another_file_is_not_touched(tiny_model, tmp_path, content, message):
     with pytest.raises(InputError, match=f"mine.jsonl, line 1 {message}"):
         answer(tiny_model, tmp_path)
     assert path.read_text() == content
+
+
+def test_two_processes_do_not_answer_into_one_file(tiny_model, tmp_path):
+    """The second is refused while the first one writes, and asks what is left afterwards."""
+    answer(tiny_model, tmp_path, "--limit", 1)
+    before = (tmp_path / "mine.jsonl").read_bytes()
+    with locked(tmp_path / "mine.jsonl"):
+        with pytest.raises(InputError, match="Another process writes to .*mine.jsonl"):
+            answer(tiny_model, tmp_path)
+    assert (tmp_path / "mine.jsonl").read_bytes() == before
+    assert len(answer(tiny_model, tmp_path)) == 3
 
 
 def test_a_file_has_the_answers_of_one_side_checkpoint(tiny_model, tmp_path):
