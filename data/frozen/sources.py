@@ -5,12 +5,14 @@ object with a method `states` like the base's own.
 """
 
 from os.path import commonprefix
+from pathlib import Path
 
 import torch
 
-from data import leaf
+from data import InputError, leaf
 from data.devices.device import pick_device, pick_dtype
 from data.formats.files import locked, make_writable_folder
+from data.formats.safetensors import version_of
 from data.settings.methods import SIDE_METHODS
 
 SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
@@ -38,6 +40,8 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
         devices = leaf("placement").parse(cfg.devices)
         device = leaf("placement").places(devices, config.n_layer, config.tied)
     cache = None
+    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")]
+    versions = [version_of(path) for path in files]
     if cfg.cache_hidden:
         make_writable_folder(cfg.cache_hidden, "--cache_hidden")
         with locked(f"{cfg.cache_hidden}/cache.lock"):  # two runs may begin it together
@@ -51,6 +55,8 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             torch.manual_seed(cfg.data_seed)
             prompts = [ids for ids, _ in task.train]
             leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
+        if [version_of(path) for path in files] != versions:  # also if it is loaded again
+            raise InputError(f"{folder} was changed after this run began: begin it again.")
         return base
 
     if cache and cache.absent:

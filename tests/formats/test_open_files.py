@@ -167,6 +167,36 @@ def test_a_base_that_changes_while_a_run_reads_it(stream, change, packed, tmp_pa
     assert left(cfg["out_dir"])[0] == left(tmp_path / "alone")[0]
 
 
+@pytest.mark.parametrize("repair", [0, 4])
+def test_a_base_that_changes_while_it_is_loaded(repair, tmp_path, tiny_model, monkeypatch):
+    """It is read more than once: for --repair, and with --cache_hidden again after training."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    cfg = short_run(base, tmp_path, 20, max_iters=6, repair=repair)
+    cfg |= dict(cache_hidden="" if repair else str(tmp_path / "cache"))
+    load, loads = train.from_pretrained, []
+
+    def changing(*args):
+        loads.append(1)
+        if not repair and len(loads) == 2:  # to answer, after training
+            changed(base / "model.safetensors", "overwritten")
+        found = load(*args)
+        if repair:
+            changed(base / "model.safetensors", "overwritten")
+        return found
+
+    monkeypatch.setattr(train, "from_pretrained", changing)
+    if not repair:
+        monkeypatch.setattr("data.tasks.instruct.samples", ask_the_base)
+    with pytest.raises(InputError, match=f"{base} was changed after this run began"):
+        train.main(TrainConfig(**cfg))
+    assert len(loads) == (1 if repair else 2)
+
+
+def ask_the_base(model, *args):
+    model.generate(torch.tensor([[1, 5, 9]]), 1)
+    return []
+
+
 def test_one_at_a_time(tmp_path):
     """Who comes second waits for a lock, or is refused; a process that is killed has none."""
     path, there = tmp_path / "x.lock", tmp_path / "there"
