@@ -1,30 +1,68 @@
-"""AdamW whose two moments take 8 bits each: --optimizer_bits 8."""
+"""AdamW whose two moments take 8 bits each, and how an optimizer keeps a moment in 8 bits:
+--optimizer_bits 8."""
 
 import math
+from functools import cache
 
 import torch
 
 from data.run.optim import must_skip
-from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
-)
+from quant import ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, dequantize_blockwise, quantize_blockwise
+
+LEVELS = {  # of each moment
+    "mean": DYNAMIC_CODEBOOK,
+    "root": DYNAMIC_CODEBOOK,  # in states of earlier commits
+    # Nearer to AdamW than with an unsigned dynamic code book, if gradients span up to 3 decades.
+    "unsigned_root": (torch.arange(256) / 255) ** 2,
+}
+
+
+@cache
+def levels_on(name, device):
+    return LEVELS[name].to(device)
+
+
+def kept_in_8_bits(p, *names):
+    """See `kept_state` in data/run/optim.py."""
+    blocks = torch.Size([-(-p.numel() // ABSMAX_BLOCK_SIZE)])
+    codes = dict.fromkeys(names, (torch.Size([p.numel()]), torch.uint8))
+    return codes | {f"{name}_absmax": (blocks, torch.float32) for name in names}
+
+
+def decode(state, name, like):
+    """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
+    moment = torch.zeros(like.shape, device=like.device)
+    if name in state:
+        levels, absmax = levels_on(name, like.device), state[f"{name}_absmax"]
+        dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
+    return moment
+
+
+def encode(state, name, moment):
+    codes, absmax = quantize_blockwise(moment, LEVELS[name], ABSMAX_BLOCK_SIZE)
+    if name == "unsigned_root":
+        codes.clamp_(min=1)  # never 0: it is the divisor
+    state[name], state[f"{name}_absmax"] = codes, absmax
+
+
+def renew(state, p):
+    """Give a parameter's root, in the state of an earlier commit, the code book of today."""
+    encode(state, "unsigned_root", decode(state, "root", p))
+    del state["root"], state["root_absmax"]
 
 
 class AdamW8bit(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
 
-    They are quantized in blocks of 256 with quant.py's code book for absmax values. Of the second
-    moment it stores the root, which needs half as many decades, and never 0, the divisor.
+    They are quantized in blocks of 256. Of the second moment it stores the root, which needs half
+    as many decades.
     """
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
     def kept_state(self, group, p):
-        """See `kept_state` in data/run/optim.py."""
-        blocks = torch.Size([-(-p.numel() // ABSMAX_BLOCK_SIZE)])
-        codes = dict.fromkeys(("mean", "root"), (torch.Size([p.numel()]), True))
-        return codes | dict.fromkeys(("mean_absmax", "root_absmax"), (blocks, False))
+        return kept_in_8_bits(p, "mean", "unsigned_root")
 
     @torch.no_grad()
     def step(self):
@@ -34,26 +72,13 @@ class AdamW8bit(torch.optim.Optimizer):
                     self.update(parameter, self.state[parameter], **group)
 
     def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
-        grad = parameter.grad.float().flatten()
+        grad = parameter.grad.float()
         t = state["step"] = state.get("step", 0) + 1
-        codebook = codebook_on("dynamic", grad.device)
-        moments = []
-        for name in ("mean", "root"):
-            if t == 1:
-                moments.append(torch.zeros_like(grad))
-                continue
-            codes, absmax = state[name], state[f"{name}_absmax"]
-            moment = torch.empty_like(grad)
-            dequantize_blockwise(codes, codebook, absmax, ABSMAX_BLOCK_SIZE, moment)
-            moments.append(moment)
-        mean, root = moments
+        mean, root = decode(state, "mean", grad), decode(state, "unsigned_root", grad)
         mean.lerp_(grad, 1 - betas[0])
         root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
-        for name, moment in (("mean", mean), ("root", root)):
-            codes, absmax = quantize_blockwise(moment, DYNAMIC_CODEBOOK, ABSMAX_BLOCK_SIZE)
-            state[name], state[f"{name}_absmax"] = codes, absmax
-        smallest = DYNAMIC_CODEBOOK.tolist().index(0.0) + 1
-        state["root"].clamp_(min=smallest)
+        encode(state, "mean", mean)
+        encode(state, "unsigned_root", root)
         root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)
-        step = mean.div_(root).mul_(lr / (1 - betas[0] ** t)).view_as(parameter)
+        step = mean.div_(root).mul_(lr / (1 - betas[0] ** t))
         parameter.copy_(parameter.float() * (1 - lr * weight_decay) - step)

@@ -22,7 +22,7 @@ class Muon(torch.optim.AdamW):
 
     def kept_state(self, group, p):
         """See `kept_state` in data/run/optim.py."""
-        return {"momentum": (p.shape, False)} if group["muon"] else adamw_state(p)
+        return {"momentum": (p.shape, torch.float32)} if group["muon"] else adamw_state(p)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -47,22 +47,17 @@ def must_skip(optimizer):
 
 
 def adamw_state(p):
-    return dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, False))
+    return dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, p.dtype))
 
 
 def kept_state(optimizer, group, p):
-    """What is kept of a parameter, without AdamW's count of steps."""
+    """{name: (shape, dtype)} of what is kept of a parameter, without AdamW's count of steps."""
     kept = getattr(optimizer, "kept_state", None)  # of our own optimizers
     return kept(group, p) if kept else adamw_state(p)
 
 
 def optimizer_bytes(optimizer):
-    """Bytes that an optimizer keeps. The scales of 8-bit blocks are in fp32, other tensors in the
-    parameter's dtype."""
-    total = 0
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for shape, in_8_bits in kept_state(optimizer, group, p).values():
-                size = 1 if in_8_bits else 4 if shape != p.shape else p.element_size()
-                total += size * shape.numel()
-    return total
+    """Bytes that an optimizer keeps."""
+    kept = [kept_state(optimizer, group, p).values()
+            for group in optimizer.param_groups for p in group["params"]]
+    return sum(shape.numel() * dtype.itemsize for own in kept for shape, dtype in own)

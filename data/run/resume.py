@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError
+from data import InputError, leaf
 from data.formats.fields import (
     TABLE, TEXT, Kind, either, field, first_few, list_of, number, shown, table_of, whole,
 )
@@ -118,17 +118,23 @@ def load_moments(optimizer, moments, where):
         expected = kept_state(optimizer, group, p)
         step = {"step": own.pop("step")} if COUNT.fits(own.get("step")) else {}
         if "exp_avg" in expected:  # torch's AdamW counts its steps in a tensor
-            expected = expected | {"step": (torch.Size([]), False)}
+            expected = expected | {"step": (torch.Size([]), torch.float32)}
         counted = "mean" in expected
+        of_before = counted and "root" in own  # its code book was the signed one
+        if of_before:
+            expected = {name.removeprefix("unsigned_"): kept for name, kept in expected.items()}
         fits = set(own) == set(expected) and bool(step) == counted and all(
             isinstance(own[name], torch.Tensor) and own[name].shape == shape
-            and (own[name].dtype == torch.uint8) == in_8_bits
-            for name, (shape, in_8_bits) in expected.items()
+            and (own[name].dtype == torch.uint8) == (dtype == torch.uint8)
+            for name, (shape, dtype) in expected.items()
         )
         if not fits:
             message = f"the moments of parameter {index} are not of this optimizer"
             raise InputError(f"{where}: {message}: leave out --resume.")
-        tensors = {name: tensor.to(p.device, copy=True) for name, tensor in own.items()}
+        tensors = {name: tensor.to(p.device, expected[name][1], copy=True)
+                   for name, tensor in own.items()}
+        if of_before:
+            leaf("adamw8bit").renew(tensors, p)
         optimizer.state[p] = step | tensors
 
 

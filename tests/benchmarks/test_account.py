@@ -46,6 +46,7 @@ COMBINATIONS = {
     "peqa": dict(method="peqa"),
     "lst": dict(method="lst"),
     "full": dict(method="full"),
+    "muon": dict(method="full", optimizer="muon", dtype="bf16"),
     "as written": dict(checkpoint=False, h_f_bits=16, chunk_loss=False),
     "4 bits": dict(h_f_bits=4, optimizer_bits=8, dtype="bf16"),
     "16 bits of h_f": dict(h_f_bits=16),
@@ -75,7 +76,8 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
     kept = activation_bytes(model, idx, idx)
     if config.family == "opt" and dtype != torch.float32:
         # LayerNorm's mean and deviation are fp32 on meta tensors, as on CUDA; in 16 bits here.
-        kept += 2 * config.n_layer * 2 * idx.numel() * 2 * (not cfg.checkpoint)
+        norms = 2 * config.n_layer + (method == "full")
+        kept += norms * 2 * idx.numel() * 2 * (not cfg.checkpoint)
     assert report["activations_bytes"] == kept
     with Live() as live:
         model.loss(idx, idx).backward()
