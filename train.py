@@ -97,7 +97,7 @@ class TrainConfig(SideConfig):
         "lst; default with --base) or the base's (other methods)", group="memory")
     h_f_bits: int = of_side(None, "bits of the hidden states stored for backward", (16, 8, 4))
     chunk_loss: bool = setting(True, "compute the logits of at most 128 tokens at a time")
-    optimizer_bits: int = setting(32, "bits of AdamW's moments", (32, 8))
+    optimizer_bits: int = setting(32, "bits of the optimizer's moments", (32, 8))
     stream: bool = of_side(False, "keep the 4-bit layers on disk or in host memory until needed")
     cache_hidden: str = setting("", "folder that caches the base's hidden states for later epochs")
     cache_limit_gb: float = setting(50.0, "maximum size of --cache_hidden in GB", above=0)

@@ -76,6 +76,7 @@ WITHOUT_SIDE = dict(reduction=None)
 METHOD_RUNS = [
     dict(method="qst"), dict(method="qst", optimizer_bits=8, gradient_accumulation_steps=2),
     dict(method="qst", optimizer="muon", variant="fast"), dict(method="lst"),
+    dict(method="qst", optimizer="muon", optimizer_bits=8),
     dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
     dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
     dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,

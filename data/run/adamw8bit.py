@@ -14,6 +14,7 @@ LEVELS = {  # of each moment
     "root": DYNAMIC_CODEBOOK,  # in states of earlier commits
     # Nearer to AdamW than with an unsigned dynamic code book, if gradients span up to 3 decades.
     "unsigned_root": (torch.arange(256) / 255) ** 2,
+    "momentum": torch.arange(-128, 128) / 127,  # Muon's, evenly spaced: arXiv 2509.23106
 }
 
 

@@ -1,20 +1,44 @@
-"""Muon, an optimizer for matrices: --optimizer muon."""
+"""Muon, an optimizer for matrices: --optimizer muon, also with --optimizer_bits 8."""
 
 import math
 
 import torch
 
+from data.run.adamw8bit import AdamW8bit, decode, encode, kept_in_8_bits
 from data.run.optim import adamw_state, must_skip
 
 
-class Muon(torch.optim.AdamW):
-    """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`; AdamW for the rest.
+class MuonStep:
+    """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`; for the rest the AdamW
+    that a subclass inherits from.
 
     A matrix moves along its momentum with all singular values set to about 1. The factor 0.2
     sqrt(max(m, n)) makes the step as large as AdamW's, so that both have one learning rate.
     """
 
     momentum = 0.95
+
+    @torch.no_grad()
+    def step(self):
+        if must_skip(self):
+            return
+        for group in self.param_groups:
+            for parameter in group["params"] if group["muon"] else ():
+                if parameter.grad is not None:
+                    self.update_matrix(parameter, group["lr"], group["weight_decay"])
+                    parameter.grad = None  # AdamW below leaves out what has no gradient
+        super().step()
+
+    def update_matrix(self, matrix, lr, weight_decay):
+        grad = matrix.grad.float()
+        momentum = self.moved_momentum(self.state[matrix], grad)
+        direction = orthogonalize(grad + self.momentum * momentum)  # Nesterov's look ahead
+        size = 0.2 * math.sqrt(max(matrix.shape))
+        matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * size)
+
+
+class Muon(MuonStep, torch.optim.AdamW):
+    """With a momentum and an AdamW in fp32."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -24,24 +48,21 @@ class Muon(torch.optim.AdamW):
         """See `kept_state` in data/run/optim.py."""
         return {"momentum": (p.shape, torch.float32)} if group["muon"] else adamw_state(p)
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        if must_skip(self):
-            return None
-        for group in self.param_groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self.update(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW below leaves out what has no gradient
-        return super().step(closure)
-
-    def update(self, matrix, lr, weight_decay):
-        grad, state = matrix.grad.float(), self.state[matrix]
+    def moved_momentum(self, state, grad):
         momentum = state.setdefault("momentum", torch.zeros_like(grad))
-        momentum.mul_(self.momentum).add_(grad)
-        direction = orthogonalize(grad + self.momentum * momentum)  # Nesterov's look ahead
-        size = 0.2 * math.sqrt(max(matrix.shape))
-        matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * size)
+        return momentum.mul_(self.momentum).add_(grad)
+
+
+class Muon8bit(MuonStep, AdamW8bit):
+    """With a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
+
+    def kept_state(self, group, p):
+        return kept_in_8_bits(p, "momentum") if group["muon"] else super().kept_state(group, p)
+
+    def moved_momentum(self, state, grad):
+        momentum = decode(state, "momentum", grad).mul_(self.momentum).add_(grad)
+        encode(state, "momentum", momentum)
+        return momentum
 
 
 def orthogonalize(matrix, steps=5):

@@ -32,12 +32,12 @@ def make_optimizer(model, cfg):
             kind = dict(factor=factor, weight_decay=cfg.weight_decay * matrix, muon=muon)
             groups.setdefault(tuple(kind.items()), []).append(parameter)
     groups = [dict(kind, params=parameters) for kind, parameters in groups.items()]
-    betas = (cfg.beta1, cfg.beta2)
+    muon = leaf("muon") if cfg.optimizer == "muon" else None
+    common = dict(lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2))
     if cfg.optimizer_bits == 8:
-        return leaf("adamw8bit").AdamW8bit(groups, cfg.learning_rate, betas)
-    optimizer = leaf("muon").Muon if cfg.optimizer == "muon" else torch.optim.AdamW
-    fused = parameter.device.type != "meta"
-    return optimizer(groups, lr=cfg.learning_rate, betas=betas, fused=fused)
+        return (muon.Muon8bit if muon else leaf("adamw8bit").AdamW8bit)(groups, **common)
+    optimizer = muon.Muon if muon else torch.optim.AdamW
+    return optimizer(groups, fused=parameter.device.type != "meta", **common)
 
 
 def must_skip(optimizer):

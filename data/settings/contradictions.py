@@ -20,8 +20,6 @@ def refuse(cfg, task, on_glue):
          f"--task {task}: all tasks but tiny need --base, and tiny has its own base"),
         (cfg.dtype == "fp16" and cfg.method == "full",
          "--method full cannot train weights in --dtype fp16: give bf16 or fp32"),
-        (cfg.optimizer == "muon" and cfg.optimizer_bits == 8,
-         "--optimizer_bits 8 is for --optimizer adamw, not for muon"),
         (cfg.stream and (not cfg.base or cfg.devices or cfg.compile or cfg.samples_interval),
          "--stream needs --base, and works without --devices, --compile and --samples_interval"),
         (cfg.threads > (os.cpu_count() or 1), f"--threads {cfg.threads} is more than the cores"),

@@ -47,6 +47,7 @@ COMBINATIONS = {
     "lst": dict(method="lst"),
     "full": dict(method="full"),
     "muon": dict(method="full", optimizer="muon", dtype="bf16"),
+    "muon in 8 bits": dict(optimizer="muon", optimizer_bits=8),
     "as written": dict(checkpoint=False, h_f_bits=16, chunk_loss=False),
     "4 bits": dict(h_f_bits=4, optimizer_bits=8, dtype="bf16"),
     "16 bits of h_f": dict(h_f_bits=16),

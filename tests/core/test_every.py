@@ -107,5 +107,3 @@ def test_fast_is_the_recipe():
     assert (paper.optimizer, paper.learning_rate, paper.every) == ("adamw", 1e-2, 1)
     with pytest.raises(InputError, match="leave out --mix and --variant"):
         resolved("--method", "lst")
-    with pytest.raises(InputError, match="--optimizer_bits 8 is for --optimizer adamw"):
-        resolved("--optimizer_bits", "8")

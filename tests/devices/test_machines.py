@@ -105,7 +105,7 @@ def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
     for flag, settings in advice.items():
         cfg = train.resolve(TrainConfig(**settings))
         assert f"give {flag}." in report.out_of_memory(cfg)
-    cfg = train.resolve(TrainConfig(method="qlora", checkpoint=True))
+    cfg = train.resolve(TrainConfig(method="qlora", checkpoint=True, optimizer="muon"))
     assert "--optimizer_bits 8" in report.out_of_memory(cfg)
 
 

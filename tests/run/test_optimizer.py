@@ -1,6 +1,7 @@
 """The optimizer: learning rates, groups, accumulated gradients, and AdamW in 8 bits."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import small_base
 import train
 from data import InputError
 from data.run.adamw8bit import AdamW8bit, decode, encode
-from data.run.muon import Muon, orthogonalize
+from data.run.muon import Muon, Muon8bit, orthogonalize
 from data.run.optim import make_optimizer
 from data.run.resume import load_moments
 from data.run.run import Run
@@ -57,7 +58,8 @@ def test_optimizer_groups():
 
 
 @pytest.mark.parametrize("optimizer, bits, kind", [
-    ("adamw", 32, torch.optim.AdamW), ("adamw", 8, AdamW8bit), ("muon", 32, Muon)
+    ("adamw", 32, torch.optim.AdamW), ("adamw", 8, AdamW8bit), ("muon", 32, Muon),
+    ("muon", 8, Muon8bit),
 ])
 def test_each_optimizer_gets_its_settings(optimizer, bits, kind):
     """The betas are those of the flags. Muon takes matrices that multiply states, and so neither
@@ -208,14 +210,18 @@ def test_an_earlier_root_is_loaded():
 
 
 def test_the_levels_of_a_moment():
-    """A root is never 0, the divisor."""
-    state, root = {}, torch.tensor([0.0, 0.3, 1, 100, 255]) ** 2
+    """Muon's momentum has even steps, of which one is 0; a root is never 0, the divisor."""
+    state, momentum = {}, torch.tensor([-127.0, -64.2, 0, 0.9, 127])
+    encode(state, "momentum", momentum)
+    assert torch.allclose(decode(state, "momentum", momentum), momentum.round())
+    assert state["momentum"].tolist() == [1, 64, 128, 129, 255]
+    root = torch.tensor([0.0, 0.3, 1, 100, 255]) ** 2
     encode(state, "unsigned_root", root)
     expected = torch.tensor([1.0, 1, 1, 100, 255]) ** 2
     assert torch.allclose(decode(state, "unsigned_root", root), expected)
 
 
-@pytest.mark.parametrize("make", [AdamW8bit])
+@pytest.mark.parametrize("make", [AdamW8bit, Muon8bit])
 def test_moments_in_8_bits_on_meta_tensors(make):
     """Without values, a step keeps what it keeps with them."""
     kept = []
@@ -240,20 +246,30 @@ def test_orthogonalizing(shape):
     assert 0.65 < turned.diag().min() and turned.diag().max() < 1.25
 
 
-def test_muons_steps():
+def in_127_steps(momentum):
+    step = momentum.abs().max().clamp(min=1e-9) / 127
+    return (momentum / step).round() * step
+
+
+@pytest.mark.parametrize("make, adamw, kept", [
+    (partial(Muon, fused=True), torch.optim.AdamW, torch.clone),
+    (Muon8bit, AdamW8bit, in_127_steps),
+], ids=["32 bits", "8 bits"])
+def test_muons_steps(make, adamw, kept):
     """A matrix decays and moves by 0.2 sqrt(its longer side) times the rate, along the gradient and
-    0.95 of the momentum, which has it already; a vector takes AdamW's step, and no matrix does."""
+    0.95 of the momentum, which has it already; a vector takes AdamW's step, and no matrix does.
+    In 8 bits the next step reads a rounded momentum."""
     draw = torch.Generator().manual_seed(0)
     p, vector = (torch.nn.Parameter(torch.randn(n, generator=draw)) for n in ((6, 9), (5,)))
     copy = torch.nn.Parameter(vector.detach().clone())
     groups = [dict(params=[p], muon=True), dict(params=[vector], muon=False)]
-    optimizer = Muon(groups, lr=0.02, weight_decay=0.1, fused=True)
-    adamw = torch.optim.AdamW([copy], lr=0.02, weight_decay=0.1)
+    optimizer = make([group | dict(weight_decay=0.1) for group in groups], lr=0.02)
+    adamw = adamw([dict(params=[copy], weight_decay=0.1)], lr=0.02)
     expected, momentum = p.detach().clone(), torch.zeros(6, 9)
     for _ in range(3):
         p.grad, vector.grad = torch.randn(6, 9, generator=draw), torch.randn(5, generator=draw)
         copy.grad = vector.grad.clone()
-        momentum = 0.95 * momentum + p.grad
+        momentum = 0.95 * kept(momentum) + p.grad
         step = 0.2 * 3 * orthogonalize(p.grad + 0.95 * momentum)
         expected = expected * (1 - 0.02 * 0.1) - 0.02 * step
         optimizer.step()

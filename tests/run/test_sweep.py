@@ -23,7 +23,7 @@ from train import TrainConfig, prepare, side_config
 SWEEPS = {
     "architecture": "variant=paper,fast standardize=true seed=1,2",
     "memory": "h_f_bits=16,4 checkpoint=false,true downsample=linear",
-    "width and steps": "reduction=2,4 optimizer=adamw,muon lr_schedule=cosine mix=residual",
+    "width and steps": "reduction=2,4 optimizer=adamw,muon optimizer_bits=8 mix=residual",
 }
 
 

@@ -125,7 +125,6 @@ def test_a_variant_is_one_flag():
      "--samples_interval is for --task tiny and instruct, not for rte"),
     (["train.py", "--instructions", "x"], "--instructions is for --task mmlu, not tiny"),
     (["train.py", "--method", "lst", "--mix", "alpha"], "leave out --mix"),
-    (["train.py", "--optimizer=muon", "--optimizer_bits=8"], "--optimizer_bits 8"),
     (["train.py", "--max_iters", "x" * 10**6], "invalid int value"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x"], "/nowhere is not a folder"),
     (["qst.py", "--base", "/nowhere", "--prompt", "x", "--temprature=1"], "--temprature=1"),
