@@ -23,13 +23,6 @@ def levels_on(name, device):
     return LEVELS[name].to(device)
 
 
-def kept_in_8_bits(p, *names):
-    """See `kept_state` in data/run/optim.py."""
-    blocks = torch.Size([-(-p.numel() // ABSMAX_BLOCK_SIZE)])
-    codes = dict.fromkeys(names, (torch.Size([p.numel()]), torch.uint8))
-    return codes | {f"{name}_absmax": (blocks, torch.float32) for name in names}
-
-
 def decode(state, name, like):
     """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
     moment = torch.zeros(like.shape, device=like.device)
@@ -61,9 +54,6 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
-
-    def kept_state(self, group, p):
-        return kept_in_8_bits(p, "mean", "unsigned_root")
 
     @torch.no_grad()
     def step(self):

@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from data.run.adamw8bit import AdamW8bit, decode, encode, kept_in_8_bits
-from data.run.optim import adamw_state, must_skip
+from data.run.adamw8bit import AdamW8bit, decode, encode
+from data.run.optim import must_skip
 
 
 class MuonStep:
@@ -44,10 +44,6 @@ class Muon(MuonStep, torch.optim.AdamW):
         super().__init__(*args, **kwargs)
         self._step_supports_amp_scaling = False  # torch's GradScaler must unscale the gradients
 
-    def kept_state(self, group, p):
-        """See `kept_state` in data/run/optim.py."""
-        return {"momentum": (p.shape, torch.float32)} if group["muon"] else adamw_state(p)
-
     def moved_momentum(self, state, grad):
         momentum = state.setdefault("momentum", torch.zeros_like(grad))
         return momentum.mul_(self.momentum).add_(grad)
@@ -55,9 +51,6 @@ class Muon(MuonStep, torch.optim.AdamW):
 
 class Muon8bit(MuonStep, AdamW8bit):
     """With a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
-
-    def kept_state(self, group, p):
-        return kept_in_8_bits(p, "momentum") if group["muon"] else super().kept_state(group, p)
 
     def moved_momentum(self, state, grad):
         momentum = decode(state, "momentum", grad).mul_(self.momentum).add_(grad)

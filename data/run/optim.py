@@ -46,18 +46,18 @@ def must_skip(optimizer):
     return found_inf is not None and found_inf.item() > 0
 
 
-def adamw_state(p):
-    return dict.fromkeys(("exp_avg", "exp_avg_sq"), (p.shape, p.dtype))
-
-
 def kept_state(optimizer, group, p):
-    """{name: (shape, dtype)} of what is kept of a parameter, without AdamW's count of steps."""
-    kept = getattr(optimizer, "kept_state", None)  # of our own optimizers
-    return kept(group, p) if kept else adamw_state(p)
+    """What an optimizer keeps of a parameter after a step: {name: tensor on the meta device}, and
+    AdamW's count of steps."""
+    twin = torch.nn.Parameter(torch.empty_like(p, device="meta"))
+    twin.grad = torch.empty_like(twin)
+    optimizer = type(optimizer)([group | dict(params=[twin], fused=False)], lr=0.0)
+    optimizer.step()
+    return optimizer.state[twin]
 
 
 def optimizer_bytes(optimizer):
-    """Bytes that an optimizer keeps."""
-    kept = [kept_state(optimizer, group, p).values()
+    """Bytes that an optimizer keeps, without the counts of steps."""
+    kept = [kept_state(optimizer, group, p).items()
             for group in optimizer.param_groups for p in group["params"]]
-    return sum(shape.numel() * dtype.itemsize for own in kept for shape, dtype in own)
+    return sum(value.nbytes for own in kept for name, value in own if name != "step")

@@ -116,26 +116,23 @@ def load_moments(optimizer, moments, where):
         group, p = parameters[int(index)]
         own = {name: field(where, own, name, MOMENT) for name in own}
         expected = kept_state(optimizer, group, p)
-        step = {"step": own.pop("step")} if COUNT.fits(own.get("step")) else {}
-        if "exp_avg" in expected:  # torch's AdamW counts its steps in a tensor
-            expected = expected | {"step": (torch.Size([]), torch.float32)}
-        counted = "mean" in expected
-        of_before = counted and "root" in own  # its code book was the signed one
-        if of_before:
+        if "root" in own:  # of a commit whose code book for it was the signed one
             expected = {name.removeprefix("unsigned_"): kept for name, kept in expected.items()}
-        fits = set(own) == set(expected) and bool(step) == counted and all(
-            isinstance(own[name], torch.Tensor) and own[name].shape == shape
-            and (own[name].dtype == torch.uint8) == (dtype == torch.uint8)
-            for name, (shape, dtype) in expected.items()
-        )
-        if not fits:
+        if {n: form(v) for n, v in own.items()} != {n: form(v) for n, v in expected.items()}:
             message = f"the moments of parameter {index} are not of this optimizer"
             raise InputError(f"{where}: {message}: leave out --resume.")
-        tensors = {name: tensor.to(p.device, expected[name][1], copy=True)
-                   for name, tensor in own.items()}
-        if of_before:
-            leaf("adamw8bit").renew(tensors, p)
-        optimizer.state[p] = step | tensors
+        for name, value in own.items():
+            if isinstance(value, torch.Tensor):
+                own[name] = value.to(p.device, expected[name].dtype, copy=True)
+        if "root" in own:
+            leaf("adamw8bit").renew(own, p)
+        optimizer.state[p] = own
+
+
+def form(moment):
+    """The shape of a tensor, and whether it has 8-bit codes; None of a count."""
+    if isinstance(moment, torch.Tensor):
+        return moment.shape, moment.dtype == torch.uint8
 
 
 def load_state(out_dir):
