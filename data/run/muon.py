@@ -30,8 +30,9 @@ class MuonStep:
         super().step()
 
     def update_matrix(self, matrix, lr, weight_decay):
-        grad = matrix.grad.float()
-        momentum = self.moved_momentum(self.state[matrix], grad)
+        grad, state = matrix.grad.float(), self.state[matrix]
+        momentum = self.read(state, "momentum", grad).mul_(self.momentum).add_(grad)
+        self.keep(state, "momentum", momentum)
         direction = orthogonalize(grad + self.momentum * momentum)  # Nesterov's look ahead
         size = 0.2 * math.sqrt(max(matrix.shape))
         matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * size)
@@ -44,18 +45,17 @@ class Muon(MuonStep, torch.optim.AdamW):
         super().__init__(*args, **kwargs)
         self._step_supports_amp_scaling = False  # torch's GradScaler must unscale the gradients
 
-    def moved_momentum(self, state, grad):
-        momentum = state.setdefault("momentum", torch.zeros_like(grad))
-        return momentum.mul_(self.momentum).add_(grad)
+    def read(self, state, name, grad):
+        return state.get(name, torch.zeros_like(grad))
+
+    def keep(self, state, name, momentum):
+        state[name] = momentum
 
 
 class Muon8bit(MuonStep, AdamW8bit):
     """With a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
 
-    def moved_momentum(self, state, grad):
-        momentum = decode(state, "momentum", grad).mul_(self.momentum).add_(grad)
-        encode(state, "momentum", momentum)
-        return momentum
+    read, keep = staticmethod(decode), staticmethod(encode)
 
 
 def orthogonalize(matrix, steps=5):

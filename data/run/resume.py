@@ -110,6 +110,7 @@ def load_moments(optimizer, moments, where):
     moments: {number of a parameter, as a text: {name: tensor}}; "step" is a number for 8 bits
     """
     parameters = [(g, p) for g in optimizer.param_groups for p in g["params"]]
+    form = lambda v: (v.shape, v.dtype == torch.uint8) if isinstance(v, torch.Tensor) else None
     if unknown := sorted(set(moments) - {str(i) for i in range(len(parameters))}):
         raise InputError(f"{where}: the optimizer has no parameter {first_few(unknown)}.")
     for index, own in moments.items():
@@ -121,18 +122,11 @@ def load_moments(optimizer, moments, where):
         if {n: form(v) for n, v in own.items()} != {n: form(v) for n, v in expected.items()}:
             message = f"the moments of parameter {index} are not of this optimizer"
             raise InputError(f"{where}: {message}: leave out --resume.")
-        for name, value in own.items():
-            if isinstance(value, torch.Tensor):
-                own[name] = value.to(p.device, expected[name].dtype, copy=True)
+        for name in [name for name, value in own.items() if form(value)]:
+            own[name] = own[name].to(p.device, expected[name].dtype, copy=True)
         if "root" in own:
             leaf("adamw8bit").renew(own, p)
         optimizer.state[p] = own
-
-
-def form(moment):
-    """The shape of a tensor, and whether it has 8-bit codes; None of a count."""
-    if isinstance(moment, torch.Tensor):
-        return moment.shape, moment.dtype == torch.uint8
 
 
 def load_state(out_dir):
