@@ -28,7 +28,7 @@ from data.run.optim import learning_rate_at
 from data.run.report import (
     compared, conclude, memory_advice, print_sizes, progress, record_errors, sizes, write_result,
 )
-from data.run.run import Run
+from data.run.run import Run, refuse_other_processes
 from data.run.state import only_run_in, stop_signals
 from data.settings import contradictions
 from data.settings.flags import (
@@ -348,6 +348,7 @@ def train(settings, base, task, folder, cfg):
             model = make_model(own, base, task, measure)
             result |= sizes(model, count_weights(model.config))
             runs.append(Run(model, own).keep_files(task, result, shown=not runs))
+    refuse_other_processes(task, base, [run.model for run in runs], cfg.out_dir)
     if not runs:
         return results
     print_sizes(folder, runs, task.train)
@@ -366,6 +367,7 @@ def train(settings, base, task, folder, cfg):
 def evaluate(settings, base, task, cfg):
     """Score each --side, or the base. If the scores have no loss, add the held-out loss."""
     models = SharedBase([make_model(own, base, task) for own in settings])
+    refuse_other_processes(task, base, models.models, cfg.out_dir)
     results = task.score(models)
     if task.held_out and "loss" not in results[0]:
         losses = mean_loss(models, task.held_out, cfg.batch_size, "loss")
@@ -377,12 +379,12 @@ def evaluate(settings, base, task, cfg):
 def main(cfg):
     """Train or evaluate as a `TrainConfig` says; return the content of result.json, or for a sweep
     that of sweep.json (data/README.md)."""
+    distributed.start(first_device(cfg)[0], cfg)
     started, given, cfg = time.perf_counter(), cfg, resolve(cfg)
     runs = leaf("sweep").settings_of_runs(given, cfg, resolve) if cfg.sweep else {"": cfg}
     settings = list(runs.values())
     cfg = replace(settings[0], sweep=cfg.sweep, out_dir=cfg.out_dir)  # what all runs share
     make_writable_folder(cfg.out_dir, "--out_dir")
-    distributed.start(first_device(cfg)[0])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
@@ -397,10 +399,8 @@ def main(cfg):
         if cfg.sweep and not cfg.eval_only and not cfg.resume:  # which may still be refused
             write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))
         with memory_advice(cfg):
-            if cfg.eval_only:
-                results = evaluate(settings, base, task, cfg)
-            else:
-                results = train(settings, base, task, folder, cfg)
+            results = (evaluate(settings, base, task, cfg) if cfg.eval_only
+                       else train(settings, base, task, folder, cfg))
         for own, result in zip(settings, results):
             write_result(own, result, base.device, time.perf_counter() - started)
     if cfg.sweep:

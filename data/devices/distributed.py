@@ -7,24 +7,38 @@ We do not use DistributedDataParallel: it sends the frozen base's buffers around
 the number of processes, where we give every token the same weight.
 """
 
+import atexit
 import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from torch import distributed
 
 from data import InputError
+from data.formats.fields import shown
+
+PATIENCE = 30  # minutes, with a process that loads, or that makes the built-in base
+# These may be others on another machine; what a run reads is compared later.
+MAY_DIFFER = "base data instructions side out_dir cache_hidden device devices threads".split()
 
 
-def start(device):
-    """Join the processes that torchrun has started, if any. Only the first one prints."""
+def start(device, cfg):
+    """Join the processes that torchrun has started, if any, with the same settings. Only the first
+    one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        with others_alive():
+            distributed.init_process_group(backend, timeout=timedelta(minutes=PATIENCE))
+        if backend == "gloo":  # whose threads may abort an exit that does not end them
+            atexit.register(distributed.destroy_process_group)
         if rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")
+    seen = lambda name, value: "given" if value and name in MAY_DIFFER else value
+    refuse_different({f"--{name}": seen(name, value) for name, value in vars(cfg).items()})
 
 
 def rank():
@@ -41,11 +55,21 @@ def others_alive():
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().partition("\n")[0][:80]
+        reason = str(error).strip().partition("\n")[0].rpartition("] ")[2][:80]
         raise InputError(
-            f"Another process of this run has ended ({reason}): read its message, and continue "
-            "with --resume."
+            f"Another process of this run has ended, or is silent for {PATIENCE} minutes "
+            f"({reason}): read its message, and continue with --resume."
         ) from None
+
+
+def refuse_different(about):
+    """End all processes with one sentence if they differ. about: {what: its value}"""
+    first, *others = join([about])
+    for number, other in enumerate(others, 1):
+        for what, value in first.items():
+            if other[what] != value:
+                found = f"{shown(other[what])} in process {number}, and {shown(value)} in process 0"
+                raise InputError(f"{what} is {found}: give all processes the same.")
 
 
 def sum_(tensors):

@@ -81,9 +81,8 @@ def print_sizes(folder, runs, examples):
 
 def out_of_memory(cfg):
     """Advise the first saving that is not on yet."""
-    savings = dict(checkpoint=True, chunk_loss=True)
-    savings |= dict(h_f_bits=4) if cfg.method in SIDE_METHODS else {}
-    savings |= dict(optimizer_bits=8)
+    side = dict(h_f_bits=4) if cfg.method in SIDE_METHODS else {}
+    savings = dict(checkpoint=True, chunk_loss=True, **side, optimizer_bits=8)
     flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
     steps = 2 * cfg.gradient_accumulation_steps
     half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"

@@ -9,11 +9,26 @@ import torch
 from data.devices import distributed
 from data.devices.device import peak_memory
 from data.formats.files import write_json
+from data.frozen.fingerprint import fingerprint
+from data.run.checkpoint import digest
 from data.run.log import TrainingLog
 from data.run.optim import make_optimizer
 from data.run.state import remove_earlier_run, save_state
 from data.settings.flags import SETTINGS_FILE
 from data.tasks.examples import examples_fingerprint
+
+
+def refuse_other_processes(task, base, models, out_dir):
+    """Refuse processes with other data, another base or other weights; or another out_dir, from
+    which all read what the first one writes."""
+    if distributed.size() > 1:
+        weights = [digest("", dict(model.named_parameters()))[:8] for model in models]
+        distributed.refuse_different({
+            "The data (examples, tokens, checksum)":
+                examples_fingerprint(task.train + task.held_out),
+            "The checksum of the base": digest(repr(fingerprint(base)), {})[:8],
+            "The checksum of the weights to train": weights, "--out_dir": out_dir,
+        })
 
 
 class Run:

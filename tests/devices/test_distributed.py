@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +17,7 @@ from helpers import ROOT, SETTINGS, Forked, small_base
 
 import train
 from data.devices import distributed
+from data.formats.save import save_pretrained
 from data.run.run import Run
 from data.settings.flags import run_main
 from data.tasks import tiny
@@ -41,15 +44,15 @@ def torchrun(cfg, processes=2, **changes):
     return Forked(lambda: (sets(), import_module("torch.distributed.run").main(words)))
 
 
-def two_at_once(cfg):
+def two_at_once(cfg, other={}):
     """The two processes that torchrun would start, without torchrun, which ends one after the
-    other's death itself."""
+    other's death itself. other: what the second one has other settings of"""
     with socket.create_server(("localhost", 0)) as free:
         here = dict(MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
 
     def run(rank):
         os.environ.update(here, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-        run_main(lambda: train.main(TrainConfig(**cfg)))
+        run_main(lambda: train.main(TrainConfig(**cfg | other if rank else cfg)))
 
     return [Forked(lambda: run(rank)) for rank in range(2)]
 
@@ -86,6 +89,76 @@ def test_two_processes_are_one(cfg, tmp_path):
     two = json.loads((two_dir / "result.json").read_text())
     assert two["loss_after"] == pytest.approx(one["loss_after"], abs=1e-4)
     assert two["perplexity_after"] == pytest.approx(one["perplexity_after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("what, told", [
+    ("seed", "--seed is 2 in process 1, and 1337 in process 0"),
+    ("reduction", "--reduction is 2 in process 1, and 4 in process 0"),
+    ("batch_size", "--batch_size is 0 in process 1, and 4 in process 0"),
+    ("out_dir", "--out_dir is '.*/second' in process 1, and '.*/out' in process 0"),
+    ("data", r"The data \(examples, tokens, checksum\) is \[43, .* and \[43, "),
+    ("max_examples", "--max_examples is 40 in process 1, and 0 in process 0"),
+    ("base", "The checksum of the base is '.*' in process 1, and '.*' in process 0"),
+    ("no base", "--base is '' in process 1, and 'given' in process 0"),
+])
+def test_processes_that_differ_are_refused(what, told, cfg, tmp_path):
+    """Both end before the first step with one sentence that says in what they differ. The data and
+    the base are compared by what is in them."""
+    cfg |= dict(out_dir=str(tmp_path / "out"))
+    values = dict(seed=2, reduction=2, batch_size=0, max_examples=40)
+    other = {what: values.get(what, str(tmp_path / "second"))}
+    if what == "no base":
+        other = dict(base="", data="")
+    if what == "data":  # as many tokens, one of them another
+        text = Path(cfg["data"]).read_text()
+        Path(other["data"]).write_text(text.replace("lost", "found", 1))
+    if what == "base":
+        base = train.from_pretrained(cfg["base"], "none", torch.float32)
+        base.layers[0].self_attn.q_proj.weight.neg_()
+        shutil.copytree(cfg["base"], other["base"])
+        save_pretrained(base, other["base"])
+    ends = [process.wait(60) for process in two_at_once(cfg, other)]
+    sentences = [end[2].strip().split("\n")[-1] for end in ends]
+    assert sentences[1] == sentences[0].replace("error:", "error in process 1:")
+    assert re.search(f"error: {told}.*: give all processes the same", sentences[0])
+    assert [end[0] for end in ends] == [1, 1] and not (tmp_path / "out/log.csv").exists()
+
+
+def test_other_side_networks_are_refused(cfg, tmp_path):
+    """Also those to evaluate, of the same settings and of the same name in another folder."""
+    for seed in (1, 2):
+        train.main(TrainConfig(**cfg | dict(max_iters=1, out_dir=str(tmp_path / f"{seed}"))))
+        cfg |= dict(seed=7)
+    cfg = {name: cfg[name] for name in ("base", "data", "sequence_len", "device")}
+    cfg |= dict(eval_only=True, side=str(tmp_path / "1"), out_dir=str(tmp_path / "eval"))
+    ends = [each.wait(60) for each in two_at_once(cfg, dict(side=str(tmp_path / "2")))]
+    assert all("The checksum of the weights to train is [" in end[2] for end in ends), ends
+
+
+def test_a_stopped_process_is_waited_for_only_so_long(cfg, tmp_path, monkeypatch):
+    """The other one ends with a sentence, and so does the stopped one if it goes on."""
+    monkeypatch.setattr(distributed, "PATIENCE", 0.05)
+    cfg |= dict(out_dir=str(tmp_path), max_iters=10**6)
+    first, second = two_at_once(cfg)
+    while not (tmp_path / "state.safetensors").exists() and not first.ended():
+        time.sleep(0.005)
+    second.kill(signal.SIGSTOP)
+    code, _, complaints = first.wait(60)
+    second.kill(signal.SIGCONT)
+    for code, _, complaints in ((code, _, complaints), second.wait(60)):
+        assert code == 1 and "Traceback" not in complaints
+        assert "Another process of this run has ended, or is silent for 0.05 minutes" in complaints
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_one_process_stops_all(number, cfg, tmp_path):
+    cfg |= dict(out_dir=str(tmp_path), max_iters=10**6)
+    processes = two_at_once(cfg)
+    while not (tmp_path / "state.safetensors").exists() and not processes[0].ended():
+        time.sleep(0.005)
+    processes[1].kill(number)
+    ends = [process.wait(60) for process in processes]
+    assert [code for code, *_ in ends] == [0, 0] and "continue with --resume" in ends[0][1]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
