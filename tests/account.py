@@ -60,7 +60,7 @@ def memory_report(cfg, config=None, live=None):
     backward. Every position has a target, for all methods alike.
         activations   what forward keeps for backward, each storage once: `activation_bytes`
         gradients     as while they accumulate: they are there from the start to the end
-        optimizer     the two moments of AdamW
+        optimizer     its moments
         transient     the step's peak above the four others: logits, a layer's intermediates, the
                       unpacked weight, and what is recomputed
         total         the sum, and so the peak

@@ -142,7 +142,7 @@ def load_state(out_dir):
             continue
         for other in damaged:
             print(f"{other} is damaged, and removed.")
-            other.unlink()
+            other.unlink(missing_ok=True)  # by another process
         return state, path
     if damaged:
         raise InputError(

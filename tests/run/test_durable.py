@@ -61,7 +61,7 @@ def recorded(out_dir):
 
 
 def disks(calls):
-    """Yield what may be on the disk after each of the calls: {path: content}, and what was saved."""
+    """Yield what may be on the disk after each call: {path: content}, and what was saved."""
     for end in range(len(calls) + 1):
         done = calls[:end]
         flushed = {}  # the place of each folder's last flush
