@@ -27,7 +27,6 @@ LARGEST_SETTINGS = 1 << 26  # bytes; the largest known tokenizer.json has half a
 NOT_TEXT = {  # how other files begin, and what to do with them
     b"PAR1": "Parquet: convert it to JSON or text", b"PK\3\4": "a zip file: unpack or convert it",
     b"\x1f\x8b": "a gzip archive: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
-    b"version https://git-lfs": "a pointer of git-lfs: run `git lfs pull` in its folder",
 }
 
 
@@ -74,12 +73,9 @@ def read_text(path, advice="give a file of UTF-8 text", newline=None):
 def parse_json(text):
     """Read strict JSON, str or UTF-8: only finite numbers, no name twice; else a ValueError."""
 
-    def refuse(constant):
-        raise ValueError(f"{constant} is not a JSON number")
-
     def finite(digits):
-        if math.isinf(value := float(digits)):
-            raise ValueError(f"{shown(digits)} is too large a number")
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits[:40]} is not a JSON number, or is too large")
         return value
 
     def table(pairs):
@@ -92,7 +88,7 @@ def parse_json(text):
 
     try:
         text = text if isinstance(text, str) else text.decode()
-        return json.loads(text, parse_constant=refuse, parse_float=finite, object_pairs_hook=table)
+        return json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=table)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
@@ -151,13 +147,12 @@ def write_atomically(path, write):
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-    except BaseException as error:
-        with suppress(OSError):
+    except OSError as error:
+        message = f"{path} could not be written ({error.strerror}); nothing was changed."
+        raise InputError(message) from None
+    finally:
+        with suppress(OSError):  # it is there only if something failed
             temporary.unlink()
-        if isinstance(error, OSError):
-            message = f"{path} could not be written ({error.strerror}); nothing was changed."
-            raise InputError(message) from None
-        raise
 
 
 def write_json(path, content):
