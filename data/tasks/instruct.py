@@ -97,12 +97,11 @@ def checked(messages, field, system=None):
             raise Refused("has a message without a known role", shown(role))
         if not isinstance(text, str):
             raise Refused(f'has a message without text in "{own[1]}"', shown(text))
-        # JSON may spell halves of surrogate pairs, which cannot be encoded.
-        made.append({"role": ROLES[role], "content": HALF.sub("?", text)})
-        if (input := message.get("input")) is not None and not isinstance(input, str):
+        if not isinstance(input := message.get("input"), str | None):
             raise Refused("has an input or context that is not text", shown(input))
-        if input:
-            made[-1]["input"] = HALF.sub("?", input)
+        # JSON may spell halves of surrogate pairs, which cannot be encoded.
+        more = {"input": HALF.sub("?", input)} if input else {}
+        made.append({"role": ROLES[role], "content": HALF.sub("?", text)} | more)
     is_answer = lambda message: message["role"] == "assistant"
     start = sum(1 for _ in takewhile(lambda message: message["role"] != "user", made))
     made = [one for one in made[:start] if not is_answer(one)] + made[start:]
@@ -152,11 +151,6 @@ def examples(conversation, tokenizer, template, sequence_len):
     return made
 
 
-def prompt_text(conversation):
-    """Return the text of the last question, which comes before the last answer."""
-    return with_input(conversation[-2])
-
-
 def answers(model, tokenizer, template, conversations, batch_size=64):
     """Generate greedy answers of at most 64 tokens to the last question of each conversation.
 
@@ -179,7 +173,7 @@ def samples(model, tokenizer, template, conversations):
     """Return the last questions with the expected and the generated answers."""
     found = answers(model, tokenizer, template, conversations)
     return [
-        dict(prompt=prompt_text(one), expected=one[-1]["content"].strip(), answer=answer)
+        dict(prompt=with_input(one[-2]), expected=one[-1]["content"].strip(), answer=answer)
         for one, answer in zip(conversations, found)
     ]
 
@@ -192,27 +186,24 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
     train, held_out = split(conversations, cfg.held_out, cfg.data_seed, cfg.max_examples)
     if cfg.eval_only:
         train, held_out = [], train + held_out
-    kept, notes = [], list(notes)
-    for name, half in (("training", train), ("held-out", held_out)):
-        made, left_out = [], Counter()
+    made, asked, notes = {"training": [], "held-out": []}, [], list(notes)
+    for name, half in zip(made, (train, held_out)):
+        left_out = Counter()
         for one in half:
             try:
                 if half is held_out:  # it may be asked
                     template.encode(one[:-1], tokenizer)
-                if pairs := examples(one, tokenizer, template, cfg.sequence_len):
-                    made.append((one, pairs))
-                else:
-                    left_out[f"has a prompt that fills {cfg.sequence_len} tokens"] += 1
-            except Refused as error:  # by the chat template
+                if not (pairs := examples(one, tokenizer, template, cfg.sequence_len)):
+                    raise Refused(f"has a prompt that fills {cfg.sequence_len} tokens")
+                made[name] += pairs
+                asked += [one] * (half is held_out)
+            except Refused as error:  # also by the chat template
                 left_out[str(error)] += 1
         notes += [f"{n} {name} examples left out: each {why}" for why, n in left_out.items()]
-        kept.append(made)
-    if cfg.eval_only and not kept[1]:
+    if cfg.eval_only and not asked:
         raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
-    train, held_out = ([pair for _, pairs in half for pair in pairs] for half in kept)
-    asked = [one for one, _ in kept[1]]
     return Task(
-        train, held_out, lambda models: [score(model, asked) for model in models.models],
+        *made.values(), lambda models: [score(model, asked) for model in models.models],
         notes=notes, example=example,
         samples=lambda model: samples(model, tokenizer, template, asked[:1]),
     )

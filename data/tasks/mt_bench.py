@@ -52,10 +52,6 @@ def read_questions(path):
     return list(questions.values())
 
 
-def temperature(question):
-    return TEMPERATURES.get(question.get("category"), 0.7)
-
-
 def answer(talk, question):
     """Answer all turns of a question in one conversation, and print what does not fit.
 
@@ -129,7 +125,7 @@ def answer_file(args, start_talk):
     with locked(args.out, refusal), open(args.out, "a", encoding="utf-8") as out:
         for question in tqdm(todo, "answers", unit="question"):
             if args.fastchat_temperatures:
-                args.temperature = temperature(question)
+                args.temperature = TEMPERATURES.get(question.get("category"), 0.7)
             turns = answer(talk, question)
             out.write(answer_line(question["question_id"], model_id, turns))
             out.flush()

@@ -118,12 +118,12 @@ def read_instructions(folder):
     for one in instruct.read_instructions(folder / "data.jsonl")[0]:
         assert one[-1]["role"] == "assistant"
         instruct.examples(one, tokenizer(), chat.ChatTemplate(), 64)
-        instruct.prompt_text(one).encode()
+        instruct.with_input(one[-2]).encode()
 
 
 def read_questions(folder):
     for question in mt_bench.read_questions(folder / "data.jsonl"):
-        mt_bench.temperature(question)
+        mt_bench.TEMPERATURES.get(question.get("category"))
         mt_bench.answer_line(question["question_id"], "me", question["turns"]).encode()
 
 

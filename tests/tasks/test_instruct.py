@@ -80,7 +80,7 @@ def test_every_assistant_turn_is_trained_on(tokenizer):
     assert "Be short." in tokenizer.decode(ids)
     prompt, _ = PLAIN.encode(made[:-1], tokenizer)
     assert prompt == ids[: len(ids) - len(tokenizer.encode("the lake"))]
-    assert instruct.prompt_text(made) == "Where?"
+    assert instruct.with_input(made[-2]) == "Where?"
 
 
 def test_long_sequences_are_cut(tokenizer):

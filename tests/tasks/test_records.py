@@ -50,7 +50,7 @@ def test_dolly_and_sharegpt(tmp_path):
     )
     question, answer = say("user: Add.", "assistant: 3")
     assert dolly == [question | {"input": "1 2"}, answer]
-    assert instruct.prompt_text(dolly) == "Add.\n\n1 2"
+    assert instruct.with_input(dolly[-2]) == "Add.\n\n1 2"
     assert sharegpt == say("user: 1", "assistant: 2", "user: 3", "assistant: 4")
 
 
