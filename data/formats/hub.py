@@ -50,8 +50,7 @@ def open_files(folder, config):
     if differ := layers ^ set(map(str, range(config.n_layer))):
         first = min(differ, key=lambda number: (len(number), number))
         what = f"{'has' if first in layers else 'lacks'} {first_few([f'layers.{first}'])}"
-        sizes = f"num_hidden_layers is {config.n_layer}, its files have {len(layers)}"
-        raise InputError(f"{folder} {what}: in config.json {sizes}; get all files of one model.")
+        raise InputError(f"{folder} {what}, unlike config.json: get all files of one model.")
     return tensors
 
 
@@ -99,19 +98,18 @@ def choose_weights(folder, config, tensors, shapes, quant):
         packed.setdefault(name + ".weight", {})[rest] = tensors.pop(field_name)
     theirs = {name: their_name(config.family, name) for name in shapes}
     needed = set(theirs.values())
-    optional = {"lm_head.weight"} if config.tied else set()
-    if config.tied and (head := tensors.get("lm_head.weight")):
+    if config.tied and (head := tensors.pop("lm_head.weight", None)):
         embedding = tensors.setdefault(theirs["embed_tokens.weight"], head)  # some store one
         if embedding is not head and not torch.equal(embedding(), head()):
             what = "an lm_head.weight that is not its embedding"
             raise InputError(f'{folder} has {what}: give config.json "tie_word_embeddings": false.')
-    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")} - optional
+    found = {n for n in tensors if not n.endswith("rotary_emb.inv_freq")}
     if missing := sorted(needed - found):
         raise InputError(f"{folder} lacks {first_few(missing)}: is config.json another model's?")
     linear = {theirs[n] for n, shape in shapes.items() if len(shape) == 2 and "embed" not in n}
     if surplus := sorted(found - needed | set(packed) - linear):
-        names = first_few(surplus)
-        raise InputError(f"{folder} has {names}, unlike config.json: get all files of one model.")
+        what = f"has {first_few(surplus)}"
+        raise InputError(f"{folder} {what}, unlike config.json: get all files of one model.")
     bar = tqdm(desc=f"loading {folder}", total=len(shapes), unit="tensor", leave=False, delay=2)
 
     def read(ours):
@@ -124,8 +122,7 @@ def choose_weights(folder, config, tensors, shapes, quant):
         elif not tensor.is_floating_point():
             raise InputError(f"{where} is {tensor.dtype} and has no scales.")
         if tensor.shape != shape:
-            sizes = f"shape {tuple(tensor.shape)}, but config.json needs {shape}"
-            raise InputError(f"{folder}: {ours} has {sizes}.")
+            raise InputError(f"{where} has shape {tuple(tensor.shape)}, and config.json {shape}.")
         return tensor
 
     return {ours: partial(read, ours) for ours in shapes}, bool(packed)
