@@ -70,12 +70,10 @@ def read_state(where, tensor, table):
     try:
         if tensor.dtype != torch.uint8 or tensor.numel() > 10_000:
             raise ValueError("it is not a short text")
-        state = parse_json(bytes(tensor.flatten().tolist()))
-        if not TABLE.fits(state):
-            raise ValueError("it is not a table")
+        state = {"state": parse_json(bytes(tensor.flatten().tolist()))}
     except ValueError as error:
-        message = f"{where} cannot be read as JSON ({error}): download the folder again."
-        raise InputError(message) from None
+        raise InputError(f"{where} is not JSON ({error}): download the folder again.") from None
+    state = field(where, state, "state", TABLE)
     return {name: field(where, state, name, *kind) for name, kind in table.items()}
 
 

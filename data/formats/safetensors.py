@@ -40,28 +40,22 @@ def read_header(path):
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise bad("the header is longer than the file, or than a model's header can be")
     try:
-        header = parse_json(read_bytes(path, advice, 8 + length)[8:])
+        header = {"header": parse_json(read_bytes(path, advice, 8 + length)[8:])}
     except ValueError as error:
         raise bad(f"the header is not JSON ({error})") from None
-    if not TABLE.fits(header):
-        raise bad("the header is not a table")
+    header = field(path, header, "header", table_of(TABLE))
     metadata = field(path, header, "__metadata__", table_of(TEXT), {})
     header.pop("__metadata__", None)
-    entries, start = {}, 8 + length
+    entries, place = {}, 8 + length
     for name, entry in header.items():
-        if not (TEXT.fits(name) and TABLE.fits(entry)):
-            raise bad(f"the entry of {shown(name)} is not a table")
         where = f"{path}: the tensor {shown(name)}"
-        dtype, shape, (begin, end) = (field(where, entry, f, k) for f, k in ENTRY.items())
+        dtype, shape, (begin, end) = (field(where, entry, *kind) for kind in ENTRY.items())
         if math.prod(max(1, n) for n in shape) > LARGEST_TENSOR:
             raise bad(f"{shown(name)} has the shape {shown(shape)}, which is too large")
-        if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise bad(f"{shown(name)} does not fit its offsets {begin} to {end}")
-        entries[name] = (DTYPES[dtype], shape, start + begin, start + end)
-    place = start
-    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
-        if begin != place:
-            raise bad(f"{shown(name)} does not start where the one before it ends")
+        entries[name] = DTYPES[dtype], shape, 8 + length + begin, 8 + length + end
+    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda e: e[1][2:]):
+        if begin != place or end - begin != math.prod(shape) * dtype.itemsize:
+            raise bad(f"{shown(name)} does not fit its offsets, or leaves a gap before it")
         place = end
     if place != size:
         raise bad(f"its tensors end at byte {place} and the file at {size}")
@@ -92,8 +86,7 @@ def read_part(path, version, dtype, shape, offset):
             file.seek(offset)
             whole = file.readinto(memory) == nbytes
     except OSError as error:  # the file is gone, or the memory is full
-        message = f"{path} cannot be read ({reason(error)}): close other programs."
-        raise InputError(message) from None
+        raise InputError(f"{path} cannot be read ({reason(error)}): close programs.") from None
     if not whole or version_of(path) != version:
         raise InputError(f"{path} was changed while it was read: put the right file there again.")
     return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -138,9 +131,7 @@ def check_values(tensor, dtype, name):
         return tensor
     low, high = (value.item() for value in values.aminmax())  # NaN if any value is NaN
     most = min(torch.finfo(dtype).max, LARGEST_WEIGHT)
-    if not -math.inf < low <= high < math.inf:
-        raise InputError(f"{name} has NaN or infinite values: download it again.")
-    if max(-low, high) > most:
+    if not -most <= low <= high <= most:
         kind = str(dtype).removeprefix("torch.")
         found = f"values from {low:.3g} to {high:.3g}; in {kind} they may be at most {most:.3g}"
         raise InputError(f"{name} has {found}: give another --dtype, or download it again.")
@@ -155,13 +146,12 @@ def copy_into(module, tensors, where):
     if surplus := sorted(set(tensors) - set(own)):
         raise InputError(f"{where} has {first_few(surplus)}, which the side network lacks.")
     for name, ours in own.items():
-        theirs = tensors[name]
+        theirs, name = tensors[name], f"{where}: {name}"
         if theirs.shape != ours.shape:
-            shapes = f"{tuple(theirs.shape)}, not {tuple(ours.shape)}"
-            raise InputError(f"{where}: {name} has shape {shapes}.")
+            raise InputError(f"{name} has shape {tuple(theirs.shape)}, not {tuple(ours.shape)}.")
         if theirs.is_floating_point() != ours.is_floating_point():
-            raise InputError(f"{where}: {name} is {theirs.dtype}, not {ours.dtype}.")
+            raise InputError(f"{name} is {theirs.dtype}, not {ours.dtype}.")
         if ours.is_floating_point():
-            check_values(theirs, ours.dtype, f"{where}: {name}")
+            check_values(theirs, ours.dtype, name)
     for name, ours in own.items():
         ours.copy_(tensors[name])
