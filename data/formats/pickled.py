@@ -60,7 +60,8 @@ def load(path, refuse):
             start = (storages or infos)[0].header_offset + 30  # then its name and its padding
             archive.fp.seek(start - 4)
             start += sum(struct.unpack("<2H", archive.fp.read(4)))
-        with warnings.catch_warnings(action="ignore"):  # of what torch then refuses
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch then refuses
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content, version, start, [i.file_size for i in storages]
     except pickle.UnpicklingError:  # whose message is a page about weights_only
