@@ -29,8 +29,7 @@ def their_name(family, name):
     """Translate our name of a weight to the checkpoint's, without the leading "model."."""
     if family == "llama" or name.startswith("lm_head."):
         return name
-    if name.startswith("norm."):
-        return "decoder.final_layer_norm." + name.removeprefix("norm.")
+    name = re.sub(r"^norm\.", "final_layer_norm.", name)
     for ours, theirs in OPT_NAMES.items():
         name = name.replace(ours, theirs)
     return "decoder." + name
@@ -59,9 +58,8 @@ def find_files(folder):
         if (folder / name).exists():
             return read_file(folder / name)
         if (folder / f"{name}.index.json").exists():
-            return read_shards(folder, folder / f"{name}.index.json")
-    names = "model.safetensors, pytorch_model.bin or an index of either"
-    raise InputError(f"{folder} has no weights: copy {names} there.")
+            return read_shards(folder / f"{name}.index.json")
+    raise InputError(f"{folder} has no weights: copy model.safetensors or all its parts there.")
 
 
 def read_file(path):
@@ -70,16 +68,14 @@ def read_file(path):
     return leaf("pickled").read_tensors(path)
 
 
-def read_shards(folder, index):
+def read_shards(index):
     """Read the tensors of all files in an index; each must be in the file that it names."""
     weight_map = field(index, read_json(index), "weight_map", table_of(TEXT))
     tensors, found = {}, {}
     for shard in sorted(set(weight_map.values())):
         if not re.fullmatch(r"[\w-][\w.-]{0,200}", shard, re.ASCII):
             raise InputError(f"{index} names a file outside its folder: {shown(shard)}.")
-        if not (folder / shard).exists():
-            raise InputError(f"{folder / shard} is missing, and {index} names it.")
-        for name, read in read_file(folder / shard).items():
+        for name, read in read_file(index.parent / shard).items():
             tensors[name], found[name] = read, shard if name not in found else "two files"
     if differ := sorted(n for n in {*found, *weight_map} if found.get(n) != weight_map.get(n)):
         raise InputError(f"{index} and its files disagree about {first_few(differ)}.")
