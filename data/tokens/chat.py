@@ -50,7 +50,7 @@ class ChatTemplate:
         """
         if self.plain or messages[-1]["role"] == "assistant":
             return self.examples(messages, tokenizer)[-1]
-        (ids,) = self.ids_of(tokenizer, (messages, True))
+        (ids,) = self.ids_of(tokenizer, messages)
         return ids, [False] * len(ids)
 
     def examples(self, messages, tokenizer, most=math.inf):
@@ -64,8 +64,7 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant" or kept > most:
                 continue
-            before, whole = messages[:i], messages[: i + 1]
-            prompt, ids = self.ids_of(tokenizer, (before, True), (whole, False))
+            prompt, ids = self.ids_of(tokenizer, messages[: i + 1])
             start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
             ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
             end = ends[-1] if ends else len(ids)
@@ -76,21 +75,20 @@ class ChatTemplate:
             kept = end
         return made
 
-    def ids_of(self, tokenizer, *wanted):
-        """Render and encode each of `wanted`: (messages, whether an answer is begun)."""
+    def ids_of(self, tokenizer, messages):
+        """Encode a conversation up to the start of its last answer, and, if it has one, all."""
+        said = [dict(role=m["role"], content=tokenizer.hide(with_input(m))) for m in messages]
         # A text set apart from the template cannot be half of a special token.
         apart = lambda text: re.sub(r"^(\s*)(\S.*\S|\S)", rf"\1{BREAK}\2{BREAK}", text, flags=re.S)
-        changed = lambda messages, change: [
-            dict(role=m["role"], content=change(tokenizer.hide(with_input(m)))) for m in messages
-        ]
-        renders = [(changed(messages, str), begun) for messages, begun in wanted]
-        renders.append((changed(wanted[-1][0], apart), wanted[-1][1]))
+        check = [message | {"content": apart(message["content"])} for message in said]
+        done = messages[-1]["role"] == "assistant"
+        renders = [(said[: len(said) - done], True), *[(said, False)] * done, (check, not done)]
         texts = {id: text for text, id in tokenizer.added.items()}
         names = {"bos_token": texts.get(tokenizer.bos_id), "eos_token": texts.get(tokenizer.eos_id)}
         names = {name: text for name, text in names.items() if text and name not in self.absent}
         texts = render(self.path, self.text, renders, names)
         if not texts[-2].startswith(texts[0]):  # for example, the prompt alone has a system message
-            before, answer, _ = texts[-1].rpartition(renders[-1][0][-1]["content"].strip())
+            before, answer, _ = texts[-1].rpartition(check[-1]["content"].strip())
             texts[0] = before if answer else texts[0]
         *found, checked = [tokenizer.encode(text, special=True) for text in texts]
         marks = [[id for id in ids if id in tokenizer.special_ids] for ids in (found[-1], checked)]
@@ -195,9 +193,8 @@ def render(path, template, renders, names):
     letters = sum(len(message["content"]) for messages, _ in renders for message in messages)
     try:
         with limits(SECONDS + letters / 1e6):
-            names = {"tools": None, "documents": None, **names}
-            to_text = partial(compile_template(template).render, names)
-            texts = [to_text(messages=m, add_generation_prompt=begun) for m, begun in renders]
+            to_text = compile_template(template).render
+            texts = [to_text(names, messages=m, add_generation_prompt=on) for m, on in renders]
         if sum(map(len, texts)) <= LETTERS + 4 * letters:
             return texts
         raise ValueError("it writes more than a megabyte")
@@ -219,9 +216,9 @@ def compile_template(text):
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    env.globals["raise_exception"] = refuse
-    # differs from transformers, which asks the clock: a run must be repeatable.
-    env.globals["strftime_now"] = datetime(2024, 7, 26).strftime
+    # differs from transformers, whose strftime_now asks the clock: a run must be repeatable.
+    now = datetime(2024, 7, 26).strftime
+    env.globals |= dict(tools=None, documents=None, raise_exception=refuse, strftime_now=now)
     # {% generation %} marks an answer for transformers; here it is a block like any other.
     block = r"({%[-+]?\s*)(end)?generation(\s*[-+]?%})"
     as_if = lambda found: found[1] + ("endif" if found[2] else "if true") + found[3]

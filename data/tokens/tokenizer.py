@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data import InputError, leaf
-from data.formats.fields import TABLE, TEXT, WORD, either, field, list_of, shown, table_of, whole
+from data.formats.fields import TABLE, TEXT, either, field, list_of, shown, table_of, whole
 from data.formats.files import read_bytes, read_json, write_atomically
 
 ID = whole(0, (1 << 24) - 1)
@@ -39,8 +39,7 @@ class Tokenizer:
         """token_bytes: {id: its bytes}; added: {text: id} of tokens that any text may contain"""
         self.folder, self.special, self.added = folder, special, {**added, **special}
         if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
-            most = f"{MOST_ADDED:,} special tokens or one of over {LONGEST_ADDED} letters"
-            raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
+            raise InputError(f"{folder} has too many or too long special tokens: get it again.")
         self.special_ids = set(special.values())
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
         self.token_bytes = token_bytes | {id: text.encode() for text, id in added.items()}
@@ -144,8 +143,7 @@ def load_tokenizer(folder):
     elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = leaf("bpe").load(folder)
     else:
-        files = "tokenizer.model, its tokenizer.json, or its vocab.json and merges.txt"
-        raise InputError(f"{folder} has no tokenizer: copy the model's {files} there.")
+        raise InputError(f"{folder} has no tokenizer: copy all small files of the model there.")
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
     if largest >= vocab_size:
         sizes = f"ids up to {largest}, but vocab_size in config.json is {vocab_size}"
