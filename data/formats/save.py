@@ -22,7 +22,6 @@ def save_pretrained(model, folder):
         own = dict(module.named_parameters(recurse=False))
         own |= dict(module.named_buffers(recurse=False))
         if isinstance(module, Linear4bit):
-            own = {} if module.bias is None else {"bias": module.bias}
             name = prefix + their_name(c.family, f"{path}.weight")
             tensors |= leaf("bnb").weight_fields(name, module.weight, dtype)
             written["quantization_config"] = leaf("bnb").settings(module.weight.kind, dtype)
