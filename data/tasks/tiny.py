@@ -112,12 +112,9 @@ def pretraining(n, seed):
 
 def pretraining_examples(tokenizer):
     """The same as (ids, targets): a base learns from all of the text, not from answers alone."""
-    plain, examples = chat.ChatTemplate(), []
-    for record in pretraining(4000, BASE_RUN["seed"]):
-        conversation = instruct.conversation(record)
-        made = instruct.examples(conversation, tokenizer, plain, BASE["max_positions"])
-        examples += [(ids, ids[1:] + targets[-1:]) for ids, targets in made]
-    return examples
+    conversations = map(instruct.conversation, pretraining(4000, BASE_RUN["seed"]))
+    texts = [chat.plain(one, tokenizer)[0] for one in conversations]
+    return [(ids[:-1], ids[1:]) for ids in texts]
 
 
 def make_in_child(folder, module="train"):
@@ -125,11 +122,8 @@ def make_in_child(folder, module="train"):
 
     Not by multiprocessing, which would run a reader's script once more, from its top.
     """
-    root = Path(__file__).resolve().parents[2]
-    code = (
-        f"import {module}; from data.settings.flags import run_main; "
-        f"run_main(lambda: {module}.make_tiny_base({str(folder)!r}))"
-    )
+    root, make = Path(__file__).resolve().parents[2], f"{module}.make_tiny_base({str(folder)!r})"
+    code = f"import {module}; from data.settings.flags import run_main; run_main(lambda: {make})"
     own = {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     own |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
@@ -207,7 +201,7 @@ def load(cfg, tokenizer):
     return instruct.make_task(conversations, tokenizer, template, cfg, score, EXAMPLE)
 
 
-def train_tokenizer(path, vocab_size=VOCAB_SIZE):
+def train_tokenizer(path):
     """Train a sentencepiece tokenizer, of LLaMA's kind, on the language of the grammar."""
     import sentencepiece
 
@@ -215,7 +209,7 @@ def train_tokenizer(path, vocab_size=VOCAB_SIZE):
     lines = [line for sample in text for line in sample.split("\n") if line]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(Path(path).with_suffix("")),
-        vocab_size=vocab_size, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
         normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
         num_threads=1, minloglevel=2,
     )
