@@ -140,8 +140,7 @@ def read_instructions(path):
 def examples(conversation, tokenizer, template, sequence_len):
     """Encode a conversation as examples of ids and targets, of equal length <= `sequence_len`.
 
-    A target is the next id, or IGNORE_INDEX if that is not part of an answer. Each answer ends
-    with the end token. An example is left out if the prompts alone fill the sequence.
+    The targets are the answers, each with its end token. An example that holds none is left out.
     """
     made = []
     for ids, inside in template.examples(conversation, tokenizer, sequence_len):

@@ -23,7 +23,6 @@ matthews = pearson  # for two classes, Matthews' correlation equals Pearson's of
 
 
 def spearman(predicted, labels):
-    """Compute the correlation of the ranks."""
     return pearson(ranks(predicted), ranks(labels))
 
 

@@ -63,8 +63,7 @@ def read(folder, split):
     root = folder / "data" if (folder / "data").is_dir() else folder
     paths = sorted((root / split).glob(f"*_{split}.csv"))
     if not paths:
-        advice = f"get MMLU with python data/tasks/mmlu.py --download {folder}"
-        raise InputError(f"{root / split} has no file named <subject>_{split}.csv: {advice}")
+        raise InputError(f"{root / split} has no *_{split}.csv: try data/tasks/mmlu.py --download.")
     questions = {}
     for path in paths:
         subject = path.name.removesuffix(f"_{split}.csv")
@@ -75,22 +74,21 @@ def read(folder, split):
 
 
 def read_csv(path):
-    """Read and check the questions of one file."""
     questions, line = [], 1
+    refuse = lambda why: InputError(f"{path}, line {line} {why}.")
     reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
     try:
         for row in reader:
             if row:
                 if len(row) != 6:
-                    raise InputError(f"{path}, line {line} has {len(row)} columns instead of 6.")
+                    raise refuse(f"has {len(row)} columns instead of 6")
                 text, *choices, answer = row
                 if answer not in tuple(LETTERS):
-                    why = f"the answer {shown(answer)}, which is none of A, B, C and D"
-                    raise InputError(f"{path}, line {line} has {why}.")
+                    raise refuse(f"has the answer {shown(answer)}, none of A, B, C and D")
                 questions.append(Question(text, tuple(choices), LETTERS.index(answer)))
             line = reader.line_num + 1  # a quoted field may span several lines
     except csv.Error as error:
-        raise InputError(f"{path}, line {line} is not CSV ({reason(error)}).") from None
+        raise refuse(f"is not CSV ({reason(error)})") from None
     if not questions:
         raise InputError(f"{path} holds no questions.")
     return questions
@@ -121,17 +119,13 @@ def ask(question):
 
 
 def prompt(subject, shots, question):
-    """Write the heading, the shots with their answers, and the question."""
     name = subject.replace("_", " ")
     heading = f"The following are multiple choice questions (with answers) about  {name}.\n\n"
     return heading + "".join(f"{ask(s)} {LETTERS[s.answer]}\n\n" for s in shots) + ask(question)
 
 
 def encode(subject, shots, question, tokenizer, room):
-    """Encode a prompt in at most `room` ids: (ids, number of shots that fit).
-
-    The number is -1 if even the question was cut.
-    """
+    """Encode a prompt in at most `room` ids: (ids, shots that fit; -1 if the question was cut)."""
     for kept in range(len(shots), -1, -1):
         ids = [tokenizer.bos_id, *tokenizer.encode(prompt(subject, shots[:kept], question))]
         if len(ids) <= room:
@@ -140,12 +134,9 @@ def encode(subject, shots, question, tokenizer, room):
 
 
 def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_examples=0):
-    """Answer the test questions, or `max_examples` of them. models: a `SharedBase`
-
-    Returns a dict per model: "accuracy" (the mean over all questions), "accuracy_by_category",
-    "accuracy_by_subject", "examples" and "subjects" (how many), "shortened" (how many prompts
-    lost shots) and "cut" (how many lost a part of their question).
-    """
+    """Answer the test questions, or `max_examples` of them: a dict of accuracies and counts per
+    model. models: a `SharedBase`; "shortened" counts prompts that lost shots, "cut" those that
+    lost a part of their question."""
     tests = draw(read(folder, "test"), max_examples)
     dev = read_shots(folder, tests)
     room = min(sequence_len, models.config.max_positions)

@@ -38,7 +38,6 @@ FLAGS = {  # of `qst.py answer`
 
 
 def read_questions(path):
-    """Read and check the questions."""
     questions = {}
     for where, record in read_records(path, "--questions"):
         known = TABLE.fits(record) and QUESTION_ID.fits(record.get("question_id"))
@@ -72,11 +71,8 @@ def answer(talk, question):
 
 
 def answer_line(question_id, model_id, turns):
-    """Write a line of the answers."""
-    answer = {
-        "question_id": question_id, "answer_id": uuid.uuid4().hex, "model_id": model_id,
-        "choices": [{"index": 0, "turns": turns}], "tstamp": time.time(),
-    }
+    answer = dict(question_id=question_id, answer_id=uuid.uuid4().hex, model_id=model_id)
+    answer |= dict(choices=[{"index": 0, "turns": turns}], tstamp=time.time())
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 

@@ -16,7 +16,6 @@ FIELDS = {  # of a message: their kinds, if they are neither missing nor null
 
 
 def check_message(node):
-    """Refuse a message with fields of other kinds."""
     for name, kind in FIELDS.items():
         if node.get(name) is not None and not kind.fits(node[name]):
             raise Refused(f'has a "{name}" that is not {kind.text}', shown(node[name]))

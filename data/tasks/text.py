@@ -37,9 +37,8 @@ def load(cfg, tokenizer):
 
     def score(models):
         losses = mean_loss(models, held_out, cfg.batch_size, "perplexity")
-        found = [dict(perplexity=perplexity(loss), examples=len(held_out)) for loss in losses]
-        if cfg.eval_only:  # train.py would compute the same loss once more
-            return [one | {"loss": loss} for one, loss in zip(found, losses)]
-        return found
+        more = lambda loss: {"loss": loss} if cfg.eval_only else {}  # or train.py computes it again
+        n = len(held_out)
+        return [dict(perplexity=perplexity(loss), examples=n) | more(loss) for loss in losses]
 
     return Task(train, held_out, score)
