@@ -11,7 +11,7 @@ import sys
 import pytest
 from chat_templates import CHATML, LLAMA3, TEMPLATES
 from helpers import say
-from test_chat import as_text, make_folder
+from test_chat import as_text, learned, make_folder
 
 from data import InputError, Refused, leaf
 from data.tokens import chat
@@ -61,6 +61,16 @@ def test_variables_of_a_template(tmp_path):
     config = json.loads((tmp_path / "tokenizer_config.json").read_text()) | dict(bos_token=None)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert say_it(chat.load_template(tmp_path)) == "|<|im_end|>" + end
+
+
+def test_an_answer_without_an_end_token(tmp_path):
+    """It is learned to the end of its text, also where the prompt before it ends with one."""
+    text = "{% for m in messages %}{{ m.content + ('<|im_end|>' if m.role == 'user' else '\n') }}"
+    _, tokenizer, template = make_folder(tmp_path, "smollm2", text + "{% endfor %}")
+    messages = say("user: Hi", "assistant: Yes", "user: So", "assistant: No")
+    (made,) = template.examples(messages, tokenizer)
+    assert as_text(made[0], tokenizer) == "Hi<|im_end|>Yes\nSo<|im_end|>No\n"
+    assert learned(made, tokenizer) == ["Yes\n", "No\n"]
 
 
 ENDLESS = {
