@@ -41,10 +41,6 @@ class MuonStep:
 class Muon(MuonStep, torch.optim.AdamW):
     """With a momentum and an AdamW in fp32."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._step_supports_amp_scaling = False  # torch's GradScaler must unscale the gradients
-
     def read(self, state, name, grad):
         return state.get(name, torch.zeros_like(grad))
 

@@ -276,3 +276,20 @@ def test_muons_steps(make, adamw, kept):
         adamw.step()
         torch.testing.assert_close(p.detach(), expected)
         torch.testing.assert_close(vector, copy)
+
+
+@pytest.mark.parametrize("make", [partial(Muon, fused=True), Muon8bit], ids=["32 bits", "8 bits"])
+def test_muon_under_the_scale_of_fp16(make):
+    """It takes the steps that it takes without one, and none where the gradient is not finite."""
+    x, ends = torch.randn(6, 9), []
+    for scaler in (torch.amp.GradScaler("cpu", enabled=scaled) for scaled in (False, True)):
+        matrix, vector = torch.nn.Parameter(torch.zeros(6, 9)), torch.nn.Parameter(torch.zeros(5))
+        groups = [dict(params=[p], muon=p is matrix, factor=1.0) for p in (matrix, vector)]
+        loss_of = lambda x, _: (matrix * x).sum() + vector.sum()
+        models, run = run_of(loss_of, make(groups, lr=1.0), scaler, TrainConfig(), 0.1)
+        for scale, good in ((1, True), (float("inf"), False), (-3, True)):
+            ((_, taken),) = train.train_step([run], [(scale * x, x, 1.0)], 1, models)
+            assert bool(taken) == good
+        ends.append((matrix, vector))
+    torch.testing.assert_close(*ends)
+    assert all(p.ne(0).all() for p in ends[0])
