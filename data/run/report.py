@@ -45,7 +45,8 @@ def sizes(model, n_weights):
     """How many parameters are trainable, how many there are with the `n_weights` of the base, and
     the bytes of all weights."""
     trainable = sum(p.numel() for p in model.parameters())
-    frozen = 0 if trainable >= n_weights else n_weights  # full finetuning trains the base itself
+    full = hasattr(model, "side") and model.side.config.method == "full"  # trains the base itself
+    frozen = sum(buffer.numel() for buffer in model.buffers()) if full else n_weights
     counts = dict(trainable_parameters=trainable, total_parameters=frozen + trainable)
     return counts | dict(weights_bytes=model_bytes(model))
 

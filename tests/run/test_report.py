@@ -4,11 +4,13 @@ import csv
 
 import pytest
 import torch
-from helpers import small_config
+from helpers import small_base, small_config
 
 from data.run import report
 from data.run.charts import line_chart
 from data.run.log import TrainingLog, mixing
+from model import count_weights
+from qst import add_trainable
 from side import SideConfig, SideNetwork
 from train import TrainConfig
 
@@ -137,3 +139,24 @@ def test_a_command_to_ask_it(task, example, capsys):
     report.conclude("base", cfg, dict(best_iteration=1, peak_memory_bytes=1, seconds=1.0),
                     example)
     assert ("Ask it yourself" in capsys.readouterr().out) == bool(example)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("settings, trained", [
+    (dict(method="full"), lambda n, head: n),
+    (dict(method="full", n_labels=2), lambda n, head: n - head + 2 * 32),
+    (dict(reduction=1, downsample="linear", rank=32), None),
+])
+def test_frozen_weights_are_those_that_are_not_trained(settings, trained, tied):
+    """Of full finetuning the head that a classifier replaces, unless it is the embedding; of a side
+    network all of the base, also where the side network is the larger one."""
+    base = small_base("none", tied=tied)
+    n, head = count_weights(base.config), 0 if tied else base.lm_head.weight.numel()
+    model = add_trainable(base, SideConfig(**settings))
+    found = report.sizes(model, n)
+    if trained:
+        assert found["trainable_parameters"] == trained(n, head)
+        assert found["total_parameters"] == n + 2 * 32 * ("n_labels" in settings)
+    else:
+        assert found["trainable_parameters"] > n
+        assert found["total_parameters"] == n + found["trainable_parameters"]
