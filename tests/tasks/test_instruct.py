@@ -143,3 +143,17 @@ def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
         cfg |= dict(sequence_len=2, data="F")
         with pytest.raises(InputError, match="F: 20 held-out .* fills 2 tokens. Raise --sequence"):
             instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
+
+
+def test_a_question_that_will_be_asked_must_be_taken(tokenizer):
+    """A turn behind the limit is never trained on, so that a template may refuse it; but the last
+    question of what is held out is asked, and such a conversation is left out."""
+    text = "{% for m in messages %}{% if m.content == 'Stop' %}{{ raise_exception('no') }}"
+    template = ChatTemplate(text + "{% endif %}{{ m.content }}{{ eos_token }}{% endfor %}")
+    one = say("user: a", "assistant: " + "lake " * 30, "user: Stop", "assistant: b")
+    cfg = SimpleNamespace(
+        held_out=0.5, data_seed=0, max_examples=0, eval_only=False, sequence_len=9, data="x",
+    )
+    task = instruct.make_task([one] * 4, tokenizer, template, cfg, None)
+    why = "held-out examples left out: each is refused by the chat template: no"
+    assert len(task.train) == 2 and not task.held_out and task.notes == [f"2 {why}"]
