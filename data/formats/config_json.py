@@ -156,5 +156,5 @@ def read_dtype(folder):
     """Read the torch dtype of the weights from a folder's config.json."""
     path = Path(folder) / "config.json"
     config = read_json(path)
-    dtype = field(path, config, "dtype", DTYPE, "bfloat16")
-    return getattr(torch, field(path, config, "torch_dtype", DTYPE, dtype))
+    older = field(path, config, "torch_dtype", DTYPE, "bfloat16")
+    return getattr(torch, field(path, config, "dtype", DTYPE, older))

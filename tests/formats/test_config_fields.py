@@ -7,6 +7,7 @@ import json
 
 import fuzz_configs
 import pytest
+import torch
 from helpers import FIXTURES, change, copy_folder
 
 from data.formats import config_json
@@ -68,6 +69,16 @@ def test_the_original_length_of_llama3(inner, outer, expected, tmp_path):
     fields = {"rope_scaling": scaling} | ({name: outer} if outer else {})
     config = read("llama_gqa", tmp_path, ["rope_parameters"], **fields)
     assert config.rope_scaling[name] == expected
+
+
+@pytest.mark.parametrize("fields, expected", [
+    (dict(dtype="float16", torch_dtype="float32"), "float16"), (dict(dtype="float16"), "float16"),
+    (dict(torch_dtype="float32"), "float32"), ({}, "bfloat16"),
+])
+def test_the_dtype_has_two_names(fields, expected, tmp_path):
+    """The one of today precedes the older one, as in transformers."""
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert config_json.read_dtype(tmp_path) == getattr(torch, expected)
 
 
 SCALED = {**fuzz_configs.SCALED, "rope_theta": 50.0}
