@@ -1,0 +1,37 @@
+"""data/frozen/hidden_cache.py: the folder of the cache, and what it is of."""
+
+import pytest
+from helpers import change, copy
+
+import train
+from data import InputError
+from data.formats.safetensors import read_safetensors
+from train import TrainConfig
+
+
+@pytest.fixture
+def cached(cfg, tmp_path):
+    return cfg | dict(max_iters=4, cache_hidden=str(tmp_path / "cache"))
+
+
+def test_another_config_is_another_base(cached, tiny_model, tmp_path):
+    """The same weights with other settings have other hidden states."""
+    train.main(TrainConfig(**cached))
+    cached["base"] = str(copy(tiny_model, tmp_path))
+    train.main(TrainConfig(**cached))
+    change(tmp_path / tiny_model.name / "config.json", rope_theta=500.0)
+    with pytest.raises(InputError, match="cache is of another base: give another folder"):
+        train.main(TrainConfig(**cached))
+
+
+def test_what_nobody_knows_is_made_again(cached, tmp_path):
+    """Without cache.json, the branches of --repair may be those of another base."""
+    cached |= dict(repair=4)
+    train.main(TrainConfig(**cached))
+    path = tmp_path / "cache" / "repair.safetensors"
+    before = {name: read() for name, read in read_safetensors(path).items()}
+    (tmp_path / "cache" / "cache.json").unlink()
+    path.write_bytes(b"of another base")
+    train.main(TrainConfig(**cached))
+    after = {name: read() for name, read in read_safetensors(path).items()}
+    assert after.keys() == before.keys() and all(after[n].equal(before[n]) for n in before)
