@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import quant
 from data import InputError
+from data.frozen.integers import quantize_int
 from quant import (
     CODEBOOKS, DYNAMIC_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK, Linear4bit, Quantized4bit,
     dequantize_blockwise, nearest, quantize_4bit, quantize_blockwise,
@@ -221,3 +222,28 @@ def test_values_that_are_not_numbers_are_refused(value):
         quantize_4bit(torch.zeros(0, 100))
     with pytest.raises(InputError, match="int3.*nf4"):
         quantize_4bit(torch.zeros(4), "int3")
+
+
+@pytest.mark.parametrize("kind", CODEBOOKS)
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("power", [-80, 60])
+def test_the_size_of_weights_does_not_matter(power, double_quant, kind):
+    """Weights a power of two larger or smaller have the same codes, and scales as much larger."""
+    weight = torch.randn(70, 70)
+    one, other = (quantize_4bit(w, kind, double_quant) for w in (weight, weight * 2.0**power))
+    assert torch.equal(other.codes, one.codes)
+    assert torch.equal(other.dequantize(), one.dequantize() * 2.0**power)
+
+
+def test_backward_keeps_no_input():
+    """A frozen weight's gradient is not needed, and so x is not kept; where scales are trained, x
+    alone is."""
+    linear, x = torch.nn.Linear(32, 16), torch.randn(20, 32, requires_grad=True)
+    for weight in (quantize_4bit(linear.weight.detach()), quantize_int(linear.weight.detach())):
+        layer, kept = Linear4bit(weight, linear.bias), []
+        trained = weight.scales is not None
+        if trained:
+            weight.scales.requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: x):
+            layer(x)
+        assert len(kept) == trained and all(map(torch.equal, kept, [x]))

@@ -205,6 +205,8 @@ def test_reductions_that_do_not_fit_are_refused():
     SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
     with pytest.raises(InputError, match="rotary"):
         SideNetwork(small_config(), SideConfig(reduction=8))
+    with pytest.raises(InputError, match="--reduction 4 .* choose one of 1, 2[.]"):
+        SideNetwork(small_config(n_ffn=3), SideConfig(reduction=4))  # its MLP would have no channel
 
 
 @pytest.mark.parametrize("preset, released", [

@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import time
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from helpers import ROOT, SETTINGS, Forked, small_base
 
 import train
+from data import InputError
 from data.devices import distributed
 from data.formats.save import save_pretrained
 from data.run.run import Run
@@ -148,6 +150,21 @@ def test_a_stopped_process_is_waited_for_only_so_long(cfg, tmp_path, monkeypatch
     for code, _, complaints in ((code, _, complaints), second.wait(60)):
         assert code == 1 and "Traceback" not in complaints
         assert "Another process of this run has ended, or is silent for 0.05 minutes" in complaints
+
+
+def test_a_silent_process_is_waited_for(monkeypatch):
+    """For half an hour, in which the first one may make the built-in example's base; the sentence
+    says as much."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed.atexit, "register", lambda function: None)
+    begin = lambda backend, timeout: given.update({backend: timeout})
+    monkeypatch.setattr(distributed.distributed, "init_process_group", begin)
+    distributed.start(torch.device("cpu"), TrainConfig())
+    assert given == {"gloo": timedelta(minutes=30)}
+    with pytest.raises(InputError, match=r"silent for 30 minutes \(Timed out\): read its message"):
+        with distributed.others_alive():
+            raise RuntimeError("[../gloo/x.cc:81] Timed out\nException raised from")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
