@@ -11,6 +11,7 @@ import qst
 import train
 from data import InputError
 from data.devices.device import activation_bytes
+from data.formats.config_json import read_dtype
 from data.generate.sampling import pad_left
 from data.run.optim import make_optimizer
 from data.run.run import Run
@@ -149,10 +150,13 @@ def test_a_training_step_on_meta_tensors(method, preset):
 @each_family
 @pytest.mark.parametrize("method", IN_BASE_METHODS)
 def test_checkpointing(method, family, idx):
-    """Gradients are the same with less kept for them: every layer's input, and one layer's rest."""
+    """Gradients are the same with less kept for them: every layer's input, and one layer's rest; and
+    what is generated is the same, from the cache of keys and values."""
     model = moved(tuned(method, family))
     plain, kept = gradients(model, idx), activation_bytes(model, idx, idx)
+    answer = model.generate(idx[:, :4], 6)
     model.base.checkpoint = True
+    assert torch.equal(model.generate(idx[:, :4], 6), answer)
     again = gradients(model, idx)
     assert set(plain) == set(again) and all(torch.equal(plain[name], again[name]) for name in plain)
     assert activation_bytes(model, idx, idx) < kept / 2
@@ -199,8 +203,12 @@ def test_every_method_through_the_command_lines(method, tiny_model, tmp_path, ca
         with pytest.raises(InputError, match="merge"):
             qst.main(merge)
         return
+    qst.main([*merge[:-1], str(tmp_path / "bf16")])
     qst.main([*merge, "--dtype", "fp32"])
-    assert f"{method}, merged in float32" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for folder, dtype in (("bf16", "bfloat16"), ("merged", "float32")):
+        assert f"{folder}: {method}, merged in {dtype}." in printed
+        assert read_dtype(tmp_path / folder) == getattr(torch, dtype)
     assert (tmp_path / "merged/tokenizer.model").exists()
     idx = torch.randint(3, config.vocab_size, (2, 12))
     merged = from_pretrained(tmp_path / "merged", "none", torch.float32)(idx)
