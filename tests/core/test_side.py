@@ -76,7 +76,8 @@ def test_backward_keeps_little_of_h_f(kind, checkpoint, norm, monkeypatch):
 
 
 def test_a_rank_above_the_base_is_refused(base):
-    """Before modules of that size are made."""
+    """Before modules of that size are made; as many are the most."""
+    assert QST(base, SideConfig(reduction=4, rank=32)).side.downsample[0].down.out_features == 32
     with pytest.raises(InputError, match="--rank 999999999 is more than the base's 32 channels"):
         QST(base, SideConfig(reduction=4, rank=999_999_999))
 

@@ -162,6 +162,7 @@ def test_the_best_is_kept_and_scored(cfg, tmp_path, monkeypatch):
     result = train.main(TrainConfig(**cfg | dict(eval_interval=2, eval_examples=3)))
     names = "loss_before", "loss_after", "loss_last", "best_iteration"
     assert [result[name] for name in names] == [4.0, 1.0, 2.0, 4]
+    assert result["examples"] == 3 < len(task[0].held_out)
     base, out = from_pretrained(cfg["base"], "nf4", torch.float32), tmp_path / "out"
     kept, last = (values(QST.from_side(base, folder)) for folder in (out, out / "last"))
     same = lambda one, two: all(map(torch.equal, one, two))
