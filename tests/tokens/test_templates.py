@@ -7,10 +7,11 @@ import json
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 from chat_templates import CHATML, LLAMA3, TEMPLATES
-from helpers import say
+from helpers import Forked, say
 from test_chat import as_text, learned, make_folder
 
 from data import InputError, Refused, leaf
@@ -103,6 +104,29 @@ def test_a_template_without_end_is_cut_off(name, tiny_model):
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)) == before
     assert signal.getitimer(signal.ITIMER_PROF) == (0, 0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 << 20  # KB
+
+
+def test_what_is_long_may_be_rendered():
+    """A rendering has a megabyte more than a few times its messages."""
+    text = "a" * (chat.LETTERS + 1)
+    render = lambda template: chat.render("x", template, [([{"content": text}], True)], {})
+    assert render("{{ messages[0].content }}") == [text]
+    with pytest.raises(InputError, match="it writes more than a megabyte"):
+        render("{{ messages[0].content * 6 }}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has both limits")
+def test_a_limit_of_the_system_is_kept():
+    """Where a process may have less memory than a template may take, it has so much."""
+
+    def run():
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        own = (size + chat.MEMORY // 2,) * 2
+        resource.setrlimit(resource.RLIMIT_AS, own)
+        print(chat.render("x", "{{ messages[0].content }}", [([{"content": "Tom"}], True)], {}))
+        assert resource.getrlimit(resource.RLIMIT_AS) == own
+
+    assert Forked(run).wait() == (0, "['Tom']\n", "")
 
 
 @pytest.mark.parametrize("text", [
