@@ -1,11 +1,14 @@
 """data/frozen/hidden_cache.py: the folder of the cache, and what it is of."""
 
 import pytest
+import torch
 from helpers import change, copy
 
 import train
 from data import InputError
 from data.formats.safetensors import read_safetensors
+from data.frozen.hidden_cache import HiddenCache
+from data.tasks.examples import Task
 from train import TrainConfig
 
 
@@ -35,3 +38,17 @@ def test_what_nobody_knows_is_made_again(cached, tmp_path):
     train.main(TrainConfig(**cached))
     after = {name: read() for name, read in read_safetensors(path).items()}
     assert after.keys() == before.keys() and all(after[n].equal(before[n]) for n in before)
+
+
+def test_an_example_that_is_longer_than_a_batch(cached, tmp_path):
+    """Ids that end with zeros are those of a shorter example, padded: where a batch has no room for
+    all that is kept of them, it is computed."""
+    cfg, none = train.resolve(TrainConfig(**cached)), -100
+    (tmp_path / "cache").mkdir()
+    task = Task([([5, 6, 0], [6, none, 7]), ([5, 6], [6, none])], [])
+    about = cfg, [cfg], cfg.base, train.read_config(cfg.base), torch.float32, task
+    cache = HiddenCache(*about)
+    entries, (rows, at), (_, targets) = cache.look_up(torch.tensor([[5, 6, 0, 0]]))
+    assert [list(entries[0].tokens), list(rows), at.tolist()] == [[0, 1, 2]] * 3
+    assert targets.tolist() == [0, 2]
+    assert cache.look_up(torch.tensor([[5, 6]])) is None

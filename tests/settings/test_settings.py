@@ -1,5 +1,6 @@
 """Settings and command lines: flags, defaults, and the user's mistakes."""
 
+import os
 import re
 from dataclasses import asdict, fields, replace
 
@@ -90,6 +91,13 @@ def test_a_variant_is_one_flag():
     message = "--variant .best. is unknown: choose paper, released, fast"
     with pytest.raises(InputError, match=message):
         train.resolve(train.parse_args(["--variant", "best"]))
+
+
+def test_as_many_threads_as_there_are_cores():
+    cores = os.cpu_count() or 1
+    assert train.resolve(TrainConfig(threads=cores)).threads == cores
+    with pytest.raises(InputError, match=f"--threads {cores + 1} is more than the cores"):
+        train.resolve(TrainConfig(threads=cores + 1))
 
 
 @pytest.mark.parametrize("args, message", [
