@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import InputError
-from data.formats.safetensors import read_safetensors, write_safetensors
+from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 
 
 def test_safetensors_round_trip(tmp_path):
@@ -23,6 +23,15 @@ def test_safetensors_round_trip(tmp_path):
     for name, tensor in tensors.items():
         read = readers[name]()
         assert read.dtype == tensor.dtype and torch.equal(read, tensor)
+
+
+def test_tensors_are_aligned(tmp_path):
+    """The first begins at a multiple of 8, however long the header is: other readers map them."""
+    path = tmp_path / "x.safetensors"
+    for n in range(8):
+        write_safetensors(path, {"a": torch.ones(2)}, {"side": "x" * n})
+        assert (path.stat().st_size - torch.ones(2).nbytes) % 8 == 0
+        assert read_header(path)[1] == {"side": "x" * n}
 
 
 def write_raw(path, header, data=b"", length=None):

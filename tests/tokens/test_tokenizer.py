@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import FIXTURES
+from helpers import FIXTURES, copy
 from samples import NASTY_TEXT, put
 
 from data import InputError
@@ -77,6 +77,31 @@ def test_ends(ours):
         if name != "opt":
             assert tokenizer.bos_id == tokenizer.added["<|begin_of_text|>"]
             assert tokenizer.eos_id == tokenizer.added["<|eot_id|>"]
+
+
+def test_the_first_of_several_ends(tmp_path):
+    """That of config.json is learned, and those of generation_config.json end an answer, too."""
+    folder = copy(HERE / "smollm2", tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<|begin_of_text|>"}')
+    (folder / "config.json").write_text('{"eos_token_id": 7}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 7, 6]}')
+    assert load_tokenizer(folder).eos_ids == [7, 5, 6]
+
+
+def test_a_word_is_no_special_token(tmp_path):
+    """Where words of the vocabulary need no merges (`ignore_merges`), a special one needs to be
+    asked for."""
+    folder = copy(HERE / "llama3", tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    last = spec["added_tokens"][-1]
+    plain, forged = (last["id"] + i for i in (1, 2))
+    spec["model"]["vocab"] |= {"Quux": plain, "Xyzzy": forged}
+    spec["model"]["ignore_merges"] = True
+    spec["added_tokens"].append(last | dict(content="Xyzzy", special=True, id=forged))
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    ours = load_tokenizer(folder)
+    assert ours.encode("Quux") == [plain] and ours.encode("Xyzzy", special=True) == [forged]
+    assert forged not in ours.encode("Xyzzy") and ours.decode(ours.encode("Xyzzy")) == "Xyzzy"
 
 
 @pytest.mark.parametrize("name", NAMES)
