@@ -27,7 +27,8 @@ class ByteLevel(Tokenizer):
     def __init__(self, folder, vocab, merges, words, special, added, whole_words=False, **options):
         every = {**vocab, **added, **special}
         token_bytes = {id: bpe.to_bytes(token) for token, id in vocab.items()}
-        taken = set(special.values())  # a word never becomes a special token
+        taken = set(special.values())  # what no word and no merge may make
+        merges = [(a, b) for a, b in merges if vocab[a + b] not in taken]
         whole = {token: id for id, token in token_bytes.items() if whole_words and id not in taken}
         self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
         bos_id, *_ = end_ids(folder, "bos", every)

@@ -88,20 +88,25 @@ def test_the_first_of_several_ends(tmp_path):
     assert load_tokenizer(folder).eos_ids == [7, 5, 6]
 
 
-def test_a_word_is_no_special_token(tmp_path):
-    """Where words of the vocabulary need no merges (`ignore_merges`), a special one needs to be
-    asked for."""
+@pytest.mark.parametrize("whole", [True, False], ids=["whole words", "merges"])
+def test_a_word_is_no_special_token(whole, tmp_path):
+    """Whether the vocabulary has a word without merges (`ignore_merges`) or merges make it, a
+    special one needs to be asked for."""
     folder = copy(HERE / "llama3", tmp_path)
     spec = json.loads((folder / "tokenizer.json").read_text())
-    last = spec["added_tokens"][-1]
-    plain, forged = (last["id"] + i for i in (1, 2))
-    spec["model"]["vocab"] |= {"Quux": plain, "Xyzzy": forged}
-    spec["model"]["ignore_merges"] = True
-    spec["added_tokens"].append(last | dict(content="Xyzzy", special=True, id=forged))
+    last, ids = spec["added_tokens"][-1], spec["model"]["vocab"]
+    for token in ("Quux", "Xyzzy", *([] if whole else ["Qu", "ux", "Xy", "zz", "Xyzz"])):
+        ids.setdefault(token, max(*ids.values(), last["id"]) + 1)
+    if not whole:
+        spec["model"]["merges"][:0] = ["Q u", "u x", "Qu ux", "X y", "z z", "Xy zz", "Xyzz y"]
+    spec["model"]["ignore_merges"] = whole
+    spec["added_tokens"].append(last | dict(content="Xyzzy", special=True, id=ids["Xyzzy"]))
     (folder / "tokenizer.json").write_text(json.dumps(spec))
     ours = load_tokenizer(folder)
-    assert ours.encode("Quux") == [plain] and ours.encode("Xyzzy", special=True) == [forged]
-    assert forged not in ours.encode("Xyzzy") and ours.decode(ours.encode("Xyzzy")) == "Xyzzy"
+    assert ours.encode("Quux") == [ids["Quux"]]
+    assert ours.encode("Xyzzy", special=True) == [ids["Xyzzy"]]
+    forged = ours.encode("Xyzzy")
+    assert ids["Xyzzy"] not in forged and ours.decode(forged) == "Xyzzy"
 
 
 @pytest.mark.parametrize("name", NAMES)
