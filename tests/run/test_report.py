@@ -160,3 +160,15 @@ def test_frozen_weights_are_those_that_are_not_trained(settings, trained, tied):
     else:
         assert found["trainable_parameters"] > n
         assert found["total_parameters"] == n + found["trainable_parameters"]
+
+
+@pytest.mark.parametrize("loss, learned", [(1.9, True), (2.0, False), (2.1, False)])
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_run_that_has_not_learned(loss, learned, interrupted, capsys):
+    """It is said where the loss is not below that of the start, and the run has come to its end."""
+    result = dict(loss_before=2.0, loss_after=loss, interrupted=interrupted, best_iteration=1)
+    cfg = TrainConfig(head="lm", out_dir="out")
+    report.conclude("base", cfg, result | dict(peak_memory_bytes=1, seconds=1.0), "")
+    printed = capsys.readouterr().out
+    assert f"held-out loss   2.000 base, {loss:.3f} QST" in printed
+    assert ("It has not learned" in printed) == (not learned and not interrupted)
