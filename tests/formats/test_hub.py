@@ -39,6 +39,17 @@ def test_loading_is_strict_in_both_directions(tmp_path):
         from_pretrained(copy_folder("llama_rope3", tmp_path / "3", intermediate_size=48))
 
 
+def test_a_tensor_with_both_names(tmp_path):
+    """A base model's names lack "model.": of two that are the same then, none is preferred."""
+    folder = copy_folder("llama_rope3", tmp_path)
+    path = folder / "model.safetensors"
+    tensors = {name: read() for name, read in read_safetensors(path).items()}
+    tensors["norm.weight"] = 2 * tensors["model.norm.weight"]
+    write_safetensors(path, tensors)
+    with pytest.raises(InputError, match='has a tensor twice, with and without "model." in front'):
+        from_pretrained(folder)
+
+
 def test_shards(tmp_path):
     """A shard that is missing, outside the folder, or other than its index says, is refused."""
     folder = copy_folder("llama_gqa", tmp_path / "1")

@@ -14,7 +14,7 @@ from data import InputError
 from data.generate import talk
 from data.tokens import chat
 from data.tokens.tokenizer import load_tokenizer
-from model import from_pretrained
+from model import from_pretrained, read_config
 from qst import QST
 from side import SideConfig
 
@@ -78,6 +78,35 @@ def test_a_talk_drops_its_oldest_turns(parrot):
         fit, kept = chat.prompt_that_fits(*talk_so_far, room)
         assert (fit == ids) == (room == len(ids)) and len(fit) <= room
         assert kept[0]["role"] == "system"
+
+
+def test_no_position_is_wasted(parrot):
+    """The last token of an answer is never read, and so needs no position: neither where turns are
+    dropped, nor where a prompt leaves little room."""
+    history = say("user: one", "assistant: two")
+    whole, _ = chat.ChatTemplate().encode([*history, *say("user: three")], parrot.tokenizer)
+    for spare, dropped in ((0, 0), (-1, 2)):
+        conversation = talk_with(parrot, len(whole) + 4 - 1 + spare, 4)
+        conversation.messages = list(history)
+        assert conversation.ask("three") == dropped
+    alone, _ = chat.ChatTemplate().encode(say("user: three"), parrot.tokenizer)
+    for positions in (len(alone), len(alone) + 2):
+        conversation = talk_with(parrot, positions, 100)
+        conversation.ask("three")
+        list(conversation.answer())
+        assert parrot.most[-1] == positions - len(alone) + 1
+
+
+def test_an_answer_may_be_as_long_as_there_are_positions(tiny_model, monkeypatch):
+    """And a prompt that is too long asks for one token, whose refusal says so."""
+    asked = []
+    note = lambda model, ids, most, *rest: asked.append((len(ids), most)) or iter([])
+    monkeypatch.setattr(talk, "stream_ids", note)
+    for words in (30, 60, 500):
+        qst.main(["--base", str(tiny_model), "--prompt", "Tom " * words, "--raw"])
+    positions = read_config(tiny_model).max_positions
+    assert [length + most - 1 for length, most in asked[:2]] == [positions] * 2
+    assert asked[2][0] > positions and asked[2][1] == 1
 
 
 def test_a_stopped_answer_is_remembered(tiny_model):

@@ -139,6 +139,22 @@ def test_the_cache_is_bounded(monkeypatch):
     assert ours.pairs.cached.cache_info().currsize == 50
 
 
+@pytest.mark.parametrize("number, length", [(4096, 256), (4097, 9), (9, 257)])
+def test_not_too_many_or_too_long_special_tokens(number, length, tmp_path):
+    """Every text is searched for all of them: 4,096 of 256 letters are the most."""
+    folder = copy(HERE / "llama3", tmp_path)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    tokens, last = spec["added_tokens"], spec["added_tokens"][-1]
+    for i in range(1, 1 + number - len(tokens)):
+        tokens.append(last | dict(content=f"<{i:0{length - 2}}>", id=last["id"] + i))
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    if (number, length) == (4096, 256):
+        assert len(load_tokenizer(folder).added) == number
+        return
+    with pytest.raises(InputError, match="more than 4,096 special tokens or one of over 256 let"):
+        load_tokenizer(folder)
+
+
 def broken(tmp_path, change, source="qwen2", file="tokenizer.json"):
     """A copy of a folder with something changed, and the sentence that refuses it."""
     for path in (HERE / source).glob("*.json"):
