@@ -150,8 +150,8 @@ def test_a_training_step_on_meta_tensors(method, preset):
 @each_family
 @pytest.mark.parametrize("method", IN_BASE_METHODS)
 def test_checkpointing(method, family, idx):
-    """Gradients are the same with less kept for them: every layer's input, and one layer's rest; and
-    what is generated is the same, from the cache of keys and values."""
+    """Gradients are the same with less kept for them: every layer's input, and one layer's rest;
+    and what is generated is the same, from the cache of keys and values."""
     model = moved(tuned(method, family))
     plain, kept = gradients(model, idx), activation_bytes(model, idx, idx)
     answer = model.generate(idx[:, :4], 6)

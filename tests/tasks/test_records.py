@@ -211,7 +211,8 @@ def test_what_the_template_refuses_is_named(tokenizer):
     make = lambda text: instruct.make_task(good + bad, tokenizer, ChatTemplate(text), cfg, None)
     task = make(LLAMA2)
     assert len(task.train) + len(task.held_out) == 4
-    notes = [re.fullmatch(r"(\d) (\S+) examples left out: each (.*)", n).groups() for n in task.notes]
+    form = re.compile(r"(\d) (\S+) examples left out: each (.*)")
+    notes = [form.fullmatch(note).groups() for note in task.notes]
     assert sum(int(n) for n, *_ in notes) == 4
     assert {why for *_, why in notes} == {"is refused by the chat template: must alternate"}
     begun = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
