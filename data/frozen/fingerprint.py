@@ -17,8 +17,7 @@ SAMPLES = 8  # of each tensor
 
 
 def fingerprint(base):
-    """{"quant", "codes", "weights", "values"}: how a base is stored, two hashes of its shape and
-    weights, and some of its values.
+    """How a base is stored, two hashes of its shape and weights, and some values in bf16.
 
     The hashes cover some 1,000 values of every tensor, so that a 70B model takes a moment: the
     codes of quantized weights and the signs of the rest. "weights" covers the scales, too, whose
@@ -28,15 +27,20 @@ def fingerprint(base):
         return base.known_fingerprint
     shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
     codes = hashlib.sha256(json.dumps(shape).encode())
-    weights = codes.copy()
+    weights, values = codes.copy(), []
     for name, tensor in tensors_of(base):
-        part = tensor.flatten()[:: max(1, tensor.numel() // 1024)]
+        flat = tensor.flatten()
+        part = flat[:: max(1, len(flat) // 1024)]
         part = (part if name else part.signbit()).cpu().numpy().tobytes()
         weights.update(part)
         if name in ("codes", None):
             codes.update(part)
+        if name is None:
+            at = (2 * torch.arange(SAMPLES) + 1) * len(flat) // (2 * SAMPLES)
+            values.append(flat[at.to(flat.device)].bfloat16().cpu())
     hashes = {"codes": codes.hexdigest()[:16], "weights": weights.hexdigest()[:16]}
-    return {"quant": quant_kind(base)} | hashes | {"values": sample(base)}
+    values = torch.cat(values).view(torch.uint8).numpy().tobytes().hex()
+    return {"quant": quant_kind(base)} | hashes | {"values": values}
 
 
 def tensors_of(base):
@@ -55,15 +59,6 @@ def tensors_of(base):
 def quant_kind(base):
     """How a base's linear layers are stored: "nf4", ..., or "none"."""
     return next((m.kind for m in base.modules() if isinstance(m, Quantized)), "none")
-
-
-def sample(base):
-    """Some values of every tensor that is not quantized, in bf16, as hexadecimal digits."""
-    found = []
-    for _, tensor in (pair for pair in tensors_of(base) if pair[0] is None):
-        at = (2 * torch.arange(SAMPLES) + 1) * tensor.numel() // (2 * SAMPLES)
-        found.append(tensor.flatten()[at.to(tensor.device)].bfloat16().cpu())
-    return torch.cat(found).view(torch.uint8).numpy().tobytes().hex()
 
 
 def differences(theirs, ours):

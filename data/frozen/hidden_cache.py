@@ -2,10 +2,7 @@
 
 The base never changes, and so its hidden states of an example do not either. The first epoch writes
 them. Every later epoch, and every later run with another side network, reads them, and the base's
-layers are not in memory.
-
-A `HiddenCache` yields hidden states like the base. It knows an example by its ids. Its files are
-memory-mapped:
+layers are not in memory. An example is known by its ids. The files are memory-mapped:
     states.bin  for each token of each example its states after layers 1 to N, or each --every-th,
                 packed by `pack_hidden`; or pooled by a pooling downsampler, in 16 bits
     last.bin    the last state at each target, in 16 bits
@@ -32,7 +29,7 @@ from data.formats.files import read_json, write_json
 from data.frozen.fingerprint import fingerprint
 from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
 from data.settings.methods import layers_per_side
-from quant import BLOCK_SIZE, Linear4bit
+from quant import BLOCK_SIZE, Quantized
 
 POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
@@ -197,9 +194,7 @@ class HiddenCache:
             self.sums[entry.number] = self.sum(entry)
         if self.sums.all() and not self.stay:  # what was loaded again, stays
             for module in self.base.layers.modules():
-                if isinstance(module, Linear4bit):
-                    module.weight.to("meta")
-                elif isinstance(module, nn.Linear):
+                if isinstance(module, (Quantized, nn.Linear)):
                     module.to("meta")
             self.absent = True
         yield h

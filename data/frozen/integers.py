@@ -8,19 +8,11 @@ the integer `zero` that stands for 0, and for each weight an integer of b bits:
 The codes are packed eight at a time, b bits each, into b bytes: 3 bits take 3 bits.
 """
 
-import re
-
 import torch
 from torch.nn import functional as F
 
 from data import InputError
 from quant import Quantized, chunk_size
-
-
-def parse_int(kind):
-    """"int4" or "int3-64" -> bits and group size, 0 for a whole channel; None for other kinds."""
-    found = re.fullmatch(r"int([34])(?:-([1-9]\d*))?", kind)
-    return (int(found[1]), int(found[2] or 0)) if found else None
 
 
 def pack(codes, bits):
@@ -96,4 +88,5 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
 
 def quantize_kind(weight, kind, name="the weight"):
     """Quantize a matrix to "int4", "int3-64", ..."""
-    return quantize_int(weight, *parse_int(kind), name=name)
+    bits, _, group_size = kind.removeprefix("int").partition("-")
+    return quantize_int(weight, int(bits), int(group_size or 0), name)
