@@ -45,15 +45,12 @@ def renew(state, p):
     del state["root"], state["root_absmax"]
 
 
-class AdamW8bit(torch.optim.Optimizer):
+class AdamW8bit(torch.optim.AdamW):
     """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
 
     They are quantized in blocks of 256. Of the second moment it stores the root, which needs half
     as many decades.
     """
-
-    def __init__(self, groups, lr, betas=(0.9, 0.999), eps=1e-8):
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=0.0))
 
     @torch.no_grad()
     def step(self):

@@ -8,15 +8,20 @@ from data.run.adamw8bit import AdamW8bit, decode, encode
 from data.run.optim import must_skip
 
 
-class MuonStep:
-    """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`; for the rest the AdamW
-    that a subclass inherits from.
+class Muon(torch.optim.AdamW):
+    """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`, and AdamW for the rest.
 
     A matrix moves along its momentum with all singular values set to about 1. The factor 0.2
     sqrt(max(m, n)) makes the step as large as AdamW's, so that both have one learning rate.
     """
 
     momentum = 0.95
+
+    def read(self, state, name, grad):
+        return state.get(name, torch.zeros_like(grad))
+
+    def keep(self, state, name, momentum):
+        state[name] = momentum
 
     @torch.no_grad()
     def step(self):
@@ -26,8 +31,8 @@ class MuonStep:
             for parameter in group["params"] if group["muon"] else ():
                 if parameter.grad is not None:
                     self.update_matrix(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW below leaves out what has no gradient
-        super().step()
+                    parameter.grad = None  # AdamW leaves out what has no gradient
+        super().step()  # of AdamW, in `Muon8bit` of AdamW8bit
 
     def update_matrix(self, matrix, lr, weight_decay):
         grad, state = matrix.grad.float(), self.state[matrix]
@@ -38,18 +43,8 @@ class MuonStep:
         matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * size)
 
 
-class Muon(MuonStep, torch.optim.AdamW):
-    """With a momentum and an AdamW in fp32."""
-
-    def read(self, state, name, grad):
-        return state.get(name, torch.zeros_like(grad))
-
-    def keep(self, state, name, momentum):
-        state[name] = momentum
-
-
-class Muon8bit(MuonStep, AdamW8bit):
-    """With a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
+class Muon8bit(Muon, AdamW8bit):
+    """Muon with a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
 
     read, keep = staticmethod(decode), staticmethod(encode)
 
