@@ -4,6 +4,7 @@ import csv
 import math
 import statistics
 import time
+from copy import deepcopy
 
 import torch
 
@@ -34,24 +35,22 @@ class TrainingLog:
     COLUMNS = (
         "iteration loss held_out_loss learning_rate tokens_per_second step_ms alpha gate"
     ).split()
-    STATE = (  # what a run that continues needs of the one before it
-        "iteration loss held_out_loss loss_before best_loss best_iteration skipped failures tokens"
-        " seconds step_ms curves cached_iterations cached_tokens cached_seconds rows"
-    ).split()
+    START = dict(  # what a run that continues needs of the one before it, as it starts
+        iteration=0, loss=math.nan, held_out_loss=math.inf, loss_before=math.inf,
+        best_loss=math.inf, best_iteration=0,
+        skipped=0, failures=0,  # steps left out, and the last of them in a row
+        tokens=0, seconds=0.0, step_ms=[], rows=[], curves={name: [] for name in NAMES},
+        # The same for iterations with hidden states from --cache_hidden.
+        cached_iterations=0, cached_tokens=0, cached_seconds=0.0,
+    )
 
     def __init__(self, out_dir, cfg, device, shown=True):
         self.out_dir, self.cfg, self.device, self.shown = out_dir, cfg, device, shown
-        self.iteration, self.loss, self.best_iteration = 0, math.nan, 0
-        self.best_loss = self.held_out_loss = self.loss_before = math.inf
-        self.skipped = self.failures = 0  # steps left out, and the last of them in a row
-        self.tokens, self.seconds, self.step_ms = 0, 0.0, []
-        # The same for iterations with hidden states from --cache_hidden.
-        self.cached_iterations, self.cached_tokens, self.cached_seconds = 0, 0, 0.0
-        self.rows, self.curves = [], {name: [] for name in NAMES}
+        vars(self).update(deepcopy(self.START))
         self.unread = []  # (loss, whether its step was taken), still on the device
 
     def state(self):
-        return {name: getattr(self, name) for name in self.STATE}
+        return {name: getattr(self, name) for name in self.START}
 
     def __enter__(self):
         counts = dict(initial=self.iteration, total=self.cfg.max_iters)
@@ -159,10 +158,9 @@ class TrainingLog:
 
     def speed(self):
         """The tokens per second of all iterations and of those from a cache; the median time."""
-        cached = dict(
+        return dict(
             cached_iterations=self.cached_iterations,
             tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),
+            tokens_per_second=self.tokens / (self.seconds or 1),
+            step_ms=statistics.median(self.step_ms or [0.0]),
         )
-        rate = self.tokens / self.seconds if self.seconds else 0.0
-        step_ms = statistics.median(self.step_ms or [0.0])
-        return cached | dict(tokens_per_second=rate, step_ms=step_ms)

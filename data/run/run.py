@@ -57,9 +57,7 @@ class Run:
         """
         groups = self.optimizer.param_groups
         parameters = [p for group in groups for p in group["params"]]
-        total = torch.zeros((), device=parameters[0].device)
-        for loss in self.losses:
-            total += loss
+        total = sum(self.losses, torch.zeros((), device=parameters[0].device))
         self.losses, self.learning_rate = [], learning_rate
         distributed.sum_([total, *(p.grad for p in parameters if p.grad is not None)])
         for group in groups:
