@@ -31,7 +31,8 @@ def line_chart(path, title, x_label, lines, ticks=None):
     shapes = []
     for i in range(round(y_low / y_step), round(y_top / y_step) + 1):
         _, y = place(0, i * y_step)
-        shapes.append(line(LEFT, y, WIDTH - RIGHT, y))
+        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"'
+        shapes.append(f'<line {ends} stroke="#e2e8f0"/>')
         shapes.append(label(LEFT - 8, y + 4, f"{i * y_step:g}", "end"))
     round_numbers = {i * x_step: f"{i * x_step:g}" for i in range(round(x_top / x_step) + 1)}
     for x, text in (ticks or round_numbers).items():
@@ -49,10 +50,6 @@ def round_scale(top):
     power = 10.0 ** math.floor(math.log10(max(top, 1e-9) / 5))
     step = next(s * power for s in (1, 2, 5, 10) if s * power * 5 >= top)
     return step, max(step, step * -(-top // step))
-
-
-def line(x1, y1, x2, y2):
-    return f'<line x1="{x1}" y1="{y1:.1f}" x2="{x2}" y2="{y2:.1f}" stroke="#e2e8f0"/>'
 
 
 def label(x, y, text, anchor="start"):

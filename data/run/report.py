@@ -121,13 +121,6 @@ def start_name(cfg):
     return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
 
 
-def yardstick(name, result, end):
-    """The number of examples of a score, and the score of a constant answer."""
-    rivals = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
-    rival, examples = rivals.get(name), f"{result.get('examples', 0):,} examples"
-    return examples + ("" if rival is None else f"; always the most frequent class: {rival:.1%}")
-
-
 def show_sample(sample, who):
     """A question, its expected answer, and the models' answers. who: names, as in result.json"""
     lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
@@ -177,8 +170,12 @@ def conclude(folder, cfg, result, example):
     if after is not None and not result["interrupted"] and after >= result["loss_before"]:
         print("It has not learned: train longer, or with another --learning_rate.")
     end = list(who.values())[-1]
+    constant = {"accuracy": result.get("majority_class" + end), "matthews": 0.0}
     for name in SCORES:
-        line(name.replace("_", " "), name, ".1%", f" ({yardstick(name, result, end)})")
+        rival, more = constant.get(name), f"{result.get('examples', 0):,} examples"
+        if rival is not None:
+            more += f"; always the most frequent class: {rival:.1%}"
+        line(name.replace("_", " "), name, ".1%", f" ({more})")
     for part, accuracy in result.get("accuracy_by_category" + end, {}).items():
         print(f"   {part:12} {accuracy:.1%}")
     for sample in result.get("samples", ()):

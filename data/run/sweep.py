@@ -1,9 +1,4 @@
-"""--sweep: train or evaluate several side networks with one pass of the frozen base.
-
-    settings_of_runs   the settings of each run
-    SideNetworks       several side networks, as one, with one stream of hidden states
-    conclude           the table of the runs, the best first
-"""
+"""--sweep: train or evaluate several side networks with one pass of the frozen base."""
 
 import itertools
 import math
