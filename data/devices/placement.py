@@ -1,9 +1,5 @@
 """--devices: the base's layers on several devices, in order, and each side layer beside its input.
 A batch goes from device to device.
-
-    places(devices, n_layer)   the device of each weight of the base, for `from_pretrained`
-    join(base)                 let tensors follow the base's modules from device to device
-    follow(model)              put the trained modules beside them, and let tensors follow them
 """
 
 import re
@@ -24,8 +20,8 @@ def parse(names):
 
 
 def places(devices, n_layer, tied):
-    """A function of a weight's name: the embedding on the first device, the head on the last,
-    unless the two are tied."""
+    """A function of a weight's name, for `from_pretrained`: the embedding on the first device, the
+    head on the last, unless the two are tied."""
 
     def place(name):
         if found := re.match(r"layers\.(\d+)", name):

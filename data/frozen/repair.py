@@ -8,10 +8,6 @@ over some texts. The branch is
 
 It minimizes the mean square of (E - branch) x among all of that rank, for inputs with uncorrelated
 channels (LQER, arXiv 2402.02446). Without s it is LoftQ's SVD (arXiv 2310.08659).
-
-    branches   make the branches of a base; the side checkpoint has them
-    mend       compute them, from the folder with W, with the memory of the base and one weight
-    start_from_branch  let QLoRA's pairs start as the branches
 """
 
 import torch
@@ -73,7 +69,8 @@ def low_rank_part(error, size, rank):
 @torch.no_grad()
 def mend(base, folder, prompts, rank, kept=None):
     """Compute the branches of a 4-bit base during one pass of some texts. A layer's branch is
-    computed when its inputs arrive, so the inputs have passed corrected layers only.
+    computed when its inputs arrive, so the inputs have passed corrected layers only. It takes the
+    memory of the base and of one weight.
 
     folder: with the weights before quantization; prompts: lists of ids
     kept: a file in --cache_hidden; if it exists, the branches are read from it

@@ -97,8 +97,7 @@ def stream(
     check(max_new_tokens, temperature, top_k, top_p, seed)
     cache = model.new_cache(idx.shape[1] + max_new_tokens)
     generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    ends = torch.tensor([] if eos_id is None else eos_id, dtype=idx.dtype, device=idx.device)
-    ends = ends.flatten()
+    ends = idx.new_tensor([] if eos_id is None else eos_id).flatten()
     ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         logits = model.head(model.hidden(idx, keep, cache)[:, -1])
