@@ -25,11 +25,10 @@ TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
 COUNT = whole(0, 1 << 50)
 MOMENT = either(TENSOR, COUNT)
 REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
-POINTS = list_of(list_of(REAL, 2, 2), 1)
+POINTS = table_of(list_of(list_of(REAL, 2, 2)))
 CURVES = Kind(
     f"the curves {', '.join(NAMES)}",
-    lambda v: type(v) is dict and (*v,) == NAMES and POINTS.fits(v["held out"])
-    and all(line == [] or POINTS.fits(line) for line in v.values()),
+    lambda v: POINTS.fits(v) and (*v,) == NAMES and v["held out"],
 )
 LOG = {  # what is neither a count nor any number in the log
     "seconds": number(0, 1e12), "cached_seconds": number(0, 1e12),
@@ -69,10 +68,8 @@ def refuse_others(out_dir, old, new):
     """Refuse to continue a run with other settings."""
     for name, value in new.items():
         if name not in MAY_DIFFER and old.get(name) != value:
-            raise InputError(
-                f"--resume: {out_dir} was begun with another --{name}, {shown(old.get(name))} and "
-                f"not {shown(value)}: give the same, or another --out_dir."
-            )
+            values = f"{shown(old.get(name))} and not {shown(value)}: give the same"
+            raise InputError(f"--resume: {out_dir} was begun with another --{name}, {values}.")
 
 
 def check_settings(cfg):
@@ -120,7 +117,9 @@ def load_moments(optimizer, moments, where):
         for name in [name for name, value in own.items() if form(value)]:
             own[name] = own[name].to(p.device, expected[name].dtype, copy=True)
         if "root" in own:
-            leaf("adamw8bit").renew(own, p)
+            in_8_bits = leaf("adamw8bit")
+            in_8_bits.encode(own, "unsigned_root", in_8_bits.decode(own, "root", p))
+            del own["root"], own["root_absmax"]
         optimizer.state[p] = own
 
 
@@ -140,28 +139,21 @@ def load_state(out_dir):
             other.unlink(missing_ok=True)  # by another process
         return state, path
     if damaged:
-        raise InputError(
-            f"{damaged[0]} is damaged, and there is no other state: without --resume the run "
-            "begins anew, and replaces what it left."
-        )
+        message = f"{damaged[0]} is damaged, and there is no other state"
+        raise InputError(f"{message}: without --resume the run begins anew, and replaces all.")
     return None, None
 
 
 def read_state(path):
     tensors = {name: read() for name, read in read_safetensors(path).items()}
     is_whole = digest("", tensors) == read_header(path)[1]["sha256"]
-    tree = json.loads(bytes(tensor_bytes(tensors.pop("tree"))))
+    text = bytes(tensor_bytes(tensors.pop("tree")))
+
+    def with_tensor(table):
+        is_one = [*table] == ["tensor"] and isinstance(table["tensor"], str)
+        return tensors[table["tensor"]] if is_one else table
+
+    tree = json.loads(text, object_hook=with_tensor)
     if not is_whole or not TABLE.fits(tree):
         raise InputError(f"{path} is damaged.")
-    return with_tensors(tree, tensors)
-
-
-def with_tensors(tree, tensors, depth=6):
-    """Undo `without_tensors`; a KeyError where a tensor is missing or the tree too deep."""
-    if not isinstance(tree, dict):
-        return tree
-    if [*tree] == ["tensor"] and isinstance(tree["tensor"], str):
-        return tensors[tree["tensor"]]
-    if depth == 0:
-        raise KeyError("depth")
-    return {name: with_tensors(part, tensors, depth - 1) for name, part in tree.items()}
+    return tree

@@ -21,25 +21,20 @@ FILES = "state.safetensors", "state.previous.safetensors"
 
 
 def save_state(out_dir, tree):
-    """Save a tree: a table of tensors, numbers, texts, and lists and tables of them."""
+    """Save a tree: a table of tensors, numbers, texts, and lists and tables of them. In its JSON a
+    tensor is {"tensor": its name}."""
     newest, previous = (out_dir / name for name in FILES)
     tensors = {}
-    text = json.dumps(without_tensors(tree, tensors))  # a loss may be NaN, which only Python reads
+
+    def name_of(tensor):
+        tensors[name := str(len(tensors))] = tensor
+        return {"tensor": name}
+
+    text = json.dumps(tree, default=name_of)  # a loss may be NaN, which only Python reads
     tensors["tree"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     if newest.exists():
         os.replace(newest, previous)
     write_safetensors(newest, tensors, {"format": "pt", "sha256": digest("", tensors)})
-
-
-def without_tensors(tree, tensors):
-    """Put each tensor of a tree into `tensors`, and {"tensor": its name there} in its place."""
-    if isinstance(tree, torch.Tensor):
-        name = str(len(tensors))
-        tensors[name] = tree
-        return {"tensor": name}
-    if isinstance(tree, dict):
-        return {str(name): without_tensors(part, tensors) for name, part in tree.items()}
-    return tree
 
 
 def remove_earlier_run(out_dir):
