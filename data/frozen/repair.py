@@ -10,6 +10,8 @@ It minimizes the mean square of (E - branch) x among all of that rank, for input
 channels (LQER, arXiv 2402.02446). Without s it is LoftQ's SVD (arXiv 2310.08659).
 """
 
+from contextlib import ExitStack
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -40,10 +42,8 @@ class LowRank(nn.Module):
 
 
 def branches(base, rank):
-    """Give every 4-bit layer of a base a branch of this rank, and return them by name.
-
-    Those that it has stay as they are; a new one is 0.
-    """
+    """Give every 4-bit layer of a base a branch of this rank, unless it has one, and return all by
+    name. A new one is 0."""
     found = {path: m for path, m in base.named_modules() if isinstance(m, Linear4bit)}
     if not found:
         raise InputError("--repair corrects a 4-bit base: give --quant nf4, or leave it out.")
@@ -97,13 +97,10 @@ def mend(base, folder, prompts, rank, kept=None):
         linear.branch.up.copy_(up)
         bar.update()
 
-    hooks = [linear.register_forward_pre_hook(before) for linear in layers]
-    try:
+    with bar, ExitStack() as hooks:
+        for linear in layers:
+            hooks.enter_context(linear.register_forward_pre_hook(before))
         base.hidden(idx, keep)
-    finally:
-        bar.close()
-        for hook in hooks:
-            hook.remove()
     if kept:
         write_safetensors(kept, all_branches.state_dict())
 
@@ -111,8 +108,7 @@ def mend(base, folder, prompts, rank, kept=None):
 @torch.no_grad()
 def start_from_branch(module):
     """Let the pair of a `LoRALinear` start as the branch of its layer, and remove the branch."""
-    linear = getattr(module, "linear", None)
-    branch = getattr(linear, "branch", None)
+    linear, branch = module.linear, getattr(module.linear, "branch", None)
     if branch is None:
         return
     rank, most = len(branch.down), len(module.pair.down.weight)

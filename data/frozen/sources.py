@@ -47,7 +47,7 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
         with locked(f"{cfg.cache_hidden}/cache.lock"):  # two runs may begin it together
             cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
 
-    def load(device, stream):
+    def load(device=device, stream=cfg.stream):
         base = from_pretrained(folder, cfg.quant, dtype, device, stream)
         if cfg.devices:
             leaf("placement").join(base)
@@ -59,12 +59,9 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             raise InputError(f"{folder} was changed after this run began: begin it again.")
         return base
 
-    if cache and cache.absent:
-        base = load(cache.without_layers(device), stream=False)
-    else:
-        base = load(device, cfg.stream)
+    base = load(cache.without_layers(device), False) if cache and cache.absent else load()
     if cfg.method in SIDE_METHODS and not cfg.compile:
         share_prefix(base, task.train + task.held_out)
     if cache:
-        cache.attach(base, lambda: load(device, cfg.stream))
+        cache.attach(base, load)
     return base
