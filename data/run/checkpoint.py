@@ -46,10 +46,8 @@ def digest(text, tensors):
 
 
 def read(folder, kind):
-    """Read the settings, as the dataclass `kind`, and the base's fingerprint.
-
-    The tensors are not read, but their shapes must fit the settings.
-    """
+    """Read the settings, as the dataclass `kind`, and the base's fingerprint. The tensors are not
+    read, but their shapes must fit the settings."""
     weights = Path(folder) / WEIGHTS
     if not weights.exists():
         last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
@@ -78,18 +76,17 @@ def read(folder, kind):
 
 def check_sizes(where, config, shapes):
     """Refuse settings that would make larger modules than the file has."""
-    side = config.method in ("qst", "lst")
-    up, classifier = shapes.get("upsample.weight"), shapes.get("classifier.weight")
-    ranks = {shape[0] for name, shape in shapes.items() if name.endswith(".down.weight") and shape}
+    side, up = config.method in ("qst", "lst"), shapes.get("upsample.weight")
     if side and not up:
         raise InputError(f"{where} lacks upsample.weight: {ADVICE}.")
-    fits = {"n_labels": (classifier or [0])[0] == config.n_labels}
-    branches = {s[0] for n, s in shapes.items() if re.match(r"repair\..*\.down$", n) and s}
-    fits["repair"] = branches == ({config.repair} - {0} if config.method != "qlora" else set())
+    sizes = lambda form: {s[0] for name, s in shapes.items() if s and re.fullmatch(form, name)}
+    repair = 0 if config.method == "qlora" else config.repair  # its pairs have started from it
+    fits = {"n_labels": sizes("classifier.weight") == {config.n_labels} - {0}}
+    fits["repair"] = sizes(r"repair\..*\.down") == {repair} - {0}
     if side:
         fits["reduction"] = len(up) == 2 and 0 < up[0] == up[1] * config.reduction
     if config.downsample in ("lora", "adapter") if side else config.method in LOW_RANK:
-        fits["rank"] = ranks == {config.rank}
+        fits["rank"] = sizes(r".*\.down\.weight") == {config.rank}
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise InputError(f"{where}: config.{wrong[0]} is not that of the tensors: {ADVICE}.")
 

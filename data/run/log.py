@@ -14,6 +14,7 @@ from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name
 
 NAMES = "training", "held out", "alpha", "gate"  # of the curves
+COLUMNS = "iteration loss held_out_loss learning_rate tokens_per_second step_ms alpha gate".split()
 
 
 def mixing(side):
@@ -28,13 +29,9 @@ def mixing(side):
 class TrainingLog:
     """The files above, the progress bar, the best held-out loss, and the speed of a run.
 
-    out_dir: folder for the files; None in all processes but the first, which writes nothing
-    shown: whether there is a progress bar
+    out_dir: folder for the files; None in all processes but the first; shown: the progress bar is
     """
 
-    COLUMNS = (
-        "iteration loss held_out_loss learning_rate tokens_per_second step_ms alpha gate"
-    ).split()
     START = dict(  # what a run that continues needs of the one before it, as it starts
         iteration=0, loss=math.nan, held_out_loss=math.inf, loss_before=math.inf,
         best_loss=math.inf, best_iteration=0,
@@ -58,7 +55,7 @@ class TrainingLog:
         if self.out_dir:
             file = open(self.out_dir / "log.csv", "w", newline="")
             self.file = leaf("command").Output(file)  # a full disk costs lines
-            csv.writer(self.file).writerows([self.COLUMNS, *self.rows])
+            csv.writer(self.file).writerows([COLUMNS, *self.rows])
         return self
 
     def __exit__(self, *error):
@@ -91,9 +88,8 @@ class TrainingLog:
         self.iteration, self.tokens = self.iteration + 1, self.tokens + tokens
         self.bar.update()
         self.unread.append((loss, taken))
-        if cached:
-            self.cached_iterations += 1
-            self.cached_tokens += tokens
+        self.cached_iterations += cached
+        self.cached_tokens += tokens * cached
         self.due = wait or self.iteration % self.cfg.log_interval == 0
         if not self.due and self.device.type != "cpu":
             return False

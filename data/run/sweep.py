@@ -34,10 +34,8 @@ def settings_of_runs(given, cfg, resolve):
     for word in cfg.sweep.split():
         name, _, values = word.partition("=")
         if name not in kinds or not values:
-            raise InputError(
-                f"--sweep {word}: it takes NAME=VALUE,VALUE ..., apart by spaces. What leaves the "
-                f"base and the batches as they are can be a NAME: {', '.join(kinds)}."
-            )
+            names = f"a NAME is one of {', '.join(kinds)}"
+            raise InputError(f"--sweep {word}: it takes NAME=VALUE,VALUE ...; {names}.")
         try:
             axes.append([(name, kinds[name](value)) for value in values.split(",")])
         except ValueError:
@@ -104,8 +102,7 @@ class SideNetworks:
 
 
 class Copies:
-    """A source of hidden states that have a base's sizes and take no work. What a step keeps does
-    not depend on their values."""
+    """A source of hidden states without work. What a step keeps does not depend on their values."""
 
     def __init__(self, base):
         self.base = base
@@ -122,12 +119,12 @@ def conclude(cfg, runs, results):
     runs, results: {name: settings}, {name: result}
     """
     rows, end = [], "" if cfg.eval_only else "_after"
+    kept = ["best_iteration", "iterations", "interrupted", "trainable_parameters", "error"]
+    kept += [f"{score}{end}" for score in SCORES]
     for name, settings in runs.items():
         result = results[name]
         row = dict(settings=name, out_dir=settings.out_dir, loss=result.get(f"loss{end}"))
-        kept = "best_iteration", "iterations", "interrupted", "trainable_parameters", "error"
-        scores = [f"{score}{end}" for score in SCORES]
-        rows.append(row | {key: result[key] for key in (*kept, *scores) if key in result})
+        rows.append(row | {key: result[key] for key in kept if key in result})
     rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
     best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
     table = dict(runs=rows, best=best, config=asdict(cfg))
