@@ -25,8 +25,7 @@ MAY_DIFFER = "base data instructions side out_dir cache_hidden device devices th
 
 
 def start(device, cfg):
-    """Join the processes that torchrun has started, if any, with the same settings. Only the first
-    one prints."""
+    """Join torchrun's processes, if any, all with the same settings. Only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not distributed.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(device)

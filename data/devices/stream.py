@@ -27,10 +27,8 @@ from quant import Linear4bit, Quantized4bit
 
 
 def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
-    """Freeze a `Transformer`, and let a `Stream` load its layers' weights.
-
-    weights, in_4_bits: from `choose_weights`
-    """
+    """Freeze a `Transformer`, and let a `Stream` load its layers' weights. weights, in_4_bits: from
+    `choose_weights`"""
     if not in_4_bits:
         do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
         raise InputError(f"{folder} is not in 4 bits, and --stream reads nothing else: {do}.")
@@ -124,10 +122,8 @@ class Stream:
             return self.copies and self.copies.record_event()
 
     def begin(self, folder):
-        """Pin the weights, if they are for a GPU and fit, and print what one pass reads.
-
-        The rate is measured with two random layers: parts of a file may be in memory already.
-        """
+        """Pin the weights, if they are for a GPU and fit, and print what one pass reads. The rate
+        is of two random layers: parts of a file may be in memory already."""
         where, size = folder, self.nbytes * distributed.size()
         if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             where = "pinned memory"  # which is had in powers of two: hence 0.6

@@ -19,9 +19,8 @@ SAMPLES = 8  # of each tensor
 def fingerprint(base):
     """How a base is stored, two hashes of its shape and weights, and some values in bf16.
 
-    The hashes cover some 1,000 values of every tensor, so that a 70B model takes a moment: the
-    codes of quantized weights and the signs of the rest. "weights" covers the scales, too, whose
-    rounding may depend on the device.
+    The hashes cover some 1,000 values of a tensor, so that a 70B model takes a moment. "weights"
+    covers the scales, too, whose rounding may depend on the device.
     """
     if hasattr(base, "known_fingerprint"):  # only a part of the base is in memory
         return base.known_fingerprint
@@ -44,10 +43,8 @@ def fingerprint(base):
 
 
 def tensors_of(base):
-    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others.
-
-    --repair's branches are left out, because they belong to the side network.
-    """
+    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others;
+    not of --repair's branches, which belong to the side network."""
     for path, module in base.named_modules():
         if isinstance(module, Linear4bit):  # data/devices/stream.py loads a weight from its source
             weight = module.source() if hasattr(module, "source") else module.weight

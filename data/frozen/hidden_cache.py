@@ -51,15 +51,12 @@ class Entry(NamedTuple):
 
 
 class HiddenCache:
-    """The hidden states of the base in a folder, for the examples of a task.
-
-    runs: settings of all side networks that will read it; the rest is the same for all
-    """
+    """runs: settings of all side networks that will read it; cfg: what is the same for all"""
 
     is_read = False  # whether the last states came from the disk
 
     def __init__(self, cfg, runs, folder, config, dtype, task):
-        self.folder, self.config = Path(cfg.cache_hidden), config
+        self.folder = Path(cfg.cache_hidden)
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
@@ -157,8 +154,7 @@ class HiddenCache:
             yield from self.computed.states(idx, keep, cache, every)
 
     def look_up(self, idx):
-        """The examples in a batch's rows, and the `places` of their states and last states; None
-        if one is unknown."""
+        """A batch's examples, and the `places` of their states and last states; None if unknown."""
         entries = [self.entries.get(key(row)) for row in idx.cpu().numpy()]
         if not all(entry and len(entry.tokens) <= idx.shape[1] for entry in entries):
             return None

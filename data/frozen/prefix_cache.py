@@ -9,10 +9,7 @@ import torch
 
 
 class PrefixCache:
-    """The hidden states of a frozen base, with those of the prefix `ids` computed once.
-
-    base: a `Transformer` none of whose layers learn; ids: a list
-    """
+    """base: a `Transformer` none of whose layers learn; ids: of the prefix, a list"""
 
     kept = past = None  # of the first call, when a base is repaired: of one row, the states, caches
 

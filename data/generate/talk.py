@@ -1,7 +1,4 @@
-"""Answer prompts, and hold conversations that remember their earlier messages.
-
-The docstring of data/generate/sampling.py lists what a model needs.
-"""
+"""Answer prompts, and hold conversations that remember their earlier messages."""
 
 import contextlib
 from itertools import chain
@@ -30,7 +27,7 @@ def check(args):
         (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
          "give one of --prompt, and --batch FILE with one prompt per line"),
         (getattr(args, "prompt", None) == "", "--prompt is empty: give a question"),
-        (args.stream and hasattr(args, "max_new_tokens") and not batch, sampling.ONE_BY_ONE),
+        (args.stream and not batch, sampling.ONE_BY_ONE),
     )
     sampling.check(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
 
@@ -103,10 +100,8 @@ class Talk:
         self.messages = list(self.system)
 
     def ask(self, question):
-        """Add a question, and return how many old messages were dropped to make room.
-
-        `Refused` gives the reason if it cannot be asked; the history is then unchanged.
-        """
+        """Add a question, and return how many old messages were dropped to make room. `Refused`
+        gives the reason if it cannot be asked; the history is then unchanged."""
         messages = [*self.messages, {"role": "user", "content": question}]
         room = self.positions - min(self.max_new_tokens, self.positions // 4) + 1
         ids, kept = prompt_that_fits(messages, self.tokenizer, self.template, room)

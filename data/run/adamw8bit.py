@@ -1,5 +1,4 @@
-"""AdamW whose two moments take 8 bits each, and how an optimizer keeps a moment in 8 bits:
---optimizer_bits 8."""
+"""--optimizer_bits 8: AdamW with two moments in 8 bits, and how a moment is kept in 8 bits."""
 
 import math
 from functools import cache
@@ -37,12 +36,6 @@ def encode(state, name, moment):
     if name == "unsigned_root":
         codes.clamp_(min=1)  # never 0: it is the divisor
     state[name], state[f"{name}_absmax"] = codes, absmax
-
-
-def renew(state, p):
-    """Give a parameter's root, in the state of an earlier commit, the code book of today."""
-    encode(state, "unsigned_root", decode(state, "root", p))
-    del state["root"], state["root_absmax"]
 
 
 class AdamW8bit(torch.optim.AdamW):

@@ -50,8 +50,7 @@ class Muon8bit(Muon, AdamW8bit):
 
 
 def orthogonalize(matrix, steps=5):
-    """Set the singular values of a matrix (m, n) to 0.7 to 1.2, by a few Newton-Schulz iterations
-    with Muon's coefficients."""
+    """Set the singular values of a matrix to 0.7 to 1.2, by Muon's Newton-Schulz iterations."""
     x = matrix / (matrix.norm() + 1e-7)
     x = x.T if len(matrix) > matrix.shape[1] else x
     for _ in range(steps):

@@ -47,8 +47,7 @@ def must_skip(optimizer):
 
 
 def kept_state(optimizer, group, p):
-    """What an optimizer keeps of a parameter after a step: {name: tensor on the meta device}, and
-    AdamW's count of steps."""
+    """What an optimizer keeps of a parameter after a step: {name: meta tensor, or count}."""
     twin = torch.nn.Parameter(torch.empty_like(p, device="meta"))
     twin.grad = torch.empty_like(twin)
     optimizer = type(optimizer)([group | dict(params=[twin], fused=False)], lr=0.0)

@@ -42,8 +42,7 @@ def provenance():
 
 
 def sizes(model, n_weights):
-    """How many parameters are trainable, how many there are with the `n_weights` of the base, and
-    the bytes of all weights."""
+    """Numbers of parameters, with the `n_weights` of the base, and the bytes of all weights."""
     trainable = sum(p.numel() for p in model.parameters())
     full = hasattr(model, "side") and model.side.config.method == "full"  # trains the base itself
     frozen = sum(buffer.numel() for buffer in model.buffers()) if full else n_weights
@@ -52,8 +51,7 @@ def sizes(model, n_weights):
 
 
 def print_sizes(folder, runs, examples):
-    """Measure the memory of a step with the longest examples for each run's `result`, and print the
-    sizes of the first run."""
+    """Measure each run's memory in a step with the longest examples; print the first run's."""
     model, cfg, result = runs[0].model, runs[0].cfg, runs[0].result
     longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)

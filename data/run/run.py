@@ -89,9 +89,7 @@ class Run:
 
     def begin(self, files):
         """Make room in out_dir, unless the run continues, and write the settings for --resume.
-
-        files: an `ExitStack`, which closes the log's files
-        """
+        files: an `ExitStack`, which closes the log's files"""
         if self.first and not self.log.iteration:
             remove_earlier_run(self.out_dir)
         if self.first:

@@ -32,24 +32,21 @@ def setting(default, help, choices=(), of=None, flag=True, text=None, group=None
     """
     if choices:
         help += f" ({', '.join(map(str, choices))})"
-    metadata = dict(
-        help=help, choices=choices, of=of, flag=flag, text=text, group=group, bounds=bounds
-    )
-    return field(default=default, metadata=metadata)
+    about = dict(help=help, choices=choices, of=of, flag=flag, text=text, group=group)
+    return field(default=default, metadata=about | {"bounds": bounds})
 
 
 def check(settings):
     """Refuse values that their fields do not allow. None is a default that is not filled in yet."""
     for f in fields(settings):
         value, choices = getattr(settings, f.name), f.metadata["choices"]
-        bounds = f.metadata["bounds"]
         if value is not None and choices and value not in choices:
             known = ", ".join(map(str, choices))
             raise InputError(f"--{f.name} {shown(value)} is unknown: choose {known}.")
         if value == "" and f.default is None:
             raise InputError(f"--{f.name} is empty: give a value, or leave it out.")
-        for bound, limit in bounds.items() if value is not None else ():
-            if not BOUNDS[bound](value, limit):
+        for bound, limit in f.metadata["bounds"].items():
+            if value is not None and not BOUNDS[bound](value, limit):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
@@ -165,4 +162,5 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
         readers = lambda name: own[name].metadata["of"] or (method,)
         parser.set_defaults(**{n: v for n, v in found.items() if method in readers(n)})
     args = vars(parser.parse_args(argv))
-    return kind(**{name: value for name, value in args.items() if name != "config"})
+    del args["config"]
+    return kind(**args)

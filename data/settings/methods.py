@@ -42,9 +42,7 @@ def layers_per_side(every, N):
 def check_kind(kind):
     """Refuse a --quant that does not exist."""
     if not re.fullmatch(r"nf4|fp4|none|int[34](-[1-9]\d*)?", kind):
-        raise InputError(
-            f"--quant {kind} is unknown: choose nf4, fp4 or none, or int4, int3, int4-64, ..."
-        )
+        raise InputError(f"--quant {kind} is unknown: choose nf4, fp4, none, int4, int3, int4-64.")
 
 
 def check_quant(method, quant, streamed=False):
@@ -57,8 +55,7 @@ def check_quant(method, quant, streamed=False):
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
-# The authors' released code. Unlike the paper, it has a gate and a mix per channel, norms, a bias
-# and a shared downsampler. Its mix starts at sigmoid(1) = 0.73: training does not start at the LLM.
+# The authors' released code. Its mix starts at sigmoid(1) = 0.73, and so not at the LLM.
 # differs from the released code: our mix is trained on a GPU, too, and OPT's is not swapped.
 RELEASED = dict(
     downsample_norm=True, share_first=True, gate="channel", mix="released", upsample_bias=True,
