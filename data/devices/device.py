@@ -9,11 +9,6 @@ import torch
 from data import InputError
 from data.formats.fields import shown
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 
 def device_of(module):
     return next(tensor.device for tensor in (*module.buffers(), *module.parameters()))
@@ -69,7 +64,9 @@ def peak_memory(device):
     """Peak bytes: torch's allocations on a GPU, the resident size on a CPU; 0 if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

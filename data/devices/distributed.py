@@ -55,10 +55,8 @@ def others_alive():
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0].rpartition("] ")[2][:80]
-        raise InputError(
-            f"Another process of this run has ended, or is silent for {PATIENCE} minutes "
-            f"({reason}): read its message, and continue with --resume."
-        ) from None
+        ended = f"has ended, or is silent for {PATIENCE} minutes ({reason}): read its message"
+        raise InputError(f"Another process of this run {ended}, and then --resume.") from None
 
 
 def refuse_different(about):

@@ -57,7 +57,6 @@ class Stream:
 
     base: a frozen `Transformer`; of its layers' weights only the shapes are used
     sources: {name: function that returns that weight, a `Quantized4bit` in the host's memory}
-    device: where the layers compute
     """
 
     coming = None  # (a layer's number, the slot for it, the future of its copy)

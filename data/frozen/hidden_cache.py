@@ -109,10 +109,8 @@ class HiddenCache:
         free = (shutil.disk_usage(self.folder).free + sum(there)) / 1e9
         if nbytes / 1e9 > (room := min(free, limit)):
             whose = "the disk has" if free < limit else "--cache_limit_gb is"
-            raise InputError(
-                f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} {room:.3g}: --h_f_bits 4,"
-                " a pooling --downsample or fewer --max_examples need less."
-            )
+            needs = f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} {room:.3g}"
+            raise InputError(f"{needs}: --h_f_bits 4 or fewer --max_examples need less.")
 
     def map(self, name, dtype, n):
         """Map a file as an array of n. New records are zeros, which take no room yet."""

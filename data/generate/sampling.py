@@ -18,10 +18,8 @@ FLAGS = {  # the flags of all commands of qst.py that generate
     "top_p": dict(type=float, default=1.0, help="total probability of the tokens to choose from"),
     "seed": dict(type=int, default=1337, help="seed of the sampling"),
 }
-ONE_BY_ONE = (
-    "--stream reads all weights anew for every token, which is too slow for one answer: give "
-    "--batch FILE with one prompt per line, so that its answers share the reads; or omit --stream"
-)
+ONE_BY_ONE = "--stream reads all weights anew for every token, which is too slow for one answer: " \
+    "give --batch FILE with one prompt per line, or omit --stream"
 
 
 class KVCache:

@@ -86,10 +86,8 @@ def out_of_memory(cfg):
     steps = 2 * cfg.gradient_accumulation_steps
     half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
-    return (
-        f"There is no more memory: give {flags[0].lower()}. `python tests/account.py` with the "
-        "flags of this run prints the memory of a step."
-    )
+    account = "`python tests/account.py` with the flags of this run prints the memory of a step"
+    return f"There is no more memory: give {flags[0].lower()}. {account}."
 
 
 @contextmanager

@@ -74,10 +74,7 @@ class Run:
         return total, taken
 
     def keep_files(self, task, result, shown):
-        """Name the files of out_dir. Nothing is written yet.
-
-        shown: whether the run has a progress bar; of several runs only the first one has
-        """
+        """Name the files in out_dir; write nothing yet. shown: whether there is a progress bar"""
         self.out_dir, self.result = Path(self.cfg.out_dir), result
         self.first = distributed.rank() == 0  # the process that writes
         folder = self.out_dir if self.first else None
