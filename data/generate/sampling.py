@@ -79,10 +79,8 @@ def check(max_new_tokens, temperature, top_k, top_p, seed):
 
 
 @torch.no_grad()
-def stream(
-    model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None, keep=None,
-    seed=None,
-):
+def stream(model, idx, max_new_tokens, temperature=0.0, top_k=0, top_p=1.0, eos_id=None,
+           keep=None, seed=None):
     """Yield the next token of every row, (B,), until all rows have ended or the number is reached.
 
     idx: (B, T) prompts; keep: (B, T), 0 where a prompt is padded on the left

@@ -64,8 +64,7 @@ def read(folder, kind):
         raise InputError(f"{weights} has no table of settings: {ADVICE}.")
     copy = read_json(Path(folder) / COPY, optional=True)
     if copy.pop("sha256", None) == checksum(weights) and copy != about:
-        message = f"{Path(folder) / COPY} has other settings than {weights} itself: remove {COPY}."
-        raise InputError(message)
+        raise InputError(f"{Path(folder) / COPY} has other settings than {weights}: remove {COPY}.")
     where = f"{weights}, its settings"
     field(where, about, "format", one_of(2))
     own, base = field(where, about, "config", TABLE), field(where, about, "base", TABLE)

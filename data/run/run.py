@@ -32,10 +32,8 @@ def refuse_other_processes(task, base, models, out_dir):
 
 
 class Run:
-    """A model with its optimizer, and from `keep_files` on with the files of its out_dir.
-
-    A sweep has several runs, with one base. result: what result.json will contain
-    """
+    """A model with its optimizer, and from `keep_files` on with the files of its out_dir. A sweep
+    has several runs, with one base. result: what result.json will contain"""
 
     def __init__(self, model, cfg):
         self.model, self.cfg, self.optimizer = model, cfg, make_optimizer(model, cfg)

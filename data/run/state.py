@@ -21,8 +21,7 @@ FILES = "state.safetensors", "state.previous.safetensors"
 
 
 def save_state(out_dir, tree):
-    """Save a tree: a table of tensors, numbers, texts, and lists and tables of them. In its JSON a
-    tensor is {"tensor": its name}."""
+    """Save a tree of tables, lists, numbers, texts and tensors; in JSON, {"tensor": its name}."""
     newest, previous = (out_dir / name for name in FILES)
     tensors = {}
 

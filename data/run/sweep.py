@@ -23,9 +23,7 @@ ALSO = (
 
 def settings_of_runs(given, cfg, resolve):
     """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
-
-    given, cfg: settings before and after `resolve`
-    """
+    given, cfg: settings before and after `resolve`"""
     own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
     if cfg.eval_only:
         own = [f for f in fields(cfg) if f.name == "side"]
@@ -114,10 +112,8 @@ class Copies:
 
 
 def conclude(cfg, runs, results):
-    """Print and return the table of a sweep: a row for each run, the best first.
-
-    runs, results: {name: settings}, {name: result}
-    """
+    """Print and return the table of a sweep: a row for each run, the best first. runs, results:
+    {name: settings}, {name: result}"""
     rows, end = [], "" if cfg.eval_only else "_after"
     kept = ["best_iteration", "iterations", "interrupted", "trainable_parameters", "error"]
     kept += [f"{score}{end}" for score in SCORES]

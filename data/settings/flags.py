@@ -117,17 +117,13 @@ class Parser(argparse.ArgumentParser):
 
 def run_main(main, less="give less --data, a lower --batch_size, or --stream a 4-bit folder"):
     """Call `main` for a command. A user's mistake is printed in one line; a bug raises a traceback.
-
-    less: what to do if there is too little memory
-    """
+    less: what to do if there is too little memory"""
     leaf("command").run(main, less)
 
 
 def add_flags(parser, settings, shown_defaults=()):
-    """Add a flag for each field of a dataclass of settings, in GROUPS.
-
-    shown_defaults: {field: default to show in --help} for those that depend on something
-    """
+    """Add a flag for each field of a dataclass of settings, in GROUPS. shown_defaults: {field:
+    default to show in --help} for those that depend on something"""
     groups, group = {title: parser.add_argument_group(title) for title in GROUPS}, parser
     for f in fields(settings):
         group = groups[f.metadata["group"]] if f.metadata["group"] else group
