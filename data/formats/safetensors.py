@@ -130,6 +130,8 @@ def check_values(tensor, dtype, name):
     if values.is_meta or not values.numel():
         return tensor
     low, high = (value.item() for value in values.aminmax())  # NaN if any value is NaN
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise InputError(f"{name} has NaN or infinite values: download it again.")
     most = min(torch.finfo(dtype).max, LARGEST_WEIGHT)
     if not -most <= low <= high <= most:
         kind = str(dtype).removeprefix("torch.")

@@ -39,7 +39,8 @@ class Tokenizer:
         """token_bytes: {id: its bytes}; added: {text: id} of tokens that any text may contain"""
         self.folder, self.special, self.added = folder, special, {**added, **special}
         if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
-            raise InputError(f"{folder}: too many special tokens, or letters in one: get it again.")
+            most = f"{MOST_ADDED:,} special tokens or one of over {LONGEST_ADDED} letters"
+            raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
         self.special_ids = set(special.values())
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
         self.token_bytes = token_bytes | {id: text.encode() for text, id in added.items()}

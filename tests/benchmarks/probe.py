@@ -137,7 +137,7 @@ def channels(*flags):
     task = load_task(cfg, tokenizer, base.config)
     texts = [ids for ids, _ in task.train]
     half = len(texts) // 2
-    std = lambda texts, skip=1: channel_statistics(base, texts, skip)[1].clamp(min=1e-12).sqrt()
+    std = lambda texts, skip=1: channel_statistics(base, texts, 1, skip)[1].clamp(min=1e-12).sqrt()
     known = std(texts[half:])
     print_table("Channels' standard deviations", "texts", "half within", "99 of 100", "furthest")
     for n in [n for n in (16, 32, 64, 128, 256) if n < half] + [half]:

@@ -8,7 +8,7 @@ import json
 import fuzz_configs
 import pytest
 import torch
-from helpers import FIXTURES, change, copy_folder
+from helpers import change, copy_folder
 
 from data.formats import config_json
 from model import read_config

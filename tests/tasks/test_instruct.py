@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from chat_templates import LLAMA2
 from helpers import say
 
 from data import IGNORE_INDEX, InputError

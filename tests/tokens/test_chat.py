@@ -9,7 +9,7 @@ import shutil
 from itertools import groupby
 
 import pytest
-from chat_templates import CHATML, LLAMA2, LLAMA3, REFUSED, OTHERS, TEMPLATES
+from chat_templates import CHATML, LLAMA2, REFUSED, OTHERS, TEMPLATES
 from helpers import FIXTURES, TEST_DATA, needs_test_data, say
 
 from data import InputError, Refused
