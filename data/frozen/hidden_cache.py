@@ -11,6 +11,7 @@ layers are not in memory. An example is known by its ids. The files are memory-m
 
 import hashlib
 import math
+import os
 import re
 import shutil
 import zlib
@@ -113,10 +114,17 @@ class HiddenCache:
             raise InputError(f"{needs}: --h_f_bits 4 or fewer --max_examples need less.")
 
     def map(self, name, dtype, n):
-        """Map a file as an array of n. New records are zeros, which take no room yet."""
-        with open(self.folder / name, "ab") as file:
-            file.truncate(n * dtype.itemsize)
-        return np.memmap(self.folder / name, dtype, "r+", shape=(n,))
+        """Map a file as an array of n. New records are zeros."""
+        path, size = self.folder / name, n * dtype.itemsize
+        try:
+            with open(path, "ab") as file:
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # a map of a full disk would kill the process
+                    os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            why = f"cannot have {size / 1e9:.3g} GB ({error.strerror})"
+            raise InputError(f"{path} {why}: give --cache_hidden a folder with room.") from None
+        return np.memmap(path, dtype, "r+", shape=(n,))
 
     def without_layers(self, device):
         """A function of a weight's name: its device, or "meta" for the layers' matrices."""

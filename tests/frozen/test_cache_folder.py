@@ -1,5 +1,8 @@
 """data/frozen/hidden_cache.py: the folder of the cache, and what it is of."""
 
+import errno
+import os
+
 import pytest
 import torch
 from helpers import change, copy
@@ -52,3 +55,19 @@ def test_an_example_that_is_longer_than_a_batch(cached, tmp_path):
     assert [list(entries[0].tokens), list(rows), at.tolist()] == [[0, 1, 2]] * 3
     assert targets.tolist() == [0, 2]
     assert cache.look_up(torch.tensor([[5, 6]])) is None
+
+
+def test_a_file_without_room(cached, tmp_path, monkeypatch):
+    """The room is taken before a map is written to, which would kill the process on a full disk."""
+    taken = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda *args: taken.append(args[1:]))
+    train.main(TrainConfig(**cached))
+    sizes = [(tmp_path / "cache" / f"{n}.bin").stat().st_size for n in ("states", "last", "sums")]
+    assert taken == [(0, size) for size in sizes]
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match="states.bin cannot have .* .No space left.*folder with room"):
+        train.main(TrainConfig(**cached))
