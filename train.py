@@ -57,7 +57,7 @@ class TrainConfig(SideConfig):
     data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
     variant: str = of_side("paper", "preset: paper, released code, or fast", tuple(VARIANTS))
     max_iters: int = setting(None, "number of iterations (optimizer steps)", at_least=1)
-    learning_rate: float = setting(None, "peak learning rate", above=0, below=1000)
+    learning_rate: float = setting(None, "peak learning rate; fast: 1e-2", above=0, below=1000)
     batch_size: int = setting(None, "sequences per batch and process", at_least=1)
     out_dir: str = setting(None, "folder for the run's files; default: out, or out-eval")
     resume: bool = setting(False, "continue the run in --out_dir, or start it if there is none")
@@ -388,7 +388,7 @@ def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
 
-    with only_run_in(cfg.out_dir):
+    with only_run_in([cfg.out_dir, *(own.out_dir for own in settings)]):
         if cfg.resume and not (cfg.sweep or cfg.eval_only):  # a sweep goes on with its good runs
             leaf("resume").check_settings(cfg)
         folder = Path(cfg.base or distributed.make_in_first_process(leaf("tiny").base_folder))

@@ -67,7 +67,7 @@ def read_text(path, advice="give a file of UTF-8 text", newline=None):
     try:
         return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig", newline=newline).read()
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({reason(error)}): {advice}.") from None
+        raise InputError(f"{path} is not UTF-8 text ({reason(error)}): save it as UTF-8.") from None
 
 
 def parse_json(text):
@@ -185,10 +185,13 @@ def locked(path, refusal=""):
     flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal else 0))
+        except BlockingIOError:
+            raise InputError(refusal) from None
+        except OSError as error:
+            print(f"{path} cannot be locked ({error.strerror}): let no other run write there.")
         yield
-    except BlockingIOError:
-        raise InputError(refusal) from None
     finally:
         os.close(descriptor)
 

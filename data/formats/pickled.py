@@ -102,5 +102,11 @@ def checked(path, tensors, version, start, sizes, refuse):
     if total > 2 * file_size(path, ADVICE):  # a tied head is there twice
         raise refuse("has many tensors of the same bytes")
     start -= min(places, default=0)  # from a place in the map to one in the file
-    return {name: partial(read_part, path, version, x.dtype, x.shape, start + x.data_ptr())
-            if x.is_contiguous() else x.clone for name, x in found.items()}
+
+    def read(x):
+        storage = x.untyped_storage()
+        n, at = storage.nbytes() // x.itemsize, start + storage.data_ptr()
+        whole = read_part(path, version, x.dtype, (n,), at)
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset()).contiguous()
+
+    return {name: partial(read, x) for name, x in found.items()}

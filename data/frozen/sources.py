@@ -12,7 +12,6 @@ import torch
 from data import InputError, leaf
 from data.devices.device import pick_device, pick_dtype
 from data.formats.files import locked, make_writable_folder
-from data.formats.safetensors import version_of
 from data.settings.methods import SIDE_METHODS
 
 SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
@@ -40,8 +39,11 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
         devices = leaf("placement").parse(cfg.devices)
         device = leaf("placement").places(devices, config.n_layer, config.tied)
     cache = None
-    files = [path for path in Path(folder).iterdir() if path.suffix in (".safetensors", ".bin")]
-    versions = [version_of(path) for path in files]
+    versions = lambda: {
+        path: (path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir()
+        if path.suffix in (".safetensors", ".bin") and path.is_file()
+    }
+    before = versions()
     if cfg.cache_hidden:
         make_writable_folder(cfg.cache_hidden, "--cache_hidden")
         with locked(f"{cfg.cache_hidden}/cache.lock"):  # two runs may begin it together
@@ -55,7 +57,7 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             torch.manual_seed(cfg.data_seed)
             prompts = [ids for ids, _ in task.train]
             leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
-        if [version_of(path) for path in files] != versions:  # also if it is loaded again
+        if versions() != before:  # also if it is loaded again
             raise InputError(f"{folder} was changed after this run began: begin it again.")
         return base
 

@@ -177,7 +177,8 @@ def conclude(folder, cfg, result, example):
     for sample in result.get("samples", ()):
         print("\n" + show_sample(sample, who))
     peak = show_bytes(result["peak_memory_bytes"])
-    print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}.")
+    figures = Path(cfg.out_dir) / "result.json"
+    print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}; all figures are in {figures}.")
     if not cfg.eval_only and example:
         side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
         script = Path(__file__).parents[2] / "qst.py"  # the current folder may be gone by now

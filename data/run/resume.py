@@ -45,9 +45,12 @@ def load(run):
     """Load the newest state in a `Run`'s out_dir into it; returns whether there is one."""
     state, path = load_state(run.out_dir)
     if state is None:
+        if (run.out_dir / "result.json").exists():
+            raise InputError(f"{run.out_dir} has a result.json, and no state: leave out --resume.")
         print(f"{run.out_dir} has no state to continue from: the run begins.")
         return False
     about, side, moments, scaler, log = (field(path, state, *part) for part in PARTS.items())
+    about.setdefault("nproc_per_node", run.about.get("nproc_per_node"))  # not in older states
     refuse_others(run.out_dir, about, run.about)
     kinds = {int: COUNT, float: REAL}
     log = {name: field(path, log, f"log.{name}", LOG.get(name) or kinds[type(value)])

@@ -27,7 +27,8 @@ def refuse_other_processes(task, base, models, out_dir):
             "The data (examples, tokens, checksum)":
                 examples_fingerprint(task.train + task.held_out),
             "The checksum of the base": digest(repr(fingerprint(base)), {})[:8],
-            "The checksum of the weights to train": weights, "--out_dir": out_dir,
+            "The checksum of the weights to train": weights,
+            "--out_dir": str(Path(out_dir).resolve()),
         })
 
 
@@ -80,6 +81,7 @@ class Run:
         examples = examples_fingerprint(task.train + task.held_out)
         # Settings and data, which must be the same when the run continues.
         self.about = asdict(self.cfg) | dict(base=self.model.fingerprint, data=examples)
+        self.about["nproc_per_node"] = distributed.size()
         return self
 
     def begin(self, files):

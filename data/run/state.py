@@ -48,10 +48,15 @@ def remove_earlier_run(out_dir):
         path.unlink()
 
 
-def only_run_in(out_dir):
-    """Refuse a second run in a folder while the first one writes to it."""
-    refusal = f"Another run writes to {out_dir}: wait, or give another --out_dir."
-    return contextlib.nullcontext() if distributed.rank() else locked(out_dir, refusal)
+@contextlib.contextmanager
+def only_run_in(folders):
+    """Refuse a second run in a folder while the first one writes to it. A sweep has several."""
+    with contextlib.ExitStack() as locks:
+        for folder in {os.path.realpath(folder): folder for folder in folders}.values():
+            refusal = f"Another run writes to {folder}: wait, or give another --out_dir."
+            if os.path.isdir(folder) and not distributed.rank():
+                locks.enter_context(locked(folder, refusal))
+        yield
 
 
 STOPPING = "\nStopping after this iteration. Ctrl-C again stops at once, without saving.\n"

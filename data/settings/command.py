@@ -11,7 +11,8 @@ from data.devices import distributed
 
 # Control characters but "\n", "\t" and "\r\n"; overrides of the writing direction; and what neither
 # UTF-8 nor XML can hold.
-CONTROL = "[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202d\u202e\ud800-\udfff\ufffe\uffff]|\r(?!\n)"
+CONTROL = "[\0-\x08\v\f\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
+CONTROL += "|\r(?!\n)"
 NO_MEMORY = "MemoryError|allocate memory|out of memory|bad_alloc|new thread|failed to map segment"
 NO_MEMORY += "|without (setting an )?exception"  # Python's own, while it imports
 

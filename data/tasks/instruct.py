@@ -146,7 +146,7 @@ def examples(conversation, tokenizer, template, sequence_len):
     for ids, inside in template.examples(conversation, tokenizer, sequence_len):
         ids, inside = ids[: sequence_len + 1], inside[: sequence_len + 1]
         targets = [id if on else IGNORE_INDEX for id, on in zip(ids[1:], inside[1:])]
-        made += [(ids[:-1], targets)] * any(inside)
+        made += [(ids[:-1], targets)] * any(inside[1:])
     return made
 
 
@@ -198,7 +198,8 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
                 asked += [one] * (half is held_out)
             except Refused as error:  # also by the chat template
                 left_out[str(error)] += 1
-        notes += [f"{n} {name} examples left out: each {why}" for why, n in left_out.items()]
+        for why, n in left_out.most_common(5):  # a template may say something else of each
+            notes.append(f"{n} {name} examples left out: each {why}")
     if cfg.eval_only and not asked:
         raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
     return Task(

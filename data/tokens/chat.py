@@ -67,7 +67,11 @@ class ChatTemplate:
             prompt, ids = self.ids_of(tokenizer, messages[: i + 1])
             start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
             ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
-            end = ends[-1] if ends else len(ids)
+            told = with_input(message).strip()
+            ends = [n for n in ends if told in tokenizer.decode(ids[start:n])] or ends[-1:]
+            end = ends[0] if ends else len(ids)
+            if told and not set(ids[start:end]) - tokenizer.special_ids:
+                raise Refused("has an answer that the chat template leaves out")
             inside = [start <= n < end for n in range(len(ids))]
             if made and made[-1][0][:kept] == prompt[:kept] == ids[:kept]:  # nothing is rewritten
                 inside[:kept] = made.pop()[1][:kept]
@@ -78,8 +82,8 @@ class ChatTemplate:
     def ids_of(self, tokenizer, messages):
         """Encode a conversation up to the start of its last answer, and, if it has one, all."""
         said = [dict(role=m["role"], content=tokenizer.hide(with_input(m))) for m in messages]
-        # A text set apart from the template cannot be half of a special token.
-        apart = lambda text: re.sub(r"^(\s*)(\S.*\S|\S)", rf"\1{BREAK}\2{BREAK}", text, flags=re.S)
+        # Letters set apart make no special token, whatever the template does with them.
+        apart = lambda text: re.sub(r"(\S)", rf"{BREAK}\1{BREAK}", text)
         check = [message | {"content": apart(message["content"])} for message in said]
         done = messages[-1]["role"] == "assistant"
         renders = [(said[: len(said) - done], True), *[(said, False)] * done, (check, not done)]
@@ -215,6 +219,7 @@ def compile_template(text):
     env = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
+    del env.filters["random"], env.globals["lipsum"]  # a run must be repeatable
     env.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     # differs from transformers, whose strftime_now asks the clock: a run must be repeatable.
     now = datetime(2024, 7, 26).strftime

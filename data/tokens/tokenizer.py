@@ -37,6 +37,10 @@ class Tokenizer:
 
     def __init__(self, folder, token_bytes, special, added, bos_id, eos_ids):
         """token_bytes: {id: its bytes}; added: {text: id} of tokens that any text may contain"""
+        # Files call some tokens ordinary that end an answer, or frame a message.
+        ends, framing = (bos_id, *eos_ids), re.compile(r"<\|.*\|>")
+        special = special | {t: id for t, id in added.items() if id in ends or framing.fullmatch(t)}
+        added = {text: id for text, id in added.items() if text not in special}
         self.folder, self.special, self.added = folder, special, {**added, **special}
         if len(self.added) > MOST_ADDED or max(map(len, self.added), default=0) > LONGEST_ADDED:
             most = f"{MOST_ADDED:,} special tokens or one of over {LONGEST_ADDED} letters"

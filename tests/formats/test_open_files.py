@@ -1,5 +1,6 @@
 """Files that are read: how many are open, what they leave in memory, and what ends a read."""
 
+import errno
 import os
 import resource
 import shutil
@@ -7,7 +8,7 @@ import time
 
 import pytest
 import torch
-from helpers import FIXTURES, Forked, left, short_run, small_config
+from helpers import FIXTURES, Forked, copy, left, short_run, small_config
 
 import train
 from data import InputError
@@ -228,3 +229,38 @@ def test_fixtures_are_read_without_maps():
     """Shards, too: what is loaded holds no file."""
     from_pretrained(FIXTURES / "llama_gqa", "none", torch.float32)
     assert str(FIXTURES) not in open("/proc/self/maps").read()
+
+
+def test_a_file_system_without_locks(monkeypatch, tmp_path, capsys):
+    """It says so in a line and goes on; an error of the body is not taken for a lock."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    with pytest.raises(BlockingIOError, match="mine"), locked(tmp_path, "busy"):
+        raise BlockingIOError("mine")
+    monkeypatch.setattr(fcntl, "flock", none)
+    with locked(tmp_path, "busy"):
+        assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
+
+
+def test_other_files_beside_the_weights(cfg, tiny_model, tmp_path):
+    """What is no file, or a pointer that nobody reads, does not stop a run."""
+    folder = copy(tiny_model, tmp_path)
+    (folder / "pytorch_model.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (folder / "old.bin").symlink_to("nowhere")
+    (folder / "x.safetensors").mkdir()
+    assert train.main(TrainConfig(**cfg | dict(base=str(folder), max_iters=1)))["loss_after"] > 0
+
+
+def test_a_strided_tensor_of_a_bin_is_read_from_the_file(tmp_path):
+    """Its values are the file's, and not those of a file that has changed since."""
+    path, x = tmp_path / "x.bin", torch.arange(6.0).view(2, 3)
+    torch.save({"t": x.T, "e": torch.ones(1, 2).expand(3, 2)}, path)
+    found = read_tensors(path)
+    assert found["t"]().equal(x.T) and found["e"]().equal(torch.ones(3, 2))
+    os.utime(path, ns=(1, 1))
+    for read in found.values():
+        with pytest.raises(InputError, match="x.bin was changed while it was read"):
+            read()

@@ -69,5 +69,5 @@ def test_a_file_without_room(cached, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(InputError, match="states.bin cannot have .* .No space left.*folder with room"):
+    with pytest.raises(InputError, match="states.bin cannot have .*No space.*folder with room"):
         train.main(TrainConfig(**cached))

@@ -267,10 +267,18 @@ def test_a_log_that_contradicts_itself(changes, cfg):
 def test_two_runs_in_one_folder(cfg):
     """The second is refused while the first one writes."""
     Path(cfg["out_dir"]).mkdir()
-    with state.only_run_in(cfg["out_dir"]):
+    with state.only_run_in([cfg["out_dir"]]):
         with pytest.raises(InputError, match="Another run writes to"):
             train.main(TrainConfig(**cfg))
+    Path(cfg["out_dir"], "seed=2").mkdir()  # a sweep writes to a folder of each run, too
+    with state.only_run_in([f"{cfg['out_dir']}/seed=2"]):
+        with pytest.raises(InputError, match="Another run writes to .*seed=2"):
+            train.main(TrainConfig(**cfg, sweep="seed=1,2"))
     train.main(TrainConfig(**cfg | dict(max_iters=1)))
+    for path in Path(cfg["out_dir"]).glob("state*"):
+        path.unlink()
+    with pytest.raises(InputError, match="has a result.json, and no state: leave out --resume"):
+        train.main(TrainConfig(**cfg | dict(resume=True)))
 
 
 def test_the_same_seed_is_the_same_run(cfg, tmp_path, capsys):

@@ -51,6 +51,57 @@ def test_half_a_marker_is_not_completed(text, tmp_path):
         template.encode([dict(role="user", content=text)], tokenizer)
 
 
+@pytest.mark.parametrize("change, text", [
+    ("lower", "hi<|IM_END|>"), ("replace('#', '')", "<|im#_end|>"), ("reverse", ">|dne_mi|<"),
+    ("replace('\n', '')", "<|im_\nend|>"),
+])
+def test_a_changed_text_makes_no_marker(change, text, tmp_path):
+    """A text in which the template's own changes make a special token is refused."""
+    around = "{% for m in messages %}<|im_start|>{{ m.content | " + change + " }}{% endfor %}"
+    _, tokenizer, template = make_folder(tmp_path, "smollm2", around)
+    assert len(template.encode(say("user: ok"), tokenizer)[0]) > 1
+    with pytest.raises(Refused, match="becomes a special token"):
+        template.encode([dict(role="user", content=text)], tokenizer)
+
+
+@pytest.mark.parametrize("behind", ["<|im_start|>", "<|im_start|>note<|im_end|>", "\n\n"])
+def test_what_stands_behind_an_answer_is_not_learned(behind, tmp_path):
+    """An answer ends with its first special token, which also ends a generated one."""
+    _, tokenizer, template = make_folder(tmp_path, "smollm2", CHATML + behind)
+    ids, inside = template.encode(say("user: a", "assistant: yes"), tokenizer)
+    end = tokenizer.special["<|im_end|>"]
+    assert [id for id, on in zip(ids, inside) if on] == [*tokenizer.encode("yes"), end]
+    assert template.end_ids(tokenizer)[0] == end
+
+
+def test_an_answer_that_the_template_leaves_out(tmp_path):
+    """Nothing but an end would be learned: it is refused."""
+    text = CHATML.replace("message['content']", "message['content'][:0]")
+    _, tokenizer, template = make_folder(tmp_path, "smollm2", text)
+    with pytest.raises(Refused, match="an answer that the chat template leaves out"):
+        template.encode(say("user: a", "assistant: yes"), tokenizer)
+
+
+def test_markers_that_a_file_calls_ordinary(tmp_path):
+    """Tokens that frame messages, or end a text, are special whatever tokenizer.json says."""
+    folder, tokenizer, _ = make_folder(tmp_path, "smollm2", CHATML)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for token in spec["added_tokens"]:
+        token["special"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    other = load_tokenizer(folder)
+    text = "hi <|im_start|>system<|im_end|>" + next(t for t in tokenizer.special)
+    assert other.encode(text) == tokenizer.encode(text)
+    assert not set(other.encode(text)) & tokenizer.special_ids
+
+
+def test_a_rendering_is_repeatable():
+    """What would be another text each time is no filter here."""
+    for text in ("{{ [1, 2] | random }}", "{{ lipsum() }}"):
+        with pytest.raises(InputError, match="the chat template fails"):
+            chat.render("x", text, [([], False)], {})
+
+
 def test_variables_of_a_template(tmp_path):
     """bos_token and eos_token are the folder's; null: none. The clock stands still."""
     text = "{{ bos_token }}|{{ eos_token }}|{{ strftime_now('%d %b %Y') }}|{{ tools }}|"
