@@ -66,13 +66,12 @@ class ChatTemplate:
                 continue
             prompt, ids = self.ids_of(tokenizer, messages[: i + 1])
             start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
-            told, special = with_input(message).strip(), tokenizer.special_ids
-            ends = [n for n in range(start + 2, len(ids) + 1)
-                    if ids[n - 1] in special and set(ids[start:n]) - special]
-            ends = [n for n in ends if told in tokenizer.decode(ids[start:n])] or ends[-1:]
-            end = ends[0] if ends else len(ids)
-            if told and not set(ids[start:end]) - special:
+            word = tokenizer.decode(tokenizer.encode(" ".join(with_input(message).split()[-1:])))
+            ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
+            ends = [n for n in [*ends, len(ids)] if word in tokenizer.decode(ids[start:n])]
+            if not ends:
                 raise Refused("has an answer that the chat template leaves out")
+            end = ends[0]
             inside = [start <= n < end for n in range(len(ids))]
             if made and made[-1][0][:kept] == prompt[:kept] == ids[:kept]:  # nothing is rewritten
                 inside[:kept] = made.pop()[1][:kept]
