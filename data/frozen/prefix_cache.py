@@ -5,7 +5,20 @@ batch. A `PrefixCache` yields hidden states like the base. If all rows begin wit
 base continues after the prefix's keys and values. The side network reads all positions.
 """
 
+from os.path import commonprefix
+
 import torch
+
+SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
+
+
+def share_prefix(base, examples):
+    """Compute the examples' common prefix once, if it is long enough; returns the base."""
+    lengths = [len(ids) for ids, _ in examples] or [1]
+    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
+    if len(prefix) >= max(SHORTEST_PREFIX, sum(lengths) / len(lengths) / 10):
+        base.source = PrefixCache(base, prefix)
+    return base
 
 
 class PrefixCache:

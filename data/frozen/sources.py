@@ -4,7 +4,7 @@ Whatever yields the same hidden states can stand in for the base: its attribute 
 object with a method `states` like the base's own.
 """
 
-from os.path import commonprefix
+import re
 from pathlib import Path
 
 import torch
@@ -14,8 +14,6 @@ from data.devices.device import pick_device, pick_dtype
 from data.formats.files import locked, make_writable_folder
 from data.settings.methods import SIDE_METHODS
 
-SHORTEST_PREFIX = 8  # tokens, and a tenth of an example: a shorter prefix saves no time
-
 
 def first_device(cfg):
     """The device of a batch, and the dtype that the model computes in."""
@@ -23,13 +21,19 @@ def first_device(cfg):
     return names[0], pick_dtype(cfg.dtype, names[0])
 
 
-def share_prefix(base, examples):
-    """Compute the examples' common prefix once, if it is long enough; returns the base."""
-    lengths = [len(ids) for ids, _ in examples] or [1]
-    prefix = commonprefix([ids for ids, _ in examples])[: min(lengths) - 1]  # one of each is left
-    if len(prefix) >= max(SHORTEST_PREFIX, sum(lengths) / len(lengths) / 10):
-        base.source = leaf("prefix_cache").PrefixCache(base, prefix)
-    return base
+def watch(folder):
+    """Return a function that refuses a base whose files are no longer what they are now."""
+
+    def versions():  # of the weights; a run may have its --out_dir there
+        files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
+        files = [path for path in files if path.is_file() and not re.match("side|state", path.name)]
+        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+    def refuse_changes(before=versions()):
+        if versions() != before:
+            raise InputError(f"{folder} was changed after this run began: begin it again.")
+
+    return refuse_changes
 
 
 def load_base(from_pretrained, cfg, folder, config, task, runs):
@@ -38,12 +42,7 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
     if cfg.devices:  # a function of a weight's name
         devices = leaf("placement").parse(cfg.devices)
         device = leaf("placement").places(devices, config.n_layer, config.tied)
-    cache = None
-    versions = lambda: {
-        path: (path.stat().st_size, path.stat().st_mtime_ns) for path in Path(folder).iterdir()
-        if path.suffix in (".safetensors", ".bin") and path.is_file()
-    }
-    before = versions()
+    cache, refuse_changes = None, watch(folder)
     if cfg.cache_hidden:
         make_writable_folder(cfg.cache_hidden, "--cache_hidden")
         with locked(f"{cfg.cache_hidden}/cache.lock"):  # two runs may begin it together
@@ -57,13 +56,12 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             torch.manual_seed(cfg.data_seed)
             prompts = [ids for ids, _ in task.train]
             leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
-        if versions() != before:  # also if it is loaded again
-            raise InputError(f"{folder} was changed after this run began: begin it again.")
+        refuse_changes()  # also if it is loaded again
         return base
 
     base = load(cache.without_layers(device), False) if cache and cache.absent else load()
     if cfg.method in SIDE_METHODS and not cfg.compile:
-        share_prefix(base, task.train + task.held_out)
+        leaf("prefix_cache").share_prefix(base, task.train + task.held_out)
     if cache:
         cache.attach(base, load)
     return base

@@ -10,6 +10,7 @@ from data.devices import distributed
 from data.devices.device import peak_memory
 from data.formats.files import write_json
 from data.frozen.fingerprint import fingerprint
+from data.frozen.sources import watch
 from data.run.checkpoint import digest
 from data.run.log import TrainingLog
 from data.run.optim import make_optimizer
@@ -76,6 +77,7 @@ class Run:
         """Name the files in out_dir; write nothing yet. shown: whether there is a progress bar"""
         self.out_dir, self.result = Path(self.cfg.out_dir), result
         self.first = distributed.rank() == 0  # the process that writes
+        self.refuse_changes = watch(self.cfg.base) if self.cfg.base else bool
         folder = self.out_dir if self.first else None
         self.log = TrainingLog(folder, self.cfg, self.model.device, shown)
         examples = examples_fingerprint(task.train + task.held_out)
@@ -95,6 +97,7 @@ class Run:
 
     def record_evaluation(self, held_out_loss):
         """Note a held-out loss. Save the side network if it is the best one so far."""
+        self.refuse_changes()  # nothing is saved that fits no file any more
         if self.log.evaluated(held_out_loss) and self.first:
             self.model.save_side(self.out_dir)
 

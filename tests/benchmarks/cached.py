@@ -10,7 +10,7 @@ from pathlib import Path
 
 import train
 from benchmarks.common import alone, print_row, print_table
-from data.frozen import sources
+from data.frozen import prefix_cache
 
 FORMS = {
     "adapter, 16 bits": "--h_f_bits 16", "adapter, 8 bits": "--h_f_bits 8",
@@ -52,7 +52,7 @@ def prefix(*flags):
 
 
 def run_whole(words):
-    sources.SHORTEST_PREFIX = math.inf
+    prefix_cache.SHORTEST_PREFIX = math.inf
     return run_once(words)
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import quant
 from helpers import DEVICE, DRY, GPU, each_dtype, needs_gpu, needs_gpu_or_dry_run, small_base
 from data.formats.save import save_pretrained
-from data.frozen import sources
+from data.frozen import prefix_cache
 from data.tasks.examples import collate
 from model import from_pretrained, quantize
 from qst import QST
@@ -222,12 +222,12 @@ def test_a_prefix_that_is_read_once(dtype, grouped):
     """The mask of what comes after it, which picks another kernel of attention, is causal."""
     examples = [([*range(3, 23), i, 7, i, 9], [-100] * 20 + [i, 5, 6, 7]) for i in range(30, 38)]
     losses = []
-    for attach in (lambda base, _: base, sources.share_prefix):
+    for attach in (lambda base, _: base, prefix_cache.share_prefix):
         base = small_base("none", n_embd=64, **grouped).to(DEVICE, dtype)
         torch.manual_seed(0)
         model = QST(attach(base, examples), SideConfig(reduction=4))
         model.side.alpha.data.fill_(0.5)
         idx, targets = collate(examples)
         losses.append(model.loss(idx.to(DEVICE), targets).item())
-        assert (sources.share_prefix is attach) == (base.source is not None)
+        assert (prefix_cache.share_prefix is attach) == (base.source is not None)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4 if dtype == torch.float32 else 2e-2)

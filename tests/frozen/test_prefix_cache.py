@@ -7,7 +7,7 @@ from helpers import curves, each_family, small_base
 
 import train
 from data import IGNORE_INDEX
-from data.frozen import sources
+from data.frozen import prefix_cache
 from data.tasks.examples import collate
 from model import quantize_folder
 from qst import add_trainable
@@ -33,7 +33,7 @@ def test_as_without(family, settings):
     sizes = dict(family="opt" if family == "opt" else "llama", **grouped)
     examples = answered([5, 9, 30], [31, 32, 33, 34, 35], [7, 40], [11, 12, 13])
     found = []
-    for attach in (lambda base, _: base, sources.share_prefix):
+    for attach in (lambda base, _: base, prefix_cache.share_prefix):
         base, lengths = attach(small_base(**sizes), examples), []
         own = base.layers[1].mlp.forward
         base.layers[1].mlp.forward = lambda x, own=own: lengths.append(x.shape[1]) or own(x)
@@ -56,7 +56,7 @@ def test_as_without(family, settings):
 def test_what_begins_otherwise_is_read_whole():
     """Another beginning in one row, too short a batch, padding on the left, and generation."""
     alone, base = small_base(), small_base()
-    sources.share_prefix(base, answered([5, 9], [30]))
+    prefix_cache.share_prefix(base, answered([5, 9], [30]))
     rows = torch.tensor([PREFIX + [5, 9], PREFIX + [30, 0]])
     other = rows.clone()
     other[1, 3] = 60
@@ -70,7 +70,7 @@ def test_what_begins_otherwise_is_read_whole():
 
 def test_a_prefix_must_be_worth_it():
     def kept(examples):
-        return sources.share_prefix(small_base(), examples).source is not None
+        return prefix_cache.share_prefix(small_base(), examples).source is not None
 
     assert kept(answered([5, 9], [30]))
     assert not kept([(ids[13:], targets[13:]) for ids, targets in answered([5, 9], [30])])
@@ -100,7 +100,7 @@ def test_runs(settings, cfg, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(Linear4bit, "forward", counted)
     found, computed = [], []
     for name, worth in (("alone", 1000), ("prefix", 4)):  # the plain frame has more than 4
-        monkeypatch.setattr(sources, "SHORTEST_PREFIX", worth)
+        monkeypatch.setattr(prefix_cache, "SHORTEST_PREFIX", worth)
         tokens.clear()
         own = dict(out_dir=str(tmp_path / name), max_iters=4)
         if "cache_hidden" in settings:
