@@ -210,8 +210,12 @@ def fit(runs, task, cfg):
         for run, loss in zip(some, losses):
             run.record_evaluation(loss)
 
-    new = [run for run in runs if not (cfg.resume and resume(run, cfg))]
-    evaluate([run for run in new if "error" not in run.result])
+    new = [run for run in runs if not (cfg.resume and resume(run, cfg) or "error" in run.result)]
+    # An untrained classifier is at chance, and with --cache_hidden the base may not be in memory.
+    if new and not task.n_labels and not cfg.cache_hidden:
+        for run, scores in zip(new, task.score(share_base(new))):
+            run.log.before = scores
+    evaluate(new)
     good = [run for run in runs if not run.error]
     start = min((run.log.iteration for run in good), default=cfg.max_iters)
     steps, models, iteration = cfg.gradient_accumulation_steps, share_base(runs, cfg.compile), start
@@ -352,15 +356,11 @@ def train(settings, base, task, folder, cfg):
     if not runs:
         return results
     print_sizes(folder, runs, task.train)
-    # An untrained classifier is at chance, and with --cache_hidden the base may not be in memory.
-    scored = not task.n_labels and not cfg.cache_hidden
-    before = task.score(share_base(runs)) if scored else [{} for _ in runs]
     fit(runs, task, cfg)
-    pairs = [pair for pair in zip(runs, before) if not pair[0].error and not pair[0].interrupted]
-    after = task.score(share_base([run for run, _ in pairs])) if pairs else []
-    for (run, old), new in zip(pairs, after):
+    ended = [run for run in runs if not run.error and not run.interrupted]
+    for run, new in zip(ended, task.score(share_base(ended)) if ended else []):
         new.setdefault("examples", len(task.held_out[: cfg.eval_examples]))
-        run.result |= compared(old, new, run.cfg.method.upper())
+        run.result |= compared(run.log.before, new, run.cfg.method.upper())
     return results
 
 

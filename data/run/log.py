@@ -36,6 +36,7 @@ class TrainingLog:
         iteration=0, loss=math.nan, held_out_loss=math.inf, loss_before=math.inf,
         best_loss=math.inf, best_iteration=0,
         skipped=0, failures=0,  # steps left out, and the last of them in a row
+        before={},  # the scores of the base
         tokens=0, seconds=0.0, step_ms=[], rows=[], curves={name: [] for name in NAMES},
         # The same for iterations with hidden states from --cache_hidden.
         cached_iterations=0, cached_tokens=0, cached_seconds=0.0,

@@ -30,8 +30,11 @@ CURVES = Kind(
     f"the curves {', '.join(NAMES)}",
     lambda v: POINTS.fits(v) and (*v,) == NAMES and v["held out"],
 )
+TEXTS = {"prompt", "expected", "answer"}
+SAMPLE = Kind("a table of texts", lambda v: table_of(TEXT).fits(v) and {*v} == TEXTS)
 LOG = {  # what is neither a count nor any number in the log
     "seconds": number(0, 1e12), "cached_seconds": number(0, 1e12),
+    "before": table_of(either(REAL, table_of(REAL), list_of(SAMPLE))),
     "step_ms": list_of(REAL), "curves": CURVES, "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
 }
 SCALER = {"scale": number(1e-30, 1e30), "_growth_tracker": whole(0, 1 << 31)}  # what fp16 changes
@@ -52,6 +55,7 @@ def load(run):
     about, side, moments, scaler, log = (field(path, state, *part) for part in PARTS.items())
     about.setdefault("nproc_per_node", run.about.get("nproc_per_node"))  # not in older states
     refuse_others(run.out_dir, about, run.about)
+    log.setdefault("before", {})  # not in older states
     kinds = {int: COUNT, float: REAL}
     log = {name: field(path, log, f"log.{name}", LOG.get(name) or kinds[type(value)])
            for name, value in run.log.state().items()}

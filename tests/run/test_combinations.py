@@ -185,3 +185,18 @@ def test_a_cache_of_fewer_bits(cfg, tmp_path):
     train.main(TrainConfig(**cfg, h_f_bits=4))
     with pytest.raises(InputError, match="--cache_hidden .* is of fewer --h_f_bits: give another"):
         train.main(TrainConfig(**cfg, h_f_bits=16))
+
+
+def test_the_base_answers_once(cfg, monkeypatch):
+    """What it said at the start is in the state, and in the result of a run that goes on."""
+    asked = []
+
+    def samples(model, *_):
+        asked.append(model.side.alpha.item())
+        return [dict(prompt="q", expected="e", answer=f"a{len(asked)}")]
+
+    monkeypatch.setattr("data.tasks.instruct.samples", samples)
+    train.main(TrainConfig(**cfg | dict(max_iters=2)))
+    result = train.main(TrainConfig(**cfg | dict(max_iters=4, resume=True)))
+    assert asked[0] == 1.0 and len(asked) == 3 and 1.0 not in asked[1:]
+    assert result["samples"] == [dict(prompt="q", expected="e", answer="a1", QST="a3")]

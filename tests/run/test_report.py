@@ -116,7 +116,7 @@ def test_a_log_goes_on_with_all_that_it_has_counted():
     """Nothing of what a run has counted begins anew."""
     log, _ = log_of([True, False, True, True, True, False], log_interval=2)
     log.stepped(torch.tensor(1.0), torch.tensor(True), 5, wait=True, cached=True)
-    log.failures = 3
+    log.failures, log.before = 3, {"accuracy": 0.5}
     again = TrainingLog(None, log.cfg, CPU)
     fresh = dict(vars(again))
     vars(again).update(log.state())
