@@ -24,14 +24,13 @@ The bytes are those of the library bitsandbytes, as in checkpoints on the Hub. O
 tests/lectures/four_bits.py draws them. data/frozen/integers.py has integers of 3 or 4 bits.
 """
 
-import signal
 from functools import cache
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import InputError
+from data import InputError, leaf
 
 BLOCK_SIZE = 64  # weights that share an absmax
 ABSMAX_BLOCK_SIZE = 256  # absmax values that share a nested absmax
@@ -475,6 +474,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if hasattr(signal, "SIGPIPE"):  # not on Windows
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it without a traceback
-    main()
+    leaf("command").run(main, "close other programs")

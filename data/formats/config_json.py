@@ -50,7 +50,7 @@ ONLY = {  # the only values that model.py computes, and the values of missing fi
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
 }
-ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # the same
+ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # also
 FAMILIES = {"llama": "llama", "mistral": "llama", "opt": "opt"}
 MISSING = {  # transformers' values of missing fields; null is another value
     "llama": {"bos_token_id": 1}, "opt": {"bos_token_id": 2},
@@ -76,10 +76,10 @@ def read(folder):
         raise InputError(f"{folder} is not a folder: `git clone` one from huggingface.co.")
     path = Path(folder) / "config.json"
     c = read_json(path, advice="give a whole model's folder, which has one, unlike a LoRA or GGUF")
-    kind = field(path, c, "model_type", one_of(*FAMILIES))
-    family, c = FAMILIES[kind], SHARED | MISSING[kind] | c
+    model_type = field(path, c, "model_type", one_of(*FAMILIES))
+    family, c = FAMILIES[model_type], SHARED | MISSING[model_type] | c
     c["is_causal"] = bool(c["is_causal"])  # null is false
-    if kind == "mistral":  # its class has no such fields
+    if model_type == "mistral":  # its class has no such fields
         c |= {"attention_bias": False, "mlp_bias": False}
     for name, known in (ALWAYS | ONLY[family]).items():
         field(path, c, name, one_of(known), known)

@@ -86,7 +86,7 @@ def read_part(path, version, dtype, shape, offset):
             file.seek(offset)
             whole = file.readinto(memory) == nbytes
     except OSError as error:  # the file is gone, or the memory is full
-        raise InputError(f"{path} cannot be read ({reason(error)}): close programs.") from None
+        raise InputError(f"{path} cannot be read ({reason(error)}): is it there?") from None
     if not whole or version_of(path) != version:
         raise InputError(f"{path} was changed while it was read: put the right file there again.")
     return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -26,10 +26,12 @@ def watch(folder):
 
     def versions():  # of the weights; a run may have its --out_dir there
         files = [*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin")]
-        files = [path for path in files if path.is_file() and not re.match("side|state", path.name)]
-        return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+        files = [p for p in files if p.is_file() and not re.match(r"(side|state)\.", p.name)]
+        return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in files}
 
-    def refuse_changes(before=versions()):
+    before = versions()
+
+    def refuse_changes():
         if versions() != before:
             raise InputError(f"{folder} was changed after this run began: begin it again.")
 

@@ -59,6 +59,8 @@ def question_and_answer(record):
     for name in (question, answer):
         if not isinstance(record.get(name), str):
             raise lacks(name, record)
+    if record.get("input") and record.get("context"):
+        raise Refused('has both an "input" and a "context"')
     input = record.get("input") or record.get("context", record.get("input"))
     last = {"role": "user", "content": record[question], "input": input}
     turns = record.get("history") or []
@@ -193,15 +195,17 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
                 if half is held_out:  # it may be asked
                     template.encode(one[:-1], tokenizer)
                 if not (pairs := examples(one, tokenizer, template, cfg.sequence_len)):
-                    raise Refused(f"has a prompt that fills {cfg.sequence_len} tokens")
+                    raise Refused(f"has a prompt that fills --sequence_len {cfg.sequence_len}")
                 made[name] += pairs
                 asked += [one] * (half is held_out)
             except Refused as error:  # also by the chat template
                 left_out[str(error)] += 1
-        for why, n in left_out.most_common(5):  # a template may say something else of each
-            notes.append(f"{n} {name} examples left out: each {why}")
+        often = left_out.most_common(5)  # a template may say something else of each
+        notes += [f"{n} {name} examples left out: each {why}" for why, n in often]
+        if rest := left_out.total() - sum(n for _, n in often):
+            notes.append(f"{rest} {name} examples left out for other reasons")
     if cfg.eval_only and not asked:
-        raise InputError(f"{cfg.data}: {notes[-1]}. Raise --sequence_len.")
+        raise InputError(f"{cfg.data} leaves nothing to score: {notes[-1]}.")
     return Task(
         *made.values(), lambda models: [score(model, asked) for model in models.models],
         notes=notes, example=example,

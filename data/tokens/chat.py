@@ -66,7 +66,9 @@ class ChatTemplate:
                 continue
             prompt, ids = self.ids_of(tokenizer, messages[: i + 1])
             start = len(commonprefix((prompt, ids)))  # the next token may begin in the prompt
-            word = tokenizer.decode(tokenizer.encode(" ".join(with_input(message).split()[-1:])))
+            text = with_input(message)  # a template may change the rest, such as thoughts
+            word = (re.findall(r"\w+", text) or text.split() or [""])[-1]
+            word = tokenizer.decode(tokenizer.encode(word))
             ends = [n for n, id in enumerate(ids, 1) if n > start and id in tokenizer.special_ids]
             ends = [n for n in [*ends, len(ids)] if word in tokenizer.decode(ids[start:n])]
             if not ends:

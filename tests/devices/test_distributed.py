@@ -85,6 +85,8 @@ def test_two_processes_are_one(cfg, tmp_path):
     code, printed, complaints = torchrun(cfg, out_dir=two_dir, resume=True).wait()
     assert code == 0, complaints
     assert printed.count("held-out loss") == 1
+    with pytest.raises(InputError, match="another --nproc_per_node, 2 and not 1: give the same"):
+        train.main(TrainConfig(**cfg | dict(out_dir=str(two_dir), resume=True, max_iters=99)))
     one = train.main(TrainConfig(**cfg | dict(batch_size=8, out_dir=str(tmp_path / "one"))))
     for ours, theirs in zip(numbers(tmp_path / "one"), numbers(two_dir), strict=True):
         assert ours == pytest.approx(theirs, abs=3e-4)

@@ -24,8 +24,8 @@ from data.settings.command import Output, printable
 from data.settings.flags import run_main
 from train import TrainConfig
 
-ESCAPES = "Say \x1b[31mRED\x1b]0;title\x07\x9b2J\r\u202e"
-SPELLED = r"Say \x1b[31mRED\x1b]0;title\x07\x9b2J\r\u202e"
+ESCAPES = "Say \x1b[31mRED\x1b]0;title\x07\x9b2J\r\u202e\u2066"
+SPELLED = r"Say \x1b[31mRED\x1b]0;title\x07\x9b2J\r\u202e\u2066"
 
 
 def started(command, **environment):

@@ -34,6 +34,14 @@ def test_answers_after_rewritten_turns_are_examples_of_their_own(tokenizer):
     assert len(instruct.examples(made, tokenizer, ChatTemplate(text), 7)) == 1
 
 
+def test_a_first_token_is_no_target(tokenizer):
+    """An answer that is all of the text, in one token, leaves nothing to learn."""
+    text = "{% for m in messages if m.role == 'assistant' %}{{ m.content }}{% endfor %}"
+    word = next(w for w in "abcdefgh" if len(tokenizer.encode(w)) == 1)
+    made = say("user: Why?", f"assistant: {word}")
+    assert instruct.examples(made, tokenizer, ChatTemplate(text), 99) == []
+
+
 def test_the_plain_frame(tokenizer):
     """Ids are bos, the frame, the answer and eos; input and system message have their places."""
     answer = [*tokenizer.encode("3"), tokenizer.eos_id]

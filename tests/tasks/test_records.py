@@ -188,6 +188,7 @@ MISTAKES = [  # what a file holds, and how it is refused
     (dialogue("user: a", "system: b", "assistant: c"), "an answer that follows no question"),
     ('{"prompt": {"role": "prompter", "text": "a", "replies": [7]}}',
      'not a list of messages in "replies"'),
+    ('{"instruction": "a", "output": "b", "input": "c", "context": "d"}', 'both an "input" and a'),
 ]
 
 
@@ -215,6 +216,11 @@ def test_what_the_template_refuses_is_named(tokenizer):
     notes = [form.fullmatch(note).groups() for note in task.notes]
     assert sum(int(n) for n, *_ in notes) == 4
     assert {why for *_, why in notes} == {"is refused by the chat template: must alternate"}
+    own = "{{ raise_exception(messages[0].content) }}"  # another reason for each
+    each = [say(f"user: {i}", "assistant: a") for i in range(20)]
+    task = instruct.make_task(each, tokenizer, ChatTemplate(own), cfg, None)
+    assert len(task.notes) == 12 and not task.train
+    assert sum(int(note.split()[0]) for note in task.notes) == 20
     begun = "{% if add_generation_prompt %}{{ raise_exception('no') }}{% endif %}"
     assert not make(begun).train and not make(begun).held_out
 

@@ -74,6 +74,16 @@ def test_what_stands_behind_an_answer_is_not_learned(behind, tmp_path):
     assert template.end_ids(tokenizer)[0] == end
 
 
+def test_thoughts_without_spaces_are_no_lost_answer(tmp_path):
+    """A template may write the thoughts before an answer in another way."""
+    text = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    _, tokenizer, template = make_folder(tmp_path, "smollm2", text)
+    talk = say("user: a", "assistant: <think>hm</think>four")
+    ids, inside = template.encode(talk, tokenizer)
+    learned = [id for id, on in zip(ids, inside) if on]
+    assert learned == [*tokenizer.encode("four"), tokenizer.special["<|im_end|>"]]
+
+
 def test_an_answer_that_the_template_leaves_out(tmp_path):
     """Nothing but an end would be learned: it is refused."""
     text = CHATML.replace("message['content']", "message['content'][:0]")
