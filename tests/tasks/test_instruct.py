@@ -148,7 +148,7 @@ def test_all_is_held_out_where_nothing_is_trained(tokenizer, eval_only):
     assert sizes == ((0, 20, 20) if eval_only else (18, 2, 2))
     if eval_only:  # and none that fits is refused
         cfg |= dict(sequence_len=2, data="F")
-        with pytest.raises(InputError, match="F leaves nothing to score: 20 .* fills --sequence_len 2"):
+        with pytest.raises(InputError, match="F leaves nothing to score: 20 .* --sequence_len 2"):
             instruct.make_task(found, tokenizer, PLAIN, SimpleNamespace(**cfg), score)
 
 
