@@ -1,12 +1,12 @@
-"""The frozen LLM: one `DecoderLayer` for LLaMA and OPT, and `from_pretrained`.
+"""The frozen LLM: one `DecoderLayer` for all families, and `from_pretrained`.
 
 Read it from top to bottom: the config, the layer, the model with its loss, and how the weights are
 loaded, one tensor at a time, and quantized. The side network in side.py has the same layers.
 
     B, T  batch and length        C = n_embd        V = vocab_size        D = head_dim
 
-Modules have the names of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...). Where the
-two families differ, they have LLaMA's; data/formats/hub.py has OPT's.
+Modules have the names of Hugging Face's checkpoints (`q_proj`, `input_layernorm`, ...). Where
+families differ, they have LLaMA's; data/formats/hub.py has OPT's.
 
     python model.py                    the size of some models in 16 and in 4 bits
     python model.py quantize IN OUT    write a folder in 4 bits
@@ -37,7 +37,7 @@ from quant import Linear4bit, Quantized, quantize_4bit
 
 @dataclass
 class ModelConfig:
-    """The shape of a LLaMA or OPT model; 0 stands for the usual value."""
+    """The shape of a model like LLaMA or OPT; 0 stands for the usual value."""
 
     vocab_size: int
     n_layer: int
@@ -51,7 +51,9 @@ class ModelConfig:
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
-    attention_bias: bool = False
+    attention_bias: bool | str = False  # "qkv": not of the output, as in Qwen2
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys: Qwen3
+    no_rope: tuple = ()  # numbers of the layers without positions, from 1: SmolLM3
     mlp_bias: bool = False
     pre_norm: bool = True  # False: norms after attention and MLP, as only in OPT-350m
     final_norm: bool = True
@@ -96,6 +98,10 @@ class LayerNorm(nn.LayerNorm):
 
 def make_norm(config):
     return (RMSNorm if config.family == "llama" else LayerNorm)(config.n_embd, eps=config.norm_eps)
+
+
+def make_head_norm(config):
+    return RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
 
 def rotary_frequencies(config, device):
@@ -143,18 +149,19 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
-        C, D, bias = config.n_embd, config.head_dim, config.attention_bias
+        C, D, bias = config.n_embd, config.head_dim, bool(config.attention_bias)
         self.q_proj = Linear(C, self.n_head * D, bias=bias)
         self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, self.n_kv_head * D, bias=bias)
-        self.o_proj = Linear(self.n_head * D, C, bias=bias)
+        self.o_proj = Linear(self.n_head * D, C, bias=config.attention_bias is True)
+        self.q_norm, self.k_norm = make_head_norm(config), make_head_norm(config)
 
     def forward(self, x, mask, rope, cache):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        q, k = rotate(q, rope), rotate(k, rope)
+        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
         if cache is not None:
             k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(
@@ -373,9 +380,10 @@ class Transformer(LanguageModel):
         past = cache[0].length if cache[0] else 0
         positions, mask = positions_and_mask(idx, keep, past)
         x = self.embed(idx, positions)
-        rope = rotary_table(self.config, positions, x.dtype)
+        table = rotary_table(self.config, positions, x.dtype)
         yield x
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):
+            rope = None if i in self.config.no_rope else table
             if self.checkpoint and torch.is_grad_enabled():
                 x = recomputed(layer, x, mask, rope, **RECOMPUTE)
             else:
@@ -442,7 +450,7 @@ def quantize(weight, kind, name="the weight"):
 
 
 def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False):
-    """Load a LLaMA or OPT folder, quantize it tensor by tensor, and freeze it.
+    """Load a model's folder, quantize it tensor by tensor, and freeze it.
 
     quant: see `Transformer.freeze`; nf4 and fp4 are always double-quantized
     dtype: of the weights that are not quantized, and of the computation

@@ -15,6 +15,7 @@ N / k layers, and only every k-th hidden state as input. The second half of this
 methods train inside the base. `python side.py` prints the parameters of each downsampler.
 """
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 
@@ -27,7 +28,9 @@ from data.formats.fields import TEXT
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, run_main, setting
-from data.settings.methods import LST, METHODS, PAPER, RELEASED, layers_per_side, of_4_bits, of_side
+from data.settings.methods import (
+    LST, METHODS, PAPER, RELEASED, heads_of_side, layers_per_side, of_4_bits, of_side,
+)
 from model import (
     PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,
 )
@@ -46,6 +49,8 @@ class SideConfig:
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
     rank: int = setting(16, "rank of LoRA and adapter modules, also in downsamplers", at_least=1)
     every: int = of_side(None, "layers per side layer; 0: six side layers or more", at_least=0)
+    heads: int = of_side(None, "attention heads of the side network; 0: as many as the base has; "
+        "default: so many, or fewer, that each has 8 channels or more", at_least=0)
     read_embedding: bool = of_side(None, "start from the embedding; otherwise from zeros")
     downsample: str = of_side(None, "reduction to h_g's width; lst: linear", DOWNSAMPLERS)
     standardize: bool = of_side(None, "standardize each channel of the downsamplers' input")
@@ -115,22 +120,19 @@ def make_downsample(config, n_in, n_out):
 # The side network
 
 
-def side_model_config(config, reduction):
-    """The base's `ModelConfig` -> the side network's: as many heads, narrower."""
-    C, heads = config.n_embd, config.n_head
-    rotary = config.family != "opt"  # rotary positions turn channels in pairs
-
-    def fits(r):
-        return C % (r * heads) == 0 and not (rotary and C // r // heads % 2) and config.n_ffn >= r
-
-    if not fits(reduction):
-        choices = ", ".join(str(r) for r in range(1, C + 1) if fits(r))
-        into = f"{heads} heads{', an even number each (rotary pairs)' * rotary}"
-        message = f"--reduction {reduction} does not divide n_embd = {C} into {into}"
-        raise InputError(f"{message}: choose one of {choices}.")
+def side_model_config(config, reduction, heads):
+    """The base's `ModelConfig` -> the side network's: narrower. heads: see `SideConfig`"""
+    C, pair = config.n_embd, 1 if config.family == "opt" else 2  # rotary positions turn pairs
+    fitting = [r for r in range(1, config.n_ffn + 1) if C % (pair * r) == 0]
+    if reduction not in fitting:
+        message = f"--reduction {reduction} does not divide n_embd = {C} into a multiple of {pair}"
+        raise InputError(f"{message}: choose one of {', '.join(map(str, fitting))}.")
     c = C // reduction
+    heads = heads_of_side(heads, config.n_head, c, pair)
+    group = config.n_head // config.n_kv_head  # heads that share keys and values
     return replace(
-        config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, head_dim=c // heads
+        config, n_embd=c, embed_dim=c, n_ffn=config.n_ffn // reduction, n_head=heads,
+        n_kv_head=heads // math.gcd(heads, group), head_dim=c // heads,
     )
 
 
@@ -145,8 +147,9 @@ class SideNetwork(nn.Module):
     def __init__(self, base_config, config):
         super().__init__()
         self.every = layers_per_side(config.every, base_config.n_layer)
-        self.config = config = replace(config, every=self.every)
-        self.model_config = side_model_config(base_config, config.reduction)
+        self.model_config = side_model_config(base_config, config.reduction, config.heads)
+        heads = self.model_config.n_head
+        self.config = config = replace(config, every=self.every, heads=heads)
         self.n_layer = n = base_config.n_layer // self.every
         C, c = base_config.n_embd, self.model_config.n_embd
         # downsample[0] is for h_g_0, unless that is shared or absent; then come the side layers'.

@@ -9,7 +9,7 @@ import torch
 
 from data import InputError
 from data.formats.fields import (
-    NEEDED, TABLE, TRUE_OR_FALSE, Kind, either, field, list_of, number, one_of, whole,
+    NEEDED, TABLE, TEXT, TRUE_OR_FALSE, Kind, either, field, list_of, number, one_of, whole,
 )
 from data.formats.files import read_json
 
@@ -51,14 +51,27 @@ ONLY = {  # the only values that model.py computes, and the values of missing fi
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
 }
 ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # also
-FAMILIES = {"llama": "llama", "mistral": "llama", "opt": "opt"}
 MISSING = {  # transformers' values of missing fields; null is another value
     "llama": {"bos_token_id": 1}, "opt": {"bos_token_id": 2},
     "mistral": dict(
         bos_token_id=1, max_position_embeddings=1 << 17, num_key_value_heads=8, sliding_window=4096
     ),
+    "qwen2": dict(
+        eos_token_id=None, max_position_embeddings=1 << 15, num_key_value_heads=32,
+        sliding_window=4096,
+    ),
+    "smollm3": dict(
+        max_position_embeddings=1 << 15, bos_token_id=128000, eos_token_id=128001,
+        num_key_value_heads=4, tie_word_embeddings=True,
+    ),
 }
+MISSING["qwen3"] = MISSING["qwen2"] | {"head_dim": 128}
 SHARED = {"eos_token_id": 2, "max_position_embeddings": 2048, "is_causal": True}  # of all classes
+NO_BIAS = dict(attention_bias=False, mlp_bias=False)
+FIXED = {  # what is so in all models of a class, whose config.json has no such fields
+    "mistral": NO_BIAS, "qwen2": NO_BIAS | {"attention_bias": "qkv"},
+    "qwen3": {"mlp_bias": False, "qk_norm": True},
+}
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": False}
 ROPE_THETA = number(1, 1e15)
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
@@ -76,11 +89,10 @@ def read(folder):
         raise InputError(f"{folder} is not a folder: `git clone` one from huggingface.co.")
     path = Path(folder) / "config.json"
     c = read_json(path, advice="give a whole model's folder, which has one, unlike a LoRA or GGUF")
-    model_type = field(path, c, "model_type", one_of(*FAMILIES))
-    family, c = FAMILIES[model_type], SHARED | MISSING[model_type] | c
+    model_type = field(path, c, "model_type", one_of(*MISSING))
+    family, fixed = "opt" if model_type == "opt" else "llama", FIXED.get(model_type, {})
+    c = SHARED | MISSING[model_type] | {name: c[name] for name in c if name not in fixed}
     c["is_causal"] = bool(c["is_causal"])  # null is false
-    if model_type == "mistral":  # its class has no such fields
-        c |= {"attention_bias": False, "mlp_bias": False}
     for name, known in (ALWAYS | ONLY[family]).items():
         field(path, c, name, one_of(known), known)
     quantized = field(path, c, "quantization_config", TABLE, {})
@@ -94,20 +106,35 @@ def read(folder):
         removed = field(path, c, "_remove_final_layer_norm", TRUE_OR_FALSE, False)
         config["final_norm"] = config["pre_norm"] and not removed
     else:
+        config |= fixed
+        if model_type not in ("llama", "mistral"):
+            slides = "sliding_attention" in field(path, c, "layer_types", list_of(TEXT), [])
+            if not slides and not field(path, c, "use_sliding_window", TRUE_OR_FALSE, False):
+                c["sliding_window"] = None
+        if model_type == "smollm3":
+            config["no_rope"] = read_no_rope(path, c, config["n_layer"])
         # Sliding attention equals plain attention within its window: that is our limit.
         for name in ("sliding_window", "attention_chunk_size"):
             window = field(path, c, name, LENGTH, config["max_positions"])
             config["max_positions"] = min(config["max_positions"], window)
-        config |= read_rope(path, c)
+        config |= read_rope(path, c, 2e6 if model_type == "smollm3" else 1e4)
     check_sizes(path, config)
     return config
 
 
-def read_rope(path, c):
+def read_no_rope(path, c, n_layer):
+    """SmolLM3's layers without positions, counted from 1: those with a 0, or each fourth."""
+    every = field(path, c, "no_rope_layer_interval", SIZE, 4)
+    usual = [int(i % every > 0) for i in range(1, n_layer + 1)]
+    rotate = field(path, c, "no_rope_layers", list_of(whole(0, 1), n_layer), usual)
+    return tuple(i for i in range(1, n_layer + 1) if not rotate[i - 1])
+
+
+def read_rope(path, c, default):
     """Read rope_theta and rope_scaling, or else the one field rope_parameters of newer folders."""
     tables = [field(path, c, name, TABLE, {}) for name in ("rope_scaling", "rope_parameters")]
     scaling = dict(tables[0] or tables[1])
-    theta = field(path, c, "rope_theta", ROPE_THETA, 10000.0)
+    theta = field(path, c, "rope_theta", ROPE_THETA, default)
     theta = float(field(path, scaling, "rope_parameters.rope_theta", ROPE_THETA, theta))
     field(path, scaling, "rope_parameters.partial_rotary_factor", one_of(1.0), 1.0)
     scaling.pop("rope_theta", None)
@@ -149,6 +176,14 @@ def to_theirs(config):
         written["_remove_final_layer_norm"] = config.pre_norm and not config.final_norm
         return written | dict(model_type="opt", architectures=["OPTForCausalLM"])
     written |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
+    if config.qk_norm:
+        return written | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"])
+    if config.attention_bias == "qkv":
+        return written | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    if config.no_rope:
+        rotate = [int(i not in config.no_rope) for i in range(1, config.n_layer + 1)]
+        written |= dict(no_rope_layers=rotate, pad_token_id=None)
+        return written | dict(model_type="smollm3", architectures=["SmolLM3ForCausalLM"])
     return written | dict(model_type="llama", architectures=["LlamaForCausalLM"])
 
 

@@ -21,7 +21,7 @@ RELEASED_FILES = {  # our module: (their file, {our part of a name: theirs})
 
 
 def read(folder, config):
-    """Read the six files: {our name: tensor}, and their sizes, {"reduction", "rank"}.
+    """Read the six files: {our name: tensor}, and their sizes, {"reduction", "rank", "heads"}.
 
     config: the base's `ModelConfig`. Their z weighs the side network by sigmoid(z) for OPT and by
     1 - sigmoid(z) for LLaMA, as our alpha does: so OPT's alpha is -z.
@@ -48,4 +48,4 @@ def read(folder, config):
     if {gate.shape for gate in gates} != {(c,)} or down.dim() != 2 or not len(down):
         raise refuse("has gates or downsamplers of unequal shapes")
     found |= {"gamma": torch.stack(gates), "alpha": -mix if opt else mix}
-    return found, dict(reduction=config.n_embd // c, rank=len(down))
+    return found, dict(reduction=config.n_embd // c, rank=len(down), heads=config.n_head)

@@ -53,7 +53,6 @@ def load(run):
         print(f"{run.out_dir} has no state to continue from: the run begins.")
         return False
     about, side, moments, scaler, log = (field(path, state, *part) for part in PARTS.items())
-    about.setdefault("nproc_per_node", run.about.get("nproc_per_node"))  # not in older states
     refuse_others(run.out_dir, about, run.about)
     log.setdefault("before", {})  # not in older states
     kinds = {int: COUNT, float: REAL}
@@ -73,6 +72,7 @@ def load(run):
 
 def refuse_others(out_dir, old, new):
     """Refuse to continue a run with other settings."""
+    old = {name: new.get(name) for name in ("heads", "nproc_per_node")} | old  # of older states
     for name, value in new.items():
         if name not in MAY_DIFFER and old.get(name) != value:
             values = f"{shown(old.get(name))} and not {shown(value)}: give the same"

@@ -59,6 +59,8 @@ def from_table(kind, where, table, optional=(), text=NAME):
     """Make the dataclass `kind` from a table in a file. Each value has its type and bounds; only
     `optional` ones may be missing. text: the `Kind` of a text"""
     own = {f.name: f for f in fields(kind)}
+    if "downsample" in table and "heads" in own:
+        table = {"heads": 0} | table  # older files: as many as the base
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
         raise InputError(f"{where}: config has {names}, which this code does not know: update it.")

@@ -39,6 +39,22 @@ def layers_per_side(every, N):
     return every
 
 
+def heads_of_side(heads, most, width, pair):
+    """The number of attention heads of a side network with `width` channels, a multiple of `pair`
+    in each: --heads, or 0 for the base's number, `most`. None: as many, or fewer, so that each has
+    an even number of channels, 8 or more, as fused attention needs."""
+    fitting = [h for h in range(1, width + 1) if width % (pair * h) == 0]
+    if heads is None:
+        fused = range(8, width + 1, 2)
+        return max(h for h in fitting if h == 1 or h <= most and width // h in fused)
+    heads = heads or most
+    if heads not in fitting:
+        into = f"{width} channels into multiples of {pair}"
+        known = ", ".join(map(str, fitting))
+        raise InputError(f"--heads {heads} do not divide {into}: choose one of {known}.")
+    return heads
+
+
 def check_kind(kind):
     """Refuse a --quant that does not exist."""
     if not re.fullmatch(r"nf4|fp4|none|int[34](-[1-9]\d*)?", kind):

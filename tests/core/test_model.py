@@ -10,7 +10,8 @@ from data.tokens.tokenizer import load_tokenizer
 from model import PRESETS, count_weights, from_pretrained, make_norm, rotary_table
 
 FOLDERS = [FIXTURES / name for name in (
-    "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "opt_pre", "opt_350m"
+    "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "qwen2", "qwen3", "smollm3", "opt_pre",
+    "opt_350m",
 )] + sorted((TEST_DATA / "oracle/hf").glob("*"))
 
 
@@ -65,6 +66,13 @@ def test_weights_of_the_presets():
     }
     for name, expected in billions.items():
         assert count_weights(PRESETS[name]) / 1e9 == pytest.approx(expected, abs=6e-4)
+    exact = {  # of the safetensors files on the Hub, as it shows them
+        "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384, "smollm3-3b": 3_075_098_624,
+        "qwen3-0.6b": 596_049_920, "qwen3-1.7b": 1_720_574_976, "qwen3-4b": 4_022_468_096,
+        "qwen3-8b": 8_190_735_360, "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
+        "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824,
+    }
+    assert {name: count_weights(PRESETS[name]) for name in exact} == exact
 
 
 def test_a_sequence_longer_than_the_positions():

@@ -203,9 +203,34 @@ def test_reductions_that_do_not_fit_are_refused():
         SideConfig(downsample="sum")
     with pytest.raises(InputError, match="--rank 33 is more than the base's 32 channels"):
         QST(small_base(), SideConfig(reduction=4, rank=33))
-    SideNetwork(small_config("opt"), SideConfig(reduction=8))  # one channel a head: no rotary pairs
-    with pytest.raises(InputError, match="rotary"):
-        SideNetwork(small_config(), SideConfig(reduction=8))
+    SideNetwork(small_config("opt"), SideConfig(reduction=32))  # one channel: no rotary pairs
+
+
+@pytest.mark.parametrize("base, channels, heads", [
+    ((32, 8), 256, 32), ((32, 8), 160, 20), ((32, 32), 160, 20), ((9, 3), 36, 3), ((8, 8), 8, 1), ((4, 2), 2, 1),
+    ((16, 8), 90, 9), ((3, 1), 48, 3),
+])
+def test_a_side_network_has_heads_of_8_channels_or_more(base, channels, heads):
+    """As many heads as the base, or fewer; 0 stands for as many, whatever their width."""
+    n_head, n_kv_head = base
+    config = small_config(n_head=n_head, n_kv_head=n_kv_head, n_embd=2 * channels, head_dim=8)
+    side = SideNetwork(config, SideConfig(reduction=2))
+    assert side.config.heads == side.model_config.n_head == heads
+    assert side.layers[0].self_attn.q_proj.out_features == channels
+    kv_heads = side.model_config.n_kv_head
+    assert heads % kv_heads == 0 and (kv_heads == heads or n_head > n_kv_head)
+    if channels % (2 * n_head) == 0:
+        as_many = SideNetwork(config, SideConfig(reduction=2, heads=0))
+        assert as_many.model_config.n_head == n_head
+        assert as_many.model_config.n_kv_head == n_kv_head
+
+
+def test_heads_and_reductions_that_do_not_divide_the_channels():
+    """The message says which do."""
+    with pytest.raises(InputError, match="--heads 5 do not divide 8 .* choose one of 1, 2, 4"):
+        SideNetwork(small_config(), SideConfig(reduction=4, heads=5))
+    with pytest.raises(InputError, match="--reduction 32 .* into a multiple of 2: choose one of 1"):
+        SideNetwork(small_config(), SideConfig(reduction=32))  # rotary positions turn pairs
     with pytest.raises(InputError, match="--reduction 4 .* choose one of 1, 2[.]"):
         SideNetwork(small_config(n_ffn=3), SideConfig(reduction=4))  # its MLP would have no channel
 

@@ -27,14 +27,20 @@ def read(name, tmp_path, take_out=(), **fields):
     ("llama_gqa", dict(norm_eps=1e-6, max_positions=2048, bos_id=1, eos_id=2, n_kv_head=4)),
     ("mistral", dict(norm_eps=1e-6, max_positions=4096, bos_id=1, eos_id=2, n_kv_head=8)),
     ("opt_pre", dict(max_positions=2048, bos_id=2, eos_id=2, tied=True, attention_bias=True)),
+    ("qwen2", dict(max_positions=32768, bos_id=None, eos_id=None, n_kv_head=32, head_dim=2)),
+    ("qwen3", dict(max_positions=32768, eos_id=None, n_kv_head=32, head_dim=128, tied=False)),
+    ("smollm3", dict(max_positions=32768, n_kv_head=4, tied=True, rope_theta=2e6, no_rope=(4,))),
 ])
 def test_missing_fields_have_the_values_of_their_class(name, expected, tmp_path):
-    """As in transformers' LlamaConfig, MistralConfig and OPTConfig."""
+    """As in transformers' LlamaConfig, MistralConfig, ..."""
     out = {theirs for theirs, *_ in config_json.FIELDS["llama" if name != "opt_pre" else "opt"]
            .values()} - {"vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads"}
     out -= {"intermediate_size", "ffn_dim"}
-    heads = dict(num_attention_heads=8, hidden_size=64) if name == "mistral" else {}
-    config = read(name, tmp_path, {*out, "sliding_window"}, **heads)
+    out |= {"sliding_window", "rope_parameters", "no_rope_layers", "layer_types"}
+    more = {"mistral": dict(num_attention_heads=8, hidden_size=64)}
+    more |= dict.fromkeys(["qwen2", "qwen3"], dict(num_attention_heads=32, hidden_size=64))
+    more["smollm3"] = dict(vocab_size=130000, num_hidden_layers=5)
+    config = read(name, tmp_path, out, **more.get(name, {}))
     assert {field: getattr(config, field) for field in expected} == expected
 
 
@@ -94,6 +100,12 @@ FOUND = [  # (class, what is changed)
     ("mistral", {"num_key_value_heads": "out", "num_attention_heads": 8}),
     ("opt", {"layer_norm_elementwise_affine": False}), ("llama", {"rope_theta": 50.0}),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "attention_bias": False}),
+    ("qwen3", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"head_dim": "out"}),
+    ("smollm3", {"no_rope_layers": [0, 1], "sliding_window": 5, "mlp_bias": True}),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 0], "layer_types": ["sliding_attention"] * 2}),
+    ("smollm3", {"no_rope_layers": "out", "no_rope_layer_interval": 2}),
+    ("smollm3", {"rope_parameters": "out", "attention_chunk_size": 5}),
 ]
 
 

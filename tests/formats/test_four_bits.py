@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import FIXTURES, copy_folder, run_script, small_config
+from helpers import FIXTURES, copy_folder, run_script, small_base
 from samples import oracle
 from torch import nn
 
@@ -14,7 +14,7 @@ from data.formats.bnb import weight_fields
 from data.formats.safetensors import read_safetensors, write_safetensors
 from data.formats.save import save_pretrained
 from data.frozen.fingerprint import fingerprint
-from model import Transformer, from_pretrained, quantize_folder
+from model import from_pretrained, quantize_folder
 from quant import Linear4bit, quantize_4bit
 
 
@@ -128,16 +128,22 @@ def test_a_4_bit_head(tmp_path):
                 from_pretrained(folder, "nf4")
 
 
-def test_transformers_reads_our_folder(tmp_path, idx):
+@pytest.mark.parametrize("family, own", [
+    ("llama", {}), ("qwen2", dict(attention_bias="qkv")), ("qwen3", dict(qk_norm=True)),
+    ("smollm3", dict(no_rope=(1, 3))),
+])
+def test_transformers_reads_our_folder(family, own, tmp_path, idx):
     """transformers with bitsandbytes loads it, and gets our logits (where both are installed)."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("bitsandbytes")
-    save_pretrained(Transformer(small_config(n_embd=64, n_ffn=128)), tmp_path / "in")
+    model = small_base("none", n_embd=64, n_ffn=128, **own)
+    save_pretrained(model, tmp_path / "in")
     quantize_folder(tmp_path / "in", tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype=torch.float32, device_map="cpu"
     )
     assert any("4bit" in type(module).__name__ for module in theirs.modules())
+    assert theirs.config.model_type == family
     ours = from_pretrained(tmp_path / "out", "nf4", torch.float32)
     with torch.no_grad():
         expected = theirs.dequantize()(idx).logits

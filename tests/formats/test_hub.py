@@ -8,6 +8,7 @@ import torch
 from helpers import FIXTURES, change, copy_folder, small_config
 
 from data import InputError
+from data.formats.files import read_json
 from data.formats.safetensors import read_safetensors, write_safetensors
 from data.formats.save import save_pretrained
 from model import Transformer, from_pretrained, read_config
@@ -106,7 +107,8 @@ def test_nan_in_a_checkpoint_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "llama_gqa", "llama_rope3", "llama_linear_bias_tied", "opt_pre", "opt_350m"
+    "llama_gqa", "llama_rope3", "llama_linear_bias_tied", "opt_pre", "opt_350m", "qwen2", "qwen3",
+    "smollm3",
 ])
 def test_a_saved_model_is_the_same_model(name, tmp_path):
     """What `save_pretrained` writes is read to the same config and logits, bit for bit."""
@@ -115,6 +117,8 @@ def test_a_saved_model_is_the_same_model(name, tmp_path):
     again = from_pretrained(tmp_path, "none", torch.float32)
     idx = torch.arange(3, 13).unsqueeze(0)
     assert again.config == base.config and torch.equal(again(idx), base(idx))
+    written = read_json(tmp_path / "config.json")["model_type"]
+    assert written == name.partition("_")[0]
 
 
 @pytest.mark.parametrize("name, embedding", [

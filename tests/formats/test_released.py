@@ -81,7 +81,7 @@ def test_released_checkpoints(family, tmp_path, idx):
     for name, content in files.items():
         torch.save(content, tmp_path / name)
     model = import_released(base, tmp_path)
-    assert model.side.config == SideConfig(reduction=4, rank=3, **RELEASED)
+    assert model.side.config == SideConfig(reduction=4, rank=3, heads=4, **RELEASED)
     expected = released_logits(base, files, idx)
     assert (model(idx)[0] - expected).abs().max() < 1e-4 * expected.abs().max()
     model.save_side(tmp_path / "ours")

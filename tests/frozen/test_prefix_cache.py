@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import curves, each_family, small_base
+from helpers import FAMILIES, curves, each_family, small_base
 
 import train
 from data import IGNORE_INDEX
@@ -29,12 +29,10 @@ def answered(*rests):
                          ids=["paper", "every", "lst"])
 def test_as_without(family, settings):
     """Loss, gradients and the states that standardize it; and how much a layer computes of them."""
-    grouped = dict(n_kv_head=2) if family == "grouped" else {}
-    sizes = dict(family="opt" if family == "opt" else "llama", **grouped)
     examples = answered([5, 9, 30], [31, 32, 33, 34, 35], [7, 40], [11, 12, 13])
     found = []
     for attach in (lambda base, _: base, prefix_cache.share_prefix):
-        base, lengths = attach(small_base(**sizes), examples), []
+        base, lengths = attach(small_base(**FAMILIES[family]), examples), []
         own = base.layers[1].mlp.forward
         base.layers[1].mlp.forward = lambda x, own=own: lengths.append(x.shape[1]) or own(x)
         torch.manual_seed(0)

@@ -2,7 +2,7 @@
 
     python tests/fuzzing/fuzz_configs.py [--minutes 1] [--cases N] [--seed N] [--number N]
 
-A case is a small model of one of three classes, with random weights that transformers wrote, and
+A case is a small model of one of six classes, with random weights that transformers wrote, and
 one to three fields of its config.json changed: taken out, null, or another value. The fields are
 those of transformers' own classes, and EXTRA. --seed and the number decide which; --number runs
 that one alone. transformers then loads the folder, and so does `from_pretrained`. A defect is
@@ -49,6 +49,11 @@ SMALL = {  # the class: fields of a small model, some of which are drawn
     "opt": OFTEN | dict(ffn_dim=24, word_embed_proj_dim=[8, 16], enable_bias=[True, False],
                         do_layer_norm_before=[True, False], tie_word_embeddings=[True, False]),
 }
+SMALL["qwen2"] = SMALL["llama"] | dict(sliding_window=[5, 12, 30, None], use_sliding_window=[
+    False, True])
+SMALL["qwen3"] = SMALL["qwen2"] | dict(head_dim=[4, 8])
+SMALL["smollm3"] = SMALL["qwen2"] | dict(
+    pad_token_id=0, no_rope_layers=[None, [1, 0], [0, 0], [1, 1]])
 SCALED = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=6)
 LONG = dict(rope_type="longrope", factor=2.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
@@ -84,6 +89,7 @@ VALUES = {  # legal but unusual values
     "pad_token_id": [0, 3, 30], "dtype": ["bfloat16", "float16"], "architectures": [["LlamaModel"]],
     "torch_dtype": ["bfloat16", "float16"], "id2label": [{"0": "a"}], "num_labels": [1, 3],
     "layer_norm_eps": [0.1], "initializer_range": [0.5], "init_std": [0.5], "dropout": [0.9],
+    "no_rope_layers": [[1, 0], [0, 1], [0], [1, 1, 0], [2, 0]], "no_rope_layer_interval": [1, 2, 3],
     "attention_dropout": [0.9], "layerdrop": [0.9], "kv_sharing_modes": [["reuse", "reuse"]],
 }
 ANY = [True, False, 0, 1, 2, -1, 0.5, 3.0, "", "x", [], [1], {}]
@@ -103,14 +109,15 @@ EXTRA = """
 
 
 def classes():
-    """transformers' three classes: {name: (its configuration, its model)}."""
+    """transformers' six classes: {name: (its configuration, its model)}."""
     import transformers as t
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     t.logging.disable_progress_bar()
-    return {"llama": (t.LlamaConfig, t.LlamaForCausalLM), "opt": (t.OPTConfig, t.OPTForCausalLM),
-            "mistral": (t.MistralConfig, t.MistralForCausalLM)}
+    names = "Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "OPT"
+    return {name.lower(): (getattr(t, f"{name}Config"), getattr(t, f"{name}ForCausalLM"))
+            for name in names}
 
 
 def good_fields(kind, kinds, choose=lambda values: values[0]):
@@ -170,8 +177,11 @@ def theirs(config, model_class, folder, seed):
 
 def longest(kind, config):
     """The longest sequence that no window cuts, in attention or in the cache of keys and values."""
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    windows = [] if kind == "opt" else [window for window in windows if window is not None]
+    slides = getattr(config, "use_sliding_window", True) is not False or (
+        kind in ("llama", "mistral") or "sliding_attention" in config.layer_types)
+    names = ["attention_chunk_size"] + slides * ["sliding_window"]
+    windows = [getattr(config, name, None) for name in names if kind != "opt"]
+    windows = [window for window in windows if window is not None]
     return min(config.max_position_embeddings, *windows, math.inf)
 
 

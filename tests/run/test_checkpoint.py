@@ -1,6 +1,7 @@
 """The side checkpoint: what is saved is loaded, beside the same base, and nothing else is."""
 
 import json
+from dataclasses import fields, make_dataclass
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import VARIANTS, shaken, sign_again, small_base, small_config
 from data import InputError
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 from data.frozen.fingerprint import alike, differences, fingerprint
+from data.run import checkpoint
 from model import Transformer
 from qst import QST
 from side import SideConfig
@@ -145,3 +147,15 @@ def test_scales_that_another_device_rounds_otherwise(tmp_path):
     assert QST.from_side(base, tmp_path)
     assert fingerprint(base)["weights"] != fingerprint(small_base())["weights"]
     assert not differences(fingerprint(base), fingerprint(small_base()))
+
+
+def test_checkpoints_of_before_there_were_heads(tmp_path, idx):
+    """They have as many heads as the base, also where a new side network has fewer."""
+    own = SideConfig(reduction=4, rank=2, heads=0)
+    model = shaken(QST(small_base(), own))
+    older = make_dataclass("Older", [f.name for f in fields(own) if f.name != "heads"])
+    settings = {f.name: getattr(model.side.config, f.name) for f in fields(older)}
+    checkpoint.write(tmp_path, model.side.state_dict(), older(**settings), model.fingerprint)
+    again = QST.from_side(small_base(), tmp_path)
+    assert again.side.model_config.n_head == 4 and torch.equal(again(idx)[0], model(idx)[0])
+    assert QST(small_base(), SideConfig(reduction=4)).side.model_config.n_head == 1

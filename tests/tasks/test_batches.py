@@ -110,7 +110,7 @@ def test_word_ids(tiny_model):
 
 
 @pytest.mark.parametrize("family, quant, side", [
-    ("grouped", "nf4", False), ("opt", "none", False), ("grouped", "nf4", True),
+    ("qwen", "nf4", False), ("opt", "none", False), ("qwen", "nf4", True),
     ("opt", "nf4", True),
 ])
 @pytest.mark.parametrize("shared", [0, 1, 17])
