@@ -62,8 +62,7 @@ class TrainConfig(SideConfig):
     out_dir: str = setting(None, "folder for the run's files; default: out, or out-eval")
     resume: bool = setting(False, "continue the run in --out_dir, or start it if there is none")
     eval_only: bool = setting(False, "only evaluate --side, or the base, on all of --data")
-    instructions: str = setting("", "instruction file to train on with --task mmlu",
-        group="task and data")
+    instructions: str = setting("", "instruction file of --task mmlu", group="task and data")
     sequence_len: int = setting(None, "maximum tokens; longer sequences are truncated", at_least=1)
     max_examples: int = setting(0, "use at most this many examples; 0: all", at_least=0)
     held_out: float = setting(0.1, "fraction of the examples to hold out", above=0, below=1)
@@ -83,6 +82,7 @@ class TrainConfig(SideConfig):
         'forward pass of the base: "learning_rate=1e-3,3e-3 seed=1,2"')
     optimizer: str = setting(None, "adamw, or muon for matrices and AdamW for the rest; default: "
         "adamw, with --variant fast muon", ("adamw", "muon"), group="training")
+    epochs: int = setting(None, "passes over the examples; sets --max_iters", at_least=1)
     gradient_accumulation_steps: int = setting(1, "batches per iteration", at_least=1)
     alpha_lr_factor: float = setting(25.0, "alpha's rate over the others'", above=0, below=1e6)
     lr_schedule: str = setting(None, "schedule after the warm-up", ("constant", "linear", "cosine"))
@@ -291,7 +291,7 @@ def load_task(cfg, tokenizer, config):
     """Read the data: a `Task`."""
     task = leaf(cfg.task).load(cfg, tokenizer)
     check_length(config, cfg.sequence_len, "lower --sequence_len")
-    for note in task.notes:
+    for note in [*task.notes, *task.marked(tokenizer)]:
         print(note)
     if not cfg.eval_only and not (task.train and task.held_out):
         raise InputError(
@@ -394,7 +394,7 @@ def main(cfg):
         folder = Path(cfg.base or distributed.make_in_first_process(leaf("tiny").base_folder))
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
-        settings = [replace(own, preamble=task.preamble) for own in settings]
+        cfg, *settings = map(task.settled, (cfg, *settings))
         base = load_base(from_pretrained, cfg, folder, config, task, settings)
         if cfg.sweep and not cfg.eval_only and not cfg.resume:  # which may still be refused
             write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))

@@ -87,7 +87,7 @@ def check_settings(cfg):
             about = field(path, tree, "about", TABLE)
         except (ValueError, KeyError, AttributeError, RecursionError):  # also an InputError
             continue
-        known_later = {name: about.get(name) for name in ("base", "data")}
+        known_later = {name: about.get(name) for name in ("base", "data", "epochs")}
         return refuse_others(cfg.out_dir, about, asdict(cfg) | known_later)
 
 

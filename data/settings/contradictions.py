@@ -26,6 +26,8 @@ def refuse(cfg, task, on_glue):
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
          "and --head lm"),
+        (cfg.epochs and (cfg.max_iters or cfg.eval_only),
+         "--epochs sets the iterations of training: leave out --max_iters and --eval_only"),
         (cfg.eval_only and cfg.resume, "--resume continues training: leave out --eval_only"),
         (cfg.resume and not (cfg.base or cfg.sweep or (Path(out_dir) / SETTINGS_FILE).exists()),
          f"--resume: {out_dir} has no run to continue: give its --out_dir"),

@@ -19,7 +19,7 @@ GROUPS = (  # of flags, in the order of --help
     "most used", "task and data", "model", "side network", "training", "memory", "evaluation",
     "output",
 )
-ALIASES = {"--lr": "--learning_rate", "--epochs": "--max_iters", "--load_in_4bit": "--quant"}
+ALIASES = {"--lr": "--learning_rate", "--num_train_epochs": "--epochs", "--load_in_4bit": "--quant"}
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
@@ -155,6 +155,8 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
         own = {f.name: f for f in fields(kind)}
         table = field_of_file(path, table, "config", TABLE, table)
         found = vars(from_table(kind, path, table, own, TEXT))
+        if given.epochs or given.max_iters:  # either replaces both in the file
+            found |= dict(epochs=None, max_iters=None)
         parser.set_defaults(method=found["method"])
         method = parser.parse_args(argv).method
         readers = lambda name: own[name].metadata["of"] or (method,)

@@ -7,7 +7,7 @@ IGNORE_INDEX. A classifier's label, or a rating, is the last token's target.
 import random
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from data import IGNORE_INDEX
 from data.devices import distributed
+from data.formats.fields import shown
 
 
 @dataclass
@@ -33,6 +34,23 @@ class Task:
     preamble: str = ""  # what all prompts with label words begin with
     samples: Callable = None  # function of a model: answers to a held-out question or two
     example: str = ""  # a question for the trained model, if it answers questions
+
+    def settled(self, cfg):
+        """The settings, with what the data decide: the preamble, and the iterations of --epochs."""
+        each = len(range(0, len(self.train), cfg.batch_size * distributed.size()))  # batches
+        n = len(range(0, each * (cfg.epochs or 0), cfg.gradient_accumulation_steps))
+        return replace(cfg, preamble=self.preamble, epochs=None, max_iters=n or cfg.max_iters)
+
+    def marked(self, tokenizer):
+        """Yield a line: an example, what is trained in [[ ]]. A classifier has none."""
+        spelled = tokenizer.token_bytes | {i: t.encode() for t, i in tokenizer.special.items()}
+        for ids, targets in [] if self.n_labels else self.train[:1]:
+            trained = [id for id in targets if id != IGNORE_INDEX]
+            parts = ids[: targets.index(trained[0]) + 1], trained
+            texts = (b"".join(map(spelled.get, part)).decode("utf-8", "replace") for part in parts)
+            texts = (t if len(t) < 58 else f"{t[:26]} ... {t[-26:]}" for t in texts)
+            before, after = (shown(text)[1:-1] for text in texts)
+            yield f"example     {before}[[{after}]]: {len(trained)} of {len(ids)} tokens trained"
 
 
 def batches(examples, batch_size, seed):

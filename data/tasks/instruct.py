@@ -1,6 +1,6 @@
 """Instructions and conversations: reads the files, and makes ids and targets.
 
-A file is a JSON list or JSON lines, in one of these formats
+A file is a JSON list, JSON lines, or a .csv or .tsv with a row of names, in one of these formats
     Alpaca      {"instruction": ..., "input": optional, "output": ..., "history": optional pairs}
     Dolly       {"instruction": ..., "context": optional, "response": ...}
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
@@ -13,6 +13,8 @@ Each record becomes a conversation, a list of {"role": "system" | "user" | "assi
 The chat template makes ids of it: see chat.py. The loss counts only the tokens of the answers.
 """
 
+import csv
+import io
 import sys
 from collections import Counter
 from itertools import chain, pairwise, takewhile
@@ -25,8 +27,8 @@ from tqdm import tqdm
 
 from data import IGNORE_INDEX, InputError, Refused, leaf
 from data.devices import distributed
-from data.formats.fields import HALF, LIST, TABLE, TEXT, first_few, list_of, shown
-from data.formats.files import read_records
+from data.formats.fields import HALF, LIST, TABLE, TEXT, first_few, list_of, reason, shown
+from data.formats.files import read_records, read_text
 from data.generate.sampling import pad_left
 from data.tasks.examples import Task, split
 from data.tokens.chat import load_template, prompt_that_fits, with_input
@@ -34,6 +36,7 @@ from data.tokens.chat import load_template, prompt_that_fits, with_input
 ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
 NAMES = ("role", "from"), ("content", "value", "text")  # of a message's fields
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # The name of a question, and the names that its answer may have
 ANSWERS = {"instruction": ("output", "response"), "prompt": ["completion"], "question": ["answer"]}
 
@@ -76,7 +79,7 @@ def lacks(name, record):
     if "chosen" in record:
         return Refused('has a "chosen" answer: call it "completion", and its question "prompt"')
     if name in record or name != "instruction" or not (lists or "text" in record):
-        return Refused(f'has no text in "{name}"')
+        return Refused(f'has no text in "{name}"', first_few([*record]) or "empty")
     if lists:
         return Refused("is an object in place of a list: keep only its list", first_few(lists))
     return Refused('has a "text" and no question: write all texts to a file for --task text')
@@ -119,9 +122,33 @@ def checked(messages, field, system=None):
     return made
 
 
+def csv_rows(path, separator=",", newline=None):
+    """Yield the rows of a CSV file, (its first line, fields). newline: as for `read_text`"""
+    text, line = io.StringIO(read_text(path, newline=newline), newline=""), 1
+    reader = csv.reader(text, delimiter=separator, strict=True)
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1  # a quoted field may span several lines
+    except csv.Error as error:
+        raise InputError(f"{path}, line {line} is not CSV ({reason(error)}).") from None
+
+
+def read_table(path, separator):
+    """Read CSV whose first row has the names: [(place in the file, record), ...]."""
+    (_, header), *rows = [*csv_rows(path, separator)] or [(1, [])]
+    if not rows:
+        raise InputError(f"{path} holds no instructions.")
+    wrong = Refused("has a NUL, or not one field for each name in the first row")
+    fits = lambda row: len(set(header)) == len(header) == len(row) and "\0" not in "".join(row)
+    return [(f"line {line}", dict(zip(header, row)) if fits(row) else wrong) for line, row in rows]
+
+
 def read_instructions(path):
     """Read and check a file: (conversations, notes on the records that were left out)."""
-    records, made, left_out, notes = read_records(path), [], {}, []
+    separator, made, left_out, notes = SEPARATORS.get(Path(path).suffix.lower()), [], {}, []
+    records = read_table(path, separator) if separator else read_records(path)
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
         records = leaf("oasst").grow_trees(records, path)
     for where, record in records:

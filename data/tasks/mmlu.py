@@ -14,8 +14,6 @@ A prompt that is too long loses shots from the end, as in the authors' code. If 
 without shots, its question loses the beginning. Both cases are counted.
 """
 
-import csv
-import io
 import random
 import sys
 from collections import namedtuple
@@ -29,8 +27,7 @@ if __name__ == "__main__":  # imports start in the project's folder, two above t
 import torch
 
 from data import InputError
-from data.formats.fields import reason, shown
-from data.formats.files import read_text
+from data.formats.fields import shown
 from data.tasks import instruct
 from data.tasks.examples import Task
 from data.tasks.scoring import choice_logits, word_ids
@@ -74,21 +71,14 @@ def read(folder, split):
 
 
 def read_csv(path):
-    questions, line = [], 1
-    refuse = lambda why: InputError(f"{path}, line {line} {why}.")
-    reader = csv.reader(io.StringIO(read_text(path, newline=""), newline=""), strict=True)
-    try:
-        for row in reader:
-            if row:
-                if len(row) != 6:
-                    raise refuse(f"has {len(row)} columns instead of 6")
-                text, *choices, answer = row
-                if answer not in tuple(LETTERS):
-                    raise refuse(f"has the answer {shown(answer)}, none of A, B, C and D")
-                questions.append(Question(text, tuple(choices), LETTERS.index(answer)))
-            line = reader.line_num + 1  # a quoted field may span several lines
-    except csv.Error as error:
-        raise refuse(f"is not CSV ({reason(error)})") from None
+    questions = []
+    for line, row in instruct.csv_rows(path, newline=""):
+        if len(row) != 6:
+            raise InputError(f"{path}, line {line} has {len(row)} columns instead of 6.")
+        text, *choices, answer = row
+        if answer not in tuple(LETTERS):
+            raise InputError(f"{path}, line {line} has the answer {shown(answer)}, not A to D.")
+        questions.append(Question(text, tuple(choices), LETTERS.index(answer)))
     if not questions:
         raise InputError(f"{path} holds no questions.")
     return questions
