@@ -77,7 +77,8 @@ def lacks(name, record):
     """Return the `Refused` of a record without a text in a field, which may have another form."""
     lists = [other for other, value in record.items() if list_of(TABLE, least=1).fits(value)]
     if "chosen" in record:
-        return Refused('has a "chosen" answer: call it "completion", and its question "prompt"')
+        new = "messages" if LIST.fits(record["chosen"]) else 'completion", and its question "prompt'
+        return Refused(f'has a "chosen" answer: call it "{new}"')
     if name in record or name != "instruction" or not (lists or "text" in record):
         return Refused(f'has no text in "{name}"', first_few([*record]) or "empty")
     if lists:

@@ -47,6 +47,26 @@ def test_each_run_is_what_it_is_alone(words, cfg):
         assert result["loss_after"] == row["loss"]
 
 
+@pytest.mark.parametrize("words", ["", "gate=scalar,sum"])
+def test_epochs_are_the_iterations_that_they_need(words, cfg, monkeypatch, capsys):
+    """To the bit; --resume with the same flag, or with another number, goes on. What a run leaves
+    tells the iterations. 32 examples are trained on, 4 at a time."""
+    given = dict(cfg, max_iters=None, sweep=words, eval_interval=8)
+    short, whole = (str(Path(cfg["out_dir"]) / name) for name in ("a", "b"))
+    train.main(TrainConfig(**given | dict(epochs=1, out_dir=short)))
+    train.main(TrainConfig(**given | dict(max_iters=16, out_dir=whole, lr_schedule="constant")))
+    name = words.replace(",sum", "")
+    result = json.loads((Path(short) / name / "result.json").read_text())
+    assert result["iterations"] == 8 == result["config"]["max_iters"]
+    assert result["config"]["epochs"] is None and "]]: " in capsys.readouterr().out
+    again = train.parse_args(["--resume", "--out_dir", short, "--epochs", "2"])
+    assert (again.epochs, again.max_iters) == (2, None)
+    train.main(again)
+    assert left(Path(short) / name) == left(Path(whole) / name)
+    longer = train.parse_args(["--resume", "--out_dir", short, "--max_iters", "20"])
+    assert (longer.epochs, longer.max_iters) == (None, 20)
+
+
 def test_the_base_computes_once(cfg, tmp_path, monkeypatch):
     """Four runs ask each linear layer as often as one does, also for a score after a beginning that
     all prompts share; two that are standardized, also look at the 32 training examples, four

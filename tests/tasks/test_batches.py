@@ -8,13 +8,16 @@ import torch
 from helpers import FAMILIES, shaken, small_base
 
 from data import IGNORE_INDEX, InputError
-from data.tasks.examples import batches, collate, iteration_batches, label, prefetch, split
+from data.tasks.examples import (
+    Task, batches, collate, iteration_batches, label, prefetch, split,
+)
 from data.tasks.glue import ANSWER, FORMS
 from data.tasks.scoring import choice_logits, mean_loss, word_ids
 from data.tokens.tokenizer import load_tokenizer
 from model import token_loss
 from qst import QST, SharedBase
 from side import SideConfig
+from train import TrainConfig
 
 
 def test_batches_have_every_example_once_an_epoch():
@@ -31,6 +34,38 @@ def test_batches_have_every_example_once_an_epoch():
     assert sorted(seen) == list(range(1, 301))
     assert filled / room > 0.9  # at random, 0.6
     assert next(batches(examples, 8, 5)) == next(batches(examples, 8, 5))
+
+
+@pytest.mark.parametrize("n, epochs, steps", [(9, 10, 1), (64, 1, 1), (7, 1, 3), (20, 3, 4)])
+def test_epochs_read_every_example_so_often(n, epochs, steps):
+    """No iteration more is needed, and none less: counted in the batches themselves. An epoch's
+    last batch may be small."""
+    task = Task([([i], [i]) for i in range(n)], [], preamble="p")
+    cfg = task.settled(TrainConfig(epochs=epochs, batch_size=8, gradient_accumulation_steps=steps))
+    assert (cfg.epochs, cfg.preamble) == (None, "p")
+    stream, seen = iteration_batches(task.train, 8, steps, seed=0), []
+    for iteration in range(1, cfg.max_iters + 1):
+        assert min(map(seen.count, range(n))) < epochs
+        seen += [i for idx, *_ in next(stream) for i in idx[:, 0].tolist()]
+    assert min(map(seen.count, range(n))) >= epochs
+    assert task.settled(TrainConfig(max_iters=5, batch_size=8)).max_iters == 5
+
+
+def test_an_example_is_shown_with_what_it_trains(tokenizer):
+    """From its ids and targets, with special tokens, on one line, and cut in the middle; of a
+    classifier there is nothing to show."""
+    ids = [tokenizer.bos_id, *tokenizer.encode("Why?\n\x1b[2J"), *tokenizer.encode("So."), 2]
+    on = len(tokenizer.encode("So.")) + 1
+    targets = [IGNORE_INDEX] * (len(ids) - 1 - on) + ids[-on:]
+    show = lambda *example, **more: [*Task([example], [], **more).marked(tokenizer)]
+    end = f": {on} of {len(ids) - 1} tokens trained"
+    assert show(ids[:-1], targets) == [f"example     <s> Why?\\n\\x1b[2J[[ So.</s>]]{end}"]
+    assert show(ids[:-1], targets, n_labels=2) == [] == [*Task([], []).marked(tokenizer)]
+    yes = tokenizer.encode("yes")
+    assert f"[[{tokenizer.token_bytes[yes[0]].decode()}]]: 1 of" in show(*label(ids, yes[0]))[0]
+    long = tokenizer.encode("Tom went to the woods. " * 20)
+    (line,) = show(long, long[1:] + [IGNORE_INDEX])
+    assert " ... " in line and line.count("[[") == 1 and len(line) < 160
 
 
 def test_an_iterations_batches_share_its_targets():

@@ -1,5 +1,6 @@
 """data/tasks/instruct.py reads files of instructions: formats, and what cannot be used."""
 
+import csv
 import json
 import re
 from types import SimpleNamespace
@@ -87,6 +88,7 @@ def test_other_names_of_a_question_and_its_answer(tmp_path):
         ({"instruction": "i", "question": "q", "answer": "a"}, 'has no text in "output"'),
         ({"prompt": "q", "answer": "a"}, 'has no text in "completion"'),
         ({"prompt": "q", "chosen": "a"}, 'has a "chosen" answer: call it "completion"'),
+        ({"prompt": "q", "chosen": [{}], "rejected": [{}]}, 'has a "chosen" answer: call it "mess'),
         ({"text": "t"}, 'has a "text" and no question: .* --task text'),
         ({"version": 1, "rows": [{}]}, r"in place of a list: keep only its list \(line 1: rows\)"),
     ):
@@ -131,7 +133,7 @@ def test_a_run_says_what_it_leaves_out(tiny_model, tmp_path, capsys):
     run = dict(data=str(path), out_dir=str(tmp_path / "out"), base=str(tiny_model), device="cpu")
     run |= dict(max_iters=1, batch_size=2, sequence_len=96, reduction=4, rank=4)
     train.main(train.TrainConfig(**run))
-    note = f"{path}: 1 of 9 records left out: each has no text in \"output\" (line 9)\n"
+    note = f'{path}: 1 of 9 records left out: each has no text in "output" (line 9: instruction)\n'
     out = capsys.readouterr().out
     assert note in out[: out.index("trainable")]
 
@@ -165,10 +167,11 @@ def test_oasst1_gives_the_best_path(tmp_path):
 MISTAKES = [  # what a file holds, and how it is refused
     ("", "holds no instructions"), ("[]", "holds no instructions"), ("[1, 2", "is not JSON"),
     (GOOD + "\n{oops", "line 2 is not JSON"),
-    ('\n\n{"instruction": "a"}', r'has no text in "output" \(line 3\)'),
+    ('\n\n{"instruction": "a"}', r'has no text in "output" \(line 3: instruction\)'),
     ("7", r"is not an object \(line 1\)"), ("null", "is not an object"),
-    ('[{"output": "b"}]', r'each has no text in "instruction" \(entry 1\)'),
-    ('{"instruction": 7, "output": "b"}', r'has no text in "instruction" \(line 1\)'),
+    ('[{"output": "b"}]', r'each has no text in "instruction" \(entry 1: output\)'),
+    ('[{}]', r'has no text in "instruction" \(entry 1: empty\)'),
+    ('{"instruction": 7, "output": "b"}', r'has no text in "instruction" \(line 1: instruction,'),
     ('{\n"version": 1, "data": [' + GOOD + "]}", r"keep only its list \(entry 1: data\)"),
     ('{"a": 1,\n"b": 2,}', "as a whole is not JSON .*line 2 column 8"),
     ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, or JSON lines"),
@@ -198,6 +201,54 @@ def test_a_file_without_a_good_record_is_refused(text, message, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(text)
     with pytest.raises(InputError, match=f"data.jsonl.*{message}"):
+        instruct.read_instructions(path)
+
+@pytest.mark.parametrize("name, separator", [("some.csv", ","), ("some.TSV", "\t")])
+def test_a_table_is_read_as_its_records_in_json(name, separator, tmp_path):
+    """Whatever their cells hold; with a BOM, lines of Windows, empty rows, other columns."""
+    cells = ['a, b\tc', 'two\n\nlines', 'say "hi"', "é \u2028 ' \\n", "#=1", " x "]
+    names, path = ["id", "context", "answer", "question", "system"], tmp_path / name
+    records = [dict(question=q, answer=q[::-1], context=q * (q < "b"), system="", id="7")
+               for q in cells]
+    for end in ("\n", "\r\n"):
+        with open(path, "w", newline="", encoding="utf-8-sig") as file:
+            table = csv.DictWriter(file, names, delimiter=separator, lineterminator=end)
+            table.writeheader()
+            file.write(end)
+            table.writerows(records)
+        assert instruct.read_instructions(path) == (read(tmp_path, *records), [])
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n").replace(b"\r\r", b"\r"))
+    assert instruct.read_instructions(path) == (read(tmp_path, *records), [])
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path):
+    """With the lines in which they begin; a good row among them is kept."""
+    path = tmp_path / "some.csv"
+    path.write_text('question,answer\n"a\nb"\n"c\nd",\ne,f\n1,2,3\ng\0,h\n')
+    found, notes = instruct.read_instructions(path)
+    why = "has a NUL, or not one field for each name in the first row"
+    assert found == [say("user: e", "assistant: f")] and notes == [
+        f"{path}: 3 of 5 records left out: each {why} (line 2, line 7, line 8)",
+        f"{path}: 1 of 5 records left out: each has an empty answer (line 4)",
+    ]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "holds no instructions"), ("question,answer\n\n", "holds no instructions"),
+    ("who,says\n1,2\n", r'no text in "instruction" \(line 2: who, says\)'),
+    ("question;answer\n1;2\n", r"\(line 2: 'question;answer'\)"),
+    ("prompt,chosen,rejected\n1,2,3\n", 'has a "chosen" answer: call it "completion"'),
+    ("question,answer,answer\n1,2,3\n", "not one field for each name"),
+    ("question,answer\n1,2\n\"3\n4,5", "line 3 is not CSV .unexpected end of data"),
+    ('question,answer\n"1"2,3\n', "line 2 is not CSV"), ("PAR1", "is Parquet: convert it"),
+    (f"question,answer\n1,{'2' * 200_000}\n", "line 2 is not CSV .field larger than field limit"),
+    ("question,answer\n1,2\n".encode("utf-16-le").decode(), "has a NUL"),
+])
+def test_a_table_without_a_good_row_is_refused(text, message, tmp_path):
+    """In one sentence with the file, the line, and the names that its first row has."""
+    path = tmp_path / "data.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=f"^.*data.csv.*{message}.*$"):  # on one line
         instruct.read_instructions(path)
 
 
