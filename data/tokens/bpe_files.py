@@ -1,9 +1,10 @@
-"""Read the files of byte-level BPE: tokenizer.json, or vocab.json and merges.txt.
+"""Read the files of BPE: tokenizer.json, or vocab.json and merges.txt.
 
 A setting that we cannot follow exactly as the library does is refused, in a sentence that names the
 file and the field.
 """
 
+import re
 from dataclasses import replace
 
 from data import InputError
@@ -15,26 +16,39 @@ from data.tokens import bpe
 from data.tokens.tokenizer import ID, Tokenizer, end_ids
 
 REGEX = replace(one_of(*bpe.KNOWN_WORDS), text="GPT-2's, LLaMA-3's or Qwen2's regex")
-MODEL = {  # the only values in tokenizer.json that we can follow, and those of missing fields
-    "type": "BPE", "byte_fallback": False,
-    "dropout": 0, "fuse_unk": False, "continuing_subword_prefix": "", "end_of_word_suffix": "",
-}
+# The only values in tokenizer.json that we can follow, and those of missing fields
+MODEL = {"type": "BPE", "dropout": 0, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+# What sentencepiece's kind does with spaces, as its files write it
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PREPEND = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, REPLACE]}
+BACK = REPLACE | {"pattern": {"String": "▁"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+STEPS = [BACK, {"type": "ByteFallback"}, {"type": "Fuse"}, STRIP]
+DECODERS = [{"type": "Sequence", "decoders": steps} for steps in (STEPS, STEPS[:-1])]
+DECODER = replace(one_of(*DECODERS), text="LLaMA-2's decoder")
+PREFIX = one_of("always", "first", "never")
 
 
-class ByteLevel(Tokenizer):
-    """Tokenize with BPE on bytes; `bpe.BytePairs` explains vocab, merges, words and options."""
+class Bpe(Tokenizer):
+    """Tokenize with `pairs`, a `bpe.BytePairs`.
 
-    def __init__(self, folder, vocab, merges, words, special, added, whole_words=False, **options):
+    prefix: for sentencepiece's kind, where a "▁" is added: "each" part of a text between added
+        tokens; "always", each that begins with none; "first", the same of the first; or "never"
+    """
+
+    def __init__(self, folder, vocab, pairs, special, added, prefix="", lead=""):
+        self.pairs, self.prefix, self.lead = pairs, prefix, lead
+        token_bytes = {id: bpe.to_bytes(token, prefix != "") for token, id in vocab.items()}
         every = {**vocab, **added, **special}
-        token_bytes = {id: bpe.to_bytes(token) for token, id in vocab.items()}
-        taken = set(special.values())  # what no word and no merge may make
-        merges = [(a, b) for a, b in merges if vocab[a + b] not in taken]
-        whole = {token: id for id, token in token_bytes.items() if whole_words and id not in taken}
-        self.pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
         bos_id, *_ = end_ids(folder, "bos", every)
         super().__init__(folder, token_bytes, special, added, bos_id, end_ids(folder, "eos", every))
 
-    def _encode_plain(self, text):
+    def _encode_plain(self, text, first):
+        if self.prefix:
+            text = text.replace(" ", "▁")
+            bare = not text.startswith("▁")
+            adds = {"each": True, "always": bare, "first": bare and first, "never": False}
+            text = text and "▁" * adds[self.prefix] + text
         return self.pairs.encode(text)
 
 
@@ -63,31 +77,39 @@ def read_vocab_and_merges(folder):
     if strange := [token for token in special if not token.isascii()]:
         names = first_few(strange)
         raise InputError(f"{path} has no merge for {names} of vocab.json: get the whole file.")
-    return ByteLevel(folder, vocab, merges, [bpe.GPT2_WORDS], special, added={})
+    return Bpe(folder, vocab, bpe.BytePairs(vocab, merges, [bpe.GPT2_WORDS]), special, added={})
 
 
 def read_tokenizer_json(folder):
-    """Read the file of the library `tokenizers`, if it holds byte-level BPE."""
+    """Read the file of the library `tokenizers`, if it holds BPE."""
     path = folder / "tokenizer.json"
     spec = read_json(path)
     model = field(path, spec, "model", TABLE)
-    if model.get("type") == "Unigram" or model.get("byte_fallback"):
-        raise InputError(f"{path} holds a sentencepiece model: copy its tokenizer.model there.")
+    spaced = field(path, model, "model.byte_fallback", TRUE_OR_FALSE, False)
     for name, known in MODEL.items():
         field(path, model, f"model.{name}", one_of(known), known)
-    field(path, field(path, spec, "decoder", TABLE), "decoder.type", one_of("ByteLevel"))
-    nfc = field(path, spec, "normalizer", one_of({"type": "NFC"}), None) is not None
+    field(path, model, "model.fuse_unk", TRUE_OR_FALSE if spaced else one_of(False), False)
     vocab = checked_vocab(path, model, "model.vocab")
     merges = checked_merges(path, field(path, model, "model.merges", LIST), vocab)
     tokens = field(path, spec, "added_tokens", list_of(TABLE), [])
-    special, added = read_added_tokens(path, tokens, nfc, vocab)
+    changed = spec.get("normalizer") is not None
+    special, added = read_added_tokens(path, tokens, changed, vocab)
     whole_words = field(path, model, "model.ignore_merges", TRUE_OR_FALSE, False)
     unknown = field(path, model, "model.unk_token", WORD, None)
     if unknown is not None and unknown not in vocab:
         raise InputError(f"{path}: model.unk_token is {shown(unknown)}, which model.vocab lacks.")
-    words = read_words(path, spec)
-    options = dict(whole_words=whole_words, nfc=nfc, unknown=vocab.get(unknown))
-    return ByteLevel(folder, vocab, merges, words, special, added, **options)
+    if spaced and (lacking := [name for name in bpe.FALLBACK if name not in vocab]):
+        raise InputError(f"{path}: model.vocab lacks {lacking[0]}, which byte_fallback needs.")
+    taken = set(special.values())  # what no word and no merge may make
+    merges = [(a, b) for a, b in merges if vocab[a + b] not in taken]
+    as_word = str.encode if spaced else bpe.to_bytes
+    whole = {as_word(token): id for token, id in vocab.items() if whole_words and id not in taken}
+    words, *spaces = read_spaces(path, spec) if spaced else [read_words(path, spec)]
+    if words == [bpe.RUNS] and (whole or any(re.search("[^▁]▁", a + b) for a, b in merges)):
+        words = []  # the whole text is a word
+    options = dict(spaced=spaced, nfc=changed and not spaced, unknown=vocab.get(unknown))
+    pairs = bpe.BytePairs(vocab, merges, words, whole_words=whole, **options)
+    return Bpe(folder, vocab, pairs, special, added, *spaces)
 
 
 def checked_vocab(path, record, name):
@@ -114,11 +136,11 @@ def checked_merges(path, merges, vocab):
     return pairs
 
 
-def read_added_tokens(path, tokens, nfc, vocab):
+def read_added_tokens(path, tokens, changed, vocab):
     """Return the special tokens and the other added ones: two dicts {text: id}."""
     kinds, owners = ({}, {}), {id: token for token, id in vocab.items()}
     for token in tokens:
-        for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * nfc:
+        for flag in ("single_word", "lstrip", "rstrip") + ("normalized",) * changed:
             field(path, token, f"added_tokens.{flag}", one_of(False), False)
         text = field(path, token, "added_tokens.content", WORD)
         id = field(path, token, "added_tokens.id", ID)
@@ -132,6 +154,8 @@ def read_added_tokens(path, tokens, nfc, vocab):
 
 def read_words(path, spec):
     """Return the regexes of a pre-tokenizer, to be applied one after the other."""
+    field(path, field(path, spec, "decoder", TABLE), "decoder.type", one_of("ByteLevel"))
+    field(path, spec, "normalizer", one_of({"type": "NFC"}), None)
     spec = field(path, spec, "pre_tokenizer", TABLE)
     splits, last = [], spec
     if spec.get("type") == "Sequence":
@@ -150,3 +174,18 @@ def read_words(path, spec):
     field(path, last, "pre_tokenizer.add_prefix_space", one_of(False))
     own = field(path, last, "pre_tokenizer.use_regex", TRUE_OR_FALSE, True)
     return words + [bpe.GPT2_WORDS] * own
+
+
+def read_spaces(path, spec):
+    """Return the words, prefix and lead of a file of sentencepiece's kind."""
+    lead = " " if STRIP in field(path, spec, "decoder", DECODER)["decoders"] else ""
+    if field(path, spec, "normalizer", one_of(PREPEND), None):
+        field(path, spec, "pre_tokenizer", one_of(None), None)
+        return [bpe.RUNS], "each", lead
+    spaces = field(path, spec, "pre_tokenizer", TABLE)
+    field(path, spaces, "pre_tokenizer.type", one_of("Metaspace"))
+    field(path, spaces, "pre_tokenizer.replacement", one_of("▁"))
+    prefix = field(path, spaces, "pre_tokenizer.prepend_scheme", PREFIX, "always")
+    field(path, spaces, "pre_tokenizer.add_prefix_space", one_of(prefix != "never"), None)
+    split = field(path, spaces, "pre_tokenizer.split", TRUE_OR_FALSE, True)
+    return [bpe.SPLIT if split else bpe.RUNS], prefix, lead

@@ -2,7 +2,7 @@
 
 The kinds of files, in the order of the search:
     tokenizer.model            sentencepiece (LLaMA-1 and 2, Mistral, TinyLlama)
-    tokenizer.json             byte-level BPE (LLaMA-3, Qwen2, SmolLM2), see bpe.py
+    tokenizer.json             BPE (LLaMA, Mistral, Qwen2, SmolLM2), see bpe.py
     vocab.json + merges.txt    byte-level BPE without settings (GPT-2, OPT)
 
 differs from the libraries: `encode` adds no bos and no eos. It encodes special tokens, such as
@@ -60,7 +60,7 @@ class Tokenizer:
         for i, part in enumerate(self._cut[special].split(text)):
             # JSON may hold half a surrogate pair.
             text = part.replace(BREAK, "").encode("utf-8", "replace").decode()
-            ids += [self.added[part]] if i % 2 else encode(text)
+            ids += [self.added[part]] if i % 2 else encode(text, i == 0)
         return ids
 
     def hide(self, text):
@@ -116,7 +116,7 @@ class SentencePiece(Tokenizer):
             return bytes([int(piece[3:5], 16)])  # the piece is "<0x0A>"
         return (" ⁇ " if self.model.is_unknown(id) else piece.replace("▁", " ")).encode()
 
-    def _encode_plain(self, text):
+    def _encode_plain(self, text, first):
         return self.model.encode(text)
 
 
