@@ -170,8 +170,9 @@ def broken(tmp_path, change, source="qwen2", file="tokenizer.json"):
 
 
 @pytest.mark.parametrize("named, change", [
-    ("copy its tokenizer.model", put("model", "type", value="Unigram")),
-    ("copy its tokenizer.model", put("model", "byte_fallback", value=True)),
+    ("model.type", put("model", "type", value="Unigram")),
+    ("model.vocab lacks <0x00>", put("model", "byte_fallback", value=True)),
+    ("model.fuse_unk", put("model", "fuse_unk", value=True)),
     ("model.type", put("model", "type", value="WordPiece")),
     ("model.dropout", put("model", "dropout", value=0.1)),
     ("model.merges", put("model", "merges", value=None)),
