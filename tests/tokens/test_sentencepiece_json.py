@@ -148,7 +148,28 @@ def test_what_we_do_not_compute_is_refused_by_name(tmp_path, named, change):
 
 
 def test_what_a_file_leaves_out(tmp_path):
-    """A Metaspace without settings puts a space before each text, and every space begins a word."""
-    ours = changed(tmp_path, put("pre_tokenizer", value=METASPACE))
+    """A Metaspace without settings puts a space before each text, and every space begins a word,
+    whatever the merges. Without a step that takes it off again, the space stays."""
+
+    def change(spec):
+        spec["pre_tokenizer"] = METASPACE
+        spec["model"]["vocab"]["▁▁"] = 700
+        spec["model"]["merges"].insert(0, ["▁", "▁"])
+        del spec["decoder"]["decoders"][-1]
+
+    ours = changed(tmp_path, change)
     a, space = ours.encode("a"), [ours.pairs.letters["▁"][0]]
     assert ours.encode("a<tool>a   a") == [*a, ours.added["<tool>"], *a, *space, *space, *a]
+    assert ours.decode(a) == " a"
+
+
+def test_a_text_that_is_a_token(tmp_path):
+    """With `ignore_merges` a whole text can be a token of several words that no merge makes."""
+
+    def change(spec):
+        spec["model"]["vocab"]["▁b▁<0x0A>"] = 700
+        spec["model"]["ignore_merges"] = True
+
+    ours = changed(tmp_path, change)
+    assert ours.encode("b <0x0A>") == [700] and len(ours.encode("b <0x0A>a")) > 2
+    assert ours.decode([700]) == "b <0x0A>"
