@@ -167,9 +167,10 @@ def test_a_text_that_is_a_token(tmp_path):
     """With `ignore_merges` a whole text can be a token of several words that no merge makes."""
 
     def change(spec):
-        spec["model"]["vocab"]["▁b▁<0x0A>"] = 700
+        spec.update(FORMS["never"]["spaces"])
+        spec["model"]["vocab"] |= {"b▁<0x0A>": 700, "éé": 701}
         spec["model"]["ignore_merges"] = True
 
     ours = changed(tmp_path, change)
     assert ours.encode("b <0x0A>") == [700] and len(ours.encode("b <0x0A>a")) > 2
-    assert ours.decode([700]) == "b <0x0A>"
+    assert ours.encode("éé") == [701] and ours.decode([700, 701]) == "b <0x0A>éé"
