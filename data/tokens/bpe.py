@@ -111,8 +111,7 @@ class BytePairs:
     def encode_word(self, word):
         if (whole := self.whole_words.get(word.encode())) is not None:
             return [whole]
-        from_bytes = lambda letter: map(self.byte_ids.get, letter.encode())
-        ids = [id for letter in word for id in self.letters.get(letter) or from_bytes(letter)]
+        ids = [id for c in word for id in self.letters.get(c) or map(self.byte_ids.get, c.encode())]
         return self.merge([id for id in ids if id is not None])
 
     def merge(self, ids):

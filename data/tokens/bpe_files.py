@@ -38,8 +38,9 @@ class Bpe(Tokenizer):
 
     def __init__(self, folder, vocab, pairs, special, added, prefix="", lead=""):
         self.pairs, self.prefix, self.lead = pairs, prefix, lead
-        token_bytes = {id: bpe.to_bytes(token, prefix != "") for token, id in vocab.items()}
         every = {**vocab, **added, **special}
+        known = every if prefix else vocab  # sentencepiece's kind also has "▁" in added tokens
+        token_bytes = {id: bpe.to_bytes(token, prefix != "") for token, id in known.items()}
         bos_id, *_ = end_ids(folder, "bos", every)
         super().__init__(folder, token_bytes, special, added, bos_id, end_ids(folder, "eos", every))
 

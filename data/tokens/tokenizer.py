@@ -47,7 +47,7 @@ class Tokenizer:
             raise InputError(f"{folder}: its tokenizer has more than {most}: download it again.")
         self.special_ids = set(special.values())
         self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], eos_ids
-        self.token_bytes = token_bytes | {id: text.encode() for text, id in added.items()}
+        self.token_bytes = {id: text.encode() for text, id in added.items()} | token_bytes
         self.token_bytes |= dict.fromkeys(special.values(), b"")
         self.vocab_size = max(self.token_bytes) + 1
         self._cut = {False: any_of(added), True: any_of(self.added)}

@@ -74,7 +74,7 @@ def test_random_texts_like_the_library(form, more, tmp_path):
     ours = changed(tmp_path, change)
     theirs = library.Tokenizer.from_file(str(ours.folder / "tokenizer.json"))
     rng = random.Random(form + more)
-    alphabet = [*NASTY_TEXT[:1000:3], *"  abe \n\t▁", "the fo", "▁▁", "  ", "<s>", "<tool>", "<0x0A>"]
+    alphabet = [*NASTY_TEXT[:1000:3], *"  abe \n\t▁", "the fo", "▁▁", "<s>", "<tool>", "<0x0A>"]
     words = [text.replace("▁", " ") for text in ours.pairs.letters]
     for i in range(150):
         text = "".join(rng.choices(alphabet, k=rng.randrange(25)))
@@ -161,6 +161,13 @@ def test_what_a_file_leaves_out(tmp_path):
     a, space = ours.encode("a"), [ours.pairs.letters["▁"][0]]
     assert ours.encode("a<tool>a   a") == [*a, ours.added["<tool>"], *a, *space, *space, *a]
     assert ours.decode(a) == " a"
+
+
+def test_an_added_token_with_a_space(tmp_path):
+    """In the text of an ordinary one a "▁" is a space, as the library decodes it."""
+    ours = changed(tmp_path, put("added_tokens", 4, "content", value="<a▁tool>"))
+    assert ours.encode("<a▁tool>") == [501] and ours.decode([501]) == "<a tool>"
+    assert 501 not in ours.encode("<a tool>")
 
 
 def test_a_text_that_is_a_token(tmp_path):
