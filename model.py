@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import IGNORE_INDEX, InputError, leaf
+from data import IGNORE_INDEX, InputError, find_folder, leaf
 from data.devices.device import model_bytes, to_device
 from data.formats import config_json, hub, presets
 from data.formats.safetensors import check_values
@@ -479,6 +479,7 @@ def quantize_folder(source, target, quant="nf4"):
     """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
     if any(Path(target).resolve().glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
+    source = find_folder(source)
     if any(".weight." in name for name in hub.find_files(Path(source))):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     model = from_pretrained(source, quant, config_json.read_dtype(source))

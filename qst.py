@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, leaf
+from data import InputError, find_folder, leaf
 from data.devices.device import pick_device, pick_dtype
 from data.formats.safetensors import copy_into
 from data.frozen.fingerprint import differences, fingerprint, quant_kind
@@ -325,7 +325,7 @@ def merge_command(args):
 
 
 FLAGS = {
-    "base": dict(required=True, help="folder of a LLaMA or OPT model"),
+    "base": dict(required=True, help="model folder, or ORG/MODEL of huggingface.co"),
     "side": dict(help="folder of a side checkpoint; without one, only the base answers"),
     "quant": dict(help="nf4, fp4, none, int4, int4-64, ...; default: that of --side, or nf4"),
     "dtype": dict(default="auto", help="fp32, bf16 or fp16; auto: by the device"),
@@ -361,7 +361,9 @@ def main(argv=None):
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():
         parser.add_argument(f"--{flag}", **known[flag])
-    command(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.base = find_folder(args.base)
+    command(args)
 
 
 if __name__ == "__main__":

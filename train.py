@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import TASKS, InputError, leaf
+from data import TASKS, InputError, find_folder, leaf
 from data.devices import distributed
 from data.devices.device import to_device
 from data.formats.files import make_writable_folder, write_json
@@ -52,7 +52,7 @@ class TrainConfig(SideConfig):
 
     task: str = setting(None, "default: instruct, or tiny without --base", tuple(TASKS),
         group="most used")
-    base: str = setting("", "folder of a LLaMA or OPT model; default: the built-in example",
+    base: str = setting("", "model folder, or ORG/MODEL of huggingface.co; default: a built-in one",
         group="most used")
     data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
     variant: str = of_side("paper", "preset: paper, released code, or fast", tuple(VARIANTS))
@@ -351,7 +351,7 @@ def train(settings, base, task, folder, cfg):
             make_writable_folder(own.out_dir, "--out_dir")
             model = make_model(own, base, task, measure)
             result |= sizes(model, count_weights(model.config))
-            runs.append(Run(model, own).keep_files(task, result, shown=not runs))
+            runs.append(Run(model, own).keep_files(task, result, not runs, folder))
     refuse_other_processes(task, base, [run.model for run in runs], cfg.out_dir)
     if not runs:
         return results
@@ -391,7 +391,7 @@ def main(cfg):
     with only_run_in([cfg.out_dir, *(own.out_dir for own in settings)]):
         if cfg.resume and not (cfg.sweep or cfg.eval_only):  # a sweep goes on with its good runs
             leaf("resume").check_settings(cfg)
-        folder = Path(cfg.base or distributed.make_in_first_process(leaf("tiny").base_folder))
+        folder = distributed.in_turn(lambda: find_folder(cfg.base or leaf("tiny").base_folder()))
         config, tokenizer = read_config(folder), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         cfg, *settings = map(task.settled, (cfg, *settings))

@@ -4,6 +4,7 @@ This file has what all rooms share, and the table of the leaves.
 """
 
 from importlib import import_module
+from pathlib import Path
 
 IGNORE_INDEX = -100  # the target of a token that is not in the loss
 
@@ -39,6 +40,7 @@ LEAVES = TASKS | {
     "stream": "devices.stream",  # --stream
     "bpe": "tokens.bpe_files",  # tokenizer.json, or vocab.json and merges.txt
     "chat": "tokens.chat",  # chat templates, for conversations
+    "hub_names": "formats.hub_names",  # --base ORG/MODEL, of the Hugging Face Hub
     "save": "formats.save",  # writes a model folder: merge, quantize
     "bnb": "formats.bnb",  # a folder in bitsandbytes' 4 bits
     "pickled": "formats.pickled",  # pytorch_model.bin
@@ -52,3 +54,8 @@ LEAVES = TASKS | {
 def leaf(name):
     """Import a leaf and return the module."""
     return import_module(f"data.{LEAVES[name]}")
+
+
+def find_folder(name, weights=True):
+    """Return a model's folder, which may be named as ORG/MODEL[@REVISION] of huggingface.co."""
+    return Path(name) if Path(name).exists() else leaf("hub_names").model_folder(name, weights)

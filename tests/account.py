@@ -21,7 +21,7 @@ from benchmarks.live import Live, attention_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import InputError  # noqa: E402
+from data import InputError, find_folder  # noqa: E402
 from data.devices.device import loss_and_kept, model_bytes, pick_dtype  # noqa: E402
 from data.devices.stream import Stream  # noqa: E402
 from data.formats.files import write_json  # noqa: E402
@@ -156,7 +156,7 @@ def config_of(cfg):
     if cfg.side:
         raise InputError("The account is of a new side network: leave out --side.")
     if cfg.base:
-        return read_config(cfg.base)
+        return read_config(find_folder(cfg.base, weights=False))
     if not cfg.preset:
         return ModelConfig(tiny.VOCAB_SIZE, **tiny.BASE)
     if cfg.preset not in PRESETS:

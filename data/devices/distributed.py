@@ -94,7 +94,7 @@ def join(items):
     return [parts[i % size()][i // size()] for i in range(sum(map(len, parts)))]
 
 
-def make_in_first_process(make):
+def in_turn(make):
     """Call a function in the first process, and then in the others, which find what it made."""
     made = make() if rank() == 0 else None
     join([None])  # the others wait here

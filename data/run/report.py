@@ -182,5 +182,5 @@ def conclude(folder, cfg, result, example):
     if not cfg.eval_only and example:
         side = Path(cfg.out_dir) / ("" if result["best_iteration"] else "last")
         script = Path(__file__).parents[2] / "qst.py"  # the current folder may be gone by now
-        print(f"Ask it yourself:\npython {script} --base {shlex.quote(str(folder))} "
+        print(f"Ask it yourself:\npython {script} --base {shlex.quote(cfg.base or str(folder))} "
               f"--side {shlex.quote(str(side))} --prompt {shlex.quote(example)}")

@@ -73,11 +73,11 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         return total, taken
 
-    def keep_files(self, task, result, shown):
+    def keep_files(self, task, result, shown, base_folder):
         """Name the files in out_dir; write nothing yet. shown: whether there is a progress bar"""
         self.out_dir, self.result = Path(self.cfg.out_dir), result
         self.first = distributed.rank() == 0  # the process that writes
-        self.refuse_changes = watch(self.cfg.base) if self.cfg.base else lambda: None
+        self.refuse_changes = watch(base_folder)
         folder = self.out_dir if self.first else None
         self.log = TrainingLog(folder, self.cfg, self.model.device, shown)
         examples = examples_fingerprint(task.train + task.held_out)

@@ -1,23 +1,18 @@
 """Downloads of the tasks' files.
 
-A file is received as a `.part`, which a later run continues. It gets its name after a check of its
-SHA-256, and an archive is unpacked beside itself. An existing file is checked, and never changed.
+Each is checked (data/formats/download.py), and an archive is unpacked beside itself.
 """
 
 import argparse
 import gzip
-import http.client
 import shutil
 import tarfile
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data import InputError
-from data.formats.files import checksum, write_atomically
+from data.formats.download import PAUSES, download
+from data.formats.files import write_atomically
 from data.settings.flags import Parser, run_main
 
 HUB, GITHUB = "https://huggingface.co/datasets", "https://raw.githubusercontent.com"
@@ -102,47 +97,8 @@ def command_line(show, *names):
 def fetch(name, folder):
     """Download all files of a name into a folder, and unpack them."""
     for path, (base, sha256) in SOURCES[name].items():
-        unpack(download(f"{base}/{Path(path).name}", Path(folder) / path, sha256))
-
-
-def download(url, path, sha256):
-    """Download one file, unless it exists, and return its path."""
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        if (found := checksum(path)) != sha256:
-            raise InputError(f"{path} has the SHA-256 {found} instead of {sha256}: remove it.")
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        receive(url, part)
-    except (OSError, http.client.HTTPException) as error:  # a URLError is an OSError
-        advice = f"run this again to continue, or get the file in another way and put it at {path}"
-        raise InputError(f"{url} could not be downloaded ({error}): {advice}.") from None
-    if (found := checksum(part)) != sha256:
-        part.unlink()
-        raise InputError(f"{url} has the SHA-256 {found} instead of {sha256}: it was not kept.")
-    return part.rename(path)
-
-
-def receive(url, part):
-    """Append the missing bytes to `part`, or write all bytes if the server knows no ranges."""
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and have:  # nothing is missing
-            return
-        raise
-    have = have if response.status == 206 else 0
-    size = int(response.headers.get("Content-Length", 0))
-    bar = tqdm(desc=part.stem, initial=have, total=have + size, unit="B", unit_scale=True)
-    with response, open(part, "ab" if have else "wb") as file, bar:
-        while piece := response.read(1 << 20):
-            file.write(piece)
-            bar.update(len(piece))
-        if bar.n < bar.total:
-            raise OSError(f"it ended after {bar.n:,} of {bar.total:,} bytes")
+        url = f"{base}/{Path(path).name}"
+        unpack(download(url, Path(folder) / path, sha256, pauses=PAUSES))
 
 
 def unpack(path):

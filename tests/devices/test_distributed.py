@@ -232,7 +232,7 @@ def test_the_first_process_alone_writes_the_state(tmp_path, monkeypatch):
     for rank in (1, 0):
         monkeypatch.setattr(distributed, "rank", lambda: rank)
         run = Run(QST(small_base(), SideConfig(reduction=4)), cfg)
-        run.keep_files(Task([], []), {}, shown=False)
+        run.keep_files(Task([], []), {}, False, "")
         run.log.held_out_loss, run.learning_rate = 1.0, 1e-3
         monkeypatch.setattr(run.log, "write", lambda *args: None)
         run.write(save=True)
