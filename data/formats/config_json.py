@@ -85,8 +85,6 @@ DTYPE = one_of("float32", "bfloat16", "float16")
 
 def read(folder):
     """Read a folder's config.json: {field of `ModelConfig`: value}."""
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not a folder: give one, or ORG/MODEL of huggingface.co.")
     path = Path(folder) / "config.json"
     c = read_json(path, advice="give a whole model's folder, which has one, unlike a LoRA or GGUF")
     model_type = field(path, c, "model_type", one_of(*MISSING))

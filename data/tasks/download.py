@@ -1,7 +1,4 @@
-"""Downloads of the tasks' files.
-
-Each is checked (data/formats/download.py), and an archive is unpacked beside itself.
-"""
+"""Downloads of the tasks' files. Each is checked, and an archive is unpacked beside itself."""
 
 import argparse
 import gzip
@@ -11,7 +8,7 @@ import zipfile
 from pathlib import Path
 
 from data import InputError
-from data.formats.download import PAUSES, download
+from data.formats.download import download
 from data.formats.files import write_atomically
 from data.settings.flags import Parser, run_main
 
@@ -97,8 +94,7 @@ def command_line(show, *names):
 def fetch(name, folder):
     """Download all files of a name into a folder, and unpack them."""
     for path, (base, sha256) in SOURCES[name].items():
-        url = f"{base}/{Path(path).name}"
-        unpack(download(url, Path(folder) / path, sha256, pauses=PAUSES))
+        unpack(download(f"{base}/{Path(path).name}", Path(folder) / path, sha256))
 
 
 def unpack(path):

@@ -139,8 +139,6 @@ def added_tokens(folder, ids):
 def load_tokenizer(folder):
     """Load the tokenizer of a model's folder, and check that the model has all of its ids."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder: give one, or ORG/MODEL of huggingface.co.")
     path = folder / "config.json"
     vocab_size = field(path, read_json(path, optional=True), "vocab_size", ID, 1 << 24)
     if (folder / "tokenizer.model").exists():

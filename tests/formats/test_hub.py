@@ -70,7 +70,7 @@ def test_shards(tmp_path):
 
 def test_missing_files(tmp_path):
     """Each is named: the folder, its config.json, its weights."""
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match="nowhere/config.json is missing"):
         from_pretrained(tmp_path / "nowhere")
     with pytest.raises(InputError, match="config.json is missing: .*, unlike a LoRA"):
         from_pretrained(tmp_path)

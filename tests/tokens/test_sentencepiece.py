@@ -43,7 +43,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
     """It is refused by name, and so is a file that is none."""
     with pytest.raises(InputError, match="has no tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="nowhere is not a folder"):
+    with pytest.raises(InputError, match="nowhere has no tokenizer"):
         load_tokenizer(tmp_path / "nowhere")
     (tmp_path / "tokenizer.model").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="tokenizer.model is not"):

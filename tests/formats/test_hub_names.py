@@ -1,0 +1,330 @@
+"""data/formats/hub_names.py, against a small Hub on this machine that redirects, breaks off, lies."""
+
+import hashlib
+import json
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import FIXTURES, ROOT
+
+import model
+import qst
+import train
+from data import InputError, find_folder
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+import account  # noqa: E402
+
+COMMIT, LATER = "c" * 40, "d" * 40
+SHARDS = [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, path = self.server.hub, self.path
+        hub.asked.append(path.rpartition("/")[2])
+        hub.tokens.append((self.headers["Host"], self.headers["Authorization"]))
+        if hub.answers:
+            if answer := hub.answers.pop(0):
+                return self.answer(answer[0], b"", **answer[1])
+        if found := re.fullmatch(r"/api/models/org/model/revision/(.+)\?blobs=true", path):
+            commit = hub.revisions.get(found[1])
+            about = {"sha": commit, "siblings": [*hub.listed()]}
+            return self.answer(200 if commit else 404, json.dumps(about).encode())
+        name = path.rpartition("/")[2]
+        if path.startswith("/org/model/resolve/") and hub.elsewhere:
+            return self.answer(302, b"", Location=f"{hub.elsewhere}/cdn/{name}")
+        content, start = hub.files[name], 0
+        if wanted := self.headers["Range"]:
+            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        self.answer(206 if start else 200, content[start:], hub.breaks.pop(name, None))
+
+    def answer(self, code, content, end=None, **headers):
+        self.send_response(code)
+        headers.setdefault("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(content[:end])
+
+    def log_message(self, *_):
+        pass
+
+
+class Hub:
+    """answers: [(code, headers), or None: as usual] to the next requests; breaks: {file: bytes of its next answer};
+    elsewhere: another host that has the files; lies: {file: {field: value}} of the listing"""
+
+    def __init__(self, port, cache):
+        self.url, self.elsewhere, self.cache = f"http://127.0.0.1:{port}", "", cache
+        self.root, self.other_host = cache / "models--org--model", f"http://localhost:{port}"
+        # Five files of weights, their index and config.json, and what nobody needs.
+        self.files = {path.name: path.read_bytes() for path in (FIXTURES / "llama_gqa").iterdir()}
+        self.files |= {"tokenizer_config.json": b"{}", "flax_model.msgpack": b"x", "a.gguf": b"x"}
+        self.files |= {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
+        self.files |= {"original/config.json": b"x", "model.fp16.safetensors": b"x"}
+        self.revisions = {"main": COMMIT, COMMIT: COMMIT, "refs%2Fpr%2F1": LATER}
+        self.answers, self.breaks, self.asked, self.tokens, self.lies = [], {}, [], [], {}
+
+    def listed(self):
+        """The files as the Hub lists them, the large ones by their SHA-256."""
+        for name, content in self.files.items():
+            file = {"rfilename": name, "size": len(content), "blobId": git_hash(content)}
+            if name.endswith(("safetensors", "bin")):
+                file["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+            yield file | self.lies.get(name, {})
+
+    def snapshot(self, commit=COMMIT):
+        return self.root / "snapshots" / commit
+
+
+def git_hash(content):
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub = hub = Hub(server.server_port, tmp_path / "cache")
+    hub.server = server
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
+    monkeypatch.setenv("HF_HUB_CACHE", str(hub.cache))
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    yield hub
+    server.shutdown()
+    server.server_close()
+
+
+def stop(hub):
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_a_model_is_downloaded_once(hub, monkeypatch, capsys):
+    """Only what we load, in the layout of huggingface_hub; afterwards it is there without a
+    connection, and without the question if the environment says so."""
+    folder = find_folder("org/model")
+    needed = {"config.json", "tokenizer_config.json", "model.safetensors.index.json", *SHARDS}
+    assert folder == hub.snapshot() and {p.name for p in folder.iterdir()} == needed
+    assert {*hub.asked[1:]} == needed and len(hub.asked) == 1 + len(needed)
+    for name in needed:
+        content = hub.files[name]
+        large = name.endswith("safetensors")
+        stated = hashlib.sha256(content).hexdigest() if large else git_hash(content)
+        assert (folder / name).read_bytes() == content
+        assert (folder / name).readlink() == Path("../../blobs") / stated
+    assert len(list((hub.root / "blobs").iterdir())) == len(needed)  # no .part is left
+    assert (hub.root / "refs" / "main").read_text() == COMMIT
+    assert find_folder("org/model") == folder and len(hub.asked) == 2 + len(needed)
+    stop(hub)
+    capsys.readouterr()
+    assert find_folder("org/model") == folder and "downloaded before" in capsys.readouterr().err
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert find_folder("org/model") == folder and capsys.readouterr().err == ""
+
+
+def test_what_is_not_whole_is_refused_without_a_connection(hub, monkeypatch):
+    """A model that was never seen, and one of which a part is missing: one sentence."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(InputError, match="org/model is neither a folder nor in .*: connect"):
+        find_folder("org/model")
+    assert not hub.cache.exists() and hub.asked == []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder = find_folder("org/model")
+    stop(hub)
+    (folder / SHARDS[2]).resolve().unlink()
+    with pytest.raises(InputError, match=f"{SHARDS[2]} is missing"):
+        find_folder("org/model")
+    (folder / "config.json").unlink()
+    with pytest.raises(InputError, match="config.json is missing"):
+        find_folder("org/model")
+
+
+def test_a_revision(hub):
+    """A branch, a tag or a commit; a commit has no ref, and the same file is kept once."""
+    main = find_folder(f"org/model@{COMMIT}")
+    assert main == hub.snapshot() and not (hub.root / "refs").exists()
+    folder = find_folder("org/model@refs/pr/1")
+    assert folder == hub.snapshot(LATER) and (hub.root / "refs/refs/pr/1").read_text() == LATER
+    assert (folder / SHARDS[0]).resolve() == (main / SHARDS[0]).resolve()
+    assert hub.asked.count(SHARDS[0]) == 1
+    stop(hub)
+    assert find_folder("org/model@refs/pr/1") == folder
+    assert find_folder(f"org/model@{COMMIT}") == main
+
+
+def test_only_the_settings(hub):
+    """tests/account.py needs no weights, which come later."""
+    folder = find_folder("org/model", weights=False)
+    assert {p.name for p in folder.iterdir()} == {"config.json", "tokenizer_config.json"}
+    config = account.config_of(account.AccountConfig(base="org/model"))
+    assert config == model.read_config(folder) and not (folder / SHARDS[0]).exists()
+    assert (find_folder("org/model") / SHARDS[0]).exists()
+
+
+def test_the_token_stays_with_its_host(hub, monkeypatch):
+    """A redirect to another host is followed without it, and one to the same host with it."""
+    monkeypatch.setenv("HF_TOKEN", "secret\n")
+    hub.elsewhere = hub.other_host
+    find_folder("org/model")
+    here, there = hub.url.partition("//")[2], hub.other_host.partition("//")[2]
+    assert {*hub.tokens} == {(here, "Bearer secret"), (there, None)}
+    hub.elsewhere, hub.tokens[:] = hub.url, []
+    find_folder("org/model@refs/pr/1")
+    hub.root.rename(hub.cache / "away")
+    find_folder("org/model")
+    assert {*hub.tokens} == {(here, "Bearer secret")} and len(hub.tokens) > 16
+
+
+def test_a_broken_transfer_goes_on(hub):
+    """From where it broke off; nothing is asked for twice."""
+    hub.breaks = {SHARDS[1]: 1000}
+    folder = find_folder("org/model")
+    assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+    assert hub.asked.count(SHARDS[1]) == 2 and len(hub.asked) == 10
+
+
+def test_a_busy_server_is_asked_again(hub, monkeypatch):
+    """After the time that it names, but not for ever; and an error is a sentence."""
+    pauses = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    find_folder("org/model", weights=False)
+    hub.answers = [None, (429, {"Retry_After": "7"}), (503, {"Retry_After": "9999"})]
+    find_folder("org/model")
+    assert pauses == [7, 60]
+    hub.root.rename(hub.cache / "away")
+    hub.answers = [None] + [(500, {})] * 4
+    with pytest.raises(InputError, match="HTTP Error 500.*run this again to continue"):
+        find_folder("org/model")
+    assert pauses[2:] == [1, 4, 16]
+
+
+@pytest.mark.parametrize("code", [401, 403, 404])
+def test_what_the_hub_refuses(hub, code):
+    """The sentence says what may be wrong, and how to get a gated model."""
+    terms = f"accept its terms at {hub.url}/org/model and set HF_TOKEN"
+    hub.answers = [(code, {})]
+    with pytest.raises(InputError, match=f"no such folder.*{code}.*name.*{terms}"):
+        find_folder("org/model")
+    hub.answers = [None, (code, {})]
+    with pytest.raises(InputError, match=f"config.json.*{code}.*{terms}"):
+        find_folder("org/model")
+    assert not hub.snapshot().exists() or not list(hub.snapshot().iterdir())
+
+
+@pytest.mark.parametrize("name, lie, message", [
+    (SHARDS[0], {"size": 5}, "bytes instead of 5: it was not kept"),
+    (SHARDS[0], {"size": 10**9}, "bytes instead of 1,000,000,000: it was not kept"),
+    (SHARDS[0], {"lfs": {"sha256": "0" * 64}}, f"instead of {'0' * 64}: it was not kept"),
+    ("config.json", {"blobId": "0" * 40}, f"instead of {'0' * 40}: it was not kept"),
+    ("config.json", {"blobId": "../../../x"}, "must be a hash"),
+    ("config.json", {"size": "5"}, "must be a whole number"),
+])
+def test_lies_are_refused(hub, name, lie, message):
+    """A size or a hash that is not as stated leaves neither a file nor a part of one."""
+    hub.lies = {name: lie}
+    with pytest.raises(InputError, match=message):
+        find_folder("org/model")
+    assert not (hub.snapshot() / name).exists()
+    assert not list(hub.root.glob("blobs/*.part")) and not list(hub.root.glob("refs/*"))
+
+
+def test_answers_that_are_none(hub):
+    """A commit that is no hash becomes no path, and a page of a gateway is no connection."""
+    hub.revisions["main"] = "../../x"
+    with pytest.raises(InputError, match="must be a hash"):
+        find_folder("org/model")
+    hub.answers = [(200, {})]
+    with pytest.raises(InputError, match="neither a folder nor in"):
+        find_folder("org/model")
+
+
+def test_pickled_weights_only_without_safetensors(hub):
+    """And a model that has none of both is refused."""
+    for name in [*SHARDS, "model.safetensors.index.json"]:
+        del hub.files[name]
+    bin_file = hub.cache.parent / "pytorch_model.bin"
+    torch.save({"model.norm.weight": torch.ones(3)}, bin_file)
+    hub.files["pytorch_model.bin"] = bin_file.read_bytes()
+    assert (find_folder("org/model") / "pytorch_model.bin").exists()
+    del hub.files["pytorch_model.bin"]
+    hub.revisions["main"] = LATER
+    with pytest.raises(InputError, match="has no weights"):
+        find_folder("org/model")
+
+
+def test_an_unknown_architecture_is_refused_before_its_weights(hub):
+    hub.files["config.json"] = b'{"model_type": "gpt2"}'
+    with pytest.raises(InputError, match="config.json: model_type is 'gpt2'"):
+        find_folder("org/model")
+    assert SHARDS[0] not in hub.asked
+
+
+def test_what_huggingface_hub_has_cached_is_used(hub):
+    """Its layout, written by hand: a whole blob, and a link to one that was removed."""
+    content, blobs = hub.files[SHARDS[0]], hub.root / "blobs"
+    hub.snapshot().mkdir(parents=True)
+    blobs.mkdir()
+    for name in (SHARDS[0], SHARDS[1]):
+        stated = hashlib.sha256(hub.files[name]).hexdigest()
+        (hub.snapshot() / name).symlink_to(f"../../blobs/{stated}")
+    (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)
+    folder = find_folder("org/model")
+    assert SHARDS[0] not in hub.asked and hub.asked.count(SHARDS[1]) == 1
+    assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+
+
+def test_without_links(hub, monkeypatch):
+    """As on Windows: the files themselves are in the snapshot."""
+    monkeypatch.setattr(Path, "symlink_to", lambda *args: open("/nowhere/x"))
+    folder = find_folder("org/model")
+    assert not any(p.is_symlink() for p in folder.iterdir())
+    asked = len(hub.asked)
+    assert find_folder("org/model") == folder and len(hub.asked) == asked + 1
+
+
+def test_two_at_once(hub):
+    """One downloads while the other waits."""
+    with ThreadPoolExecutor(4) as pool:
+        folders = set(pool.map(find_folder, ["org/model"] * 4))
+    assert folders == {hub.snapshot()} and len(hub.asked) == 4 + 8
+
+
+def test_folders_and_other_names(hub, tmp_path):
+    """A folder wins, and what is no name of the Hub is not asked for."""
+    (tmp_path / "org" / "model").mkdir(parents=True)
+    assert find_folder("org/model") == Path("org/model")
+    for name in "./x ../x /a/b a/b/c a a/ a/.. a/b@../x a/b@ -a/b ~/x https://x/a".split():
+        with pytest.raises(InputError, match="is not a folder: give one, or ORG/MODEL"):
+            find_folder(name)
+    assert hub.asked == []
+
+
+def test_a_run_and_its_commands(hub, cfg, tiny_model, tmp_path, capsys):
+    """train.py, its --resume and --sweep, qst.py and model.py take the name; settings keep it."""
+    hub.files = {path.name: path.read_bytes() for path in Path(cfg["base"]).iterdir()}
+    settings = cfg | dict(base="org/model", max_iters=1, eval_examples=2, batch_size=2)
+    train.main(train.TrainConfig(**settings))
+    result = train.main(train.TrainConfig(**settings | dict(max_iters=2, resume=True)))
+    assert result["iterations"] == 2 and result["config"]["base"] == "org/model"
+    assert "--base org/model " in capsys.readouterr().out  # the command to ask it
+    swept = train.main(train.TrainConfig(**settings | dict(sweep="seed=1,2", out_dir="sweep")))
+    assert [run["iterations"] for run in swept["runs"]] == [1, 1]
+    capsys.readouterr()
+    short = ["--max_new_tokens", "3"]
+    qst.main(["--base", "org/model", "--side", cfg["out_dir"], "--prompt", "x", *short])
+    of_name = capsys.readouterr().out
+    qst.main(["--base", str(tiny_model), "--side", cfg["out_dir"], "--prompt", "x", *short])
+    assert capsys.readouterr().out == of_name != ""
+    model.main(["quantize", "org/model", "packed"])
+    assert (tmp_path / "packed" / "tokenizer.model").exists()
