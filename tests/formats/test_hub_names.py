@@ -1,92 +1,19 @@
-"""data/formats/hub_names.py, against a small Hub on this machine that redirects, breaks off, lies."""
+"""data/formats/hub_names.py, against a Hub on this machine that redirects, breaks off and lies."""
 
-import hashlib
-import json
-import re
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import FIXTURES, ROOT
+from account import AccountConfig, config_of
+from small_hub import COMMIT, LATER, SHARDS, Handler, Hub, git_hash, sha256
 
 import model
 import qst
 import train
 from data import InputError, find_folder
-
-sys.path.insert(0, str(ROOT / "tests"))
-
-import account  # noqa: E402
-
-COMMIT, LATER = "c" * 40, "d" * 40
-SHARDS = [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub, path = self.server.hub, self.path
-        hub.asked.append(path.rpartition("/")[2])
-        hub.tokens.append((self.headers["Host"], self.headers["Authorization"]))
-        if hub.answers:
-            if answer := hub.answers.pop(0):
-                return self.answer(answer[0], b"", **answer[1])
-        if found := re.fullmatch(r"/api/models/org/model/revision/(.+)\?blobs=true", path):
-            commit = hub.revisions.get(found[1])
-            about = {"sha": commit, "siblings": [*hub.listed()]}
-            return self.answer(200 if commit else 404, json.dumps(about).encode())
-        name = path.rpartition("/")[2]
-        if path.startswith("/org/model/resolve/") and hub.elsewhere:
-            return self.answer(302, b"", Location=f"{hub.elsewhere}/cdn/{name}")
-        content, start = hub.files[name], 0
-        if wanted := self.headers["Range"]:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-        self.answer(206 if start else 200, content[start:], hub.breaks.pop(name, None))
-
-    def answer(self, code, content, end=None, **headers):
-        self.send_response(code)
-        headers.setdefault("Content-Length", str(len(content)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content[:end])
-
-    def log_message(self, *_):
-        pass
-
-
-class Hub:
-    """answers: [(code, headers), or None: as usual] to the next requests; breaks: {file: bytes of its next answer};
-    elsewhere: another host that has the files; lies: {file: {field: value}} of the listing"""
-
-    def __init__(self, port, cache):
-        self.url, self.elsewhere, self.cache = f"http://127.0.0.1:{port}", "", cache
-        self.root, self.other_host = cache / "models--org--model", f"http://localhost:{port}"
-        # Five files of weights, their index and config.json, and what nobody needs.
-        self.files = {path.name: path.read_bytes() for path in (FIXTURES / "llama_gqa").iterdir()}
-        self.files |= {"tokenizer_config.json": b"{}", "flax_model.msgpack": b"x", "a.gguf": b"x"}
-        self.files |= {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
-        self.files |= {"original/config.json": b"x", "model.fp16.safetensors": b"x"}
-        self.revisions = {"main": COMMIT, COMMIT: COMMIT, "refs%2Fpr%2F1": LATER}
-        self.answers, self.breaks, self.asked, self.tokens, self.lies = [], {}, [], [], {}
-
-    def listed(self):
-        """The files as the Hub lists them, the large ones by their SHA-256."""
-        for name, content in self.files.items():
-            file = {"rfilename": name, "size": len(content), "blobId": git_hash(content)}
-            if name.endswith(("safetensors", "bin")):
-                file["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-            yield file | self.lies.get(name, {})
-
-    def snapshot(self, commit=COMMIT):
-        return self.root / "snapshots" / commit
-
-
-def git_hash(content):
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 @pytest.fixture
@@ -120,7 +47,7 @@ def test_a_model_is_downloaded_once(hub, monkeypatch, capsys):
     for name in needed:
         content = hub.files[name]
         large = name.endswith("safetensors")
-        stated = hashlib.sha256(content).hexdigest() if large else git_hash(content)
+        stated = sha256(content) if large else git_hash(content)
         assert (folder / name).read_bytes() == content
         assert (folder / name).readlink() == Path("../../blobs") / stated
     assert len(list((hub.root / "blobs").iterdir())) == len(needed)  # no .part is left
@@ -167,7 +94,7 @@ def test_only_the_settings(hub):
     """tests/account.py needs no weights, which come later."""
     folder = find_folder("org/model", weights=False)
     assert {p.name for p in folder.iterdir()} == {"config.json", "tokenizer_config.json"}
-    config = account.config_of(account.AccountConfig(base="org/model"))
+    config = config_of(AccountConfig(base="org/model"))
     assert config == model.read_config(folder) and not (folder / SHARDS[0]).exists()
     assert (find_folder("org/model") / SHARDS[0]).exists()
 
@@ -276,9 +203,9 @@ def test_what_huggingface_hub_has_cached_is_used(hub):
     hub.snapshot().mkdir(parents=True)
     blobs.mkdir()
     for name in (SHARDS[0], SHARDS[1]):
-        stated = hashlib.sha256(hub.files[name]).hexdigest()
+        stated = sha256(hub.files[name])
         (hub.snapshot() / name).symlink_to(f"../../blobs/{stated}")
-    (blobs / hashlib.sha256(content).hexdigest()).write_bytes(content)
+    (blobs / sha256(content)).write_bytes(content)
     folder = find_folder("org/model")
     assert SHARDS[0] not in hub.asked and hub.asked.count(SHARDS[1]) == 1
     assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
