@@ -270,6 +270,7 @@ def load_base(args):
 
 def load_model(args):
     """The base, with its side network if --side names one, and its tokenizer."""
+    args.base = find_folder(args.base)
     tokenizer, base = load_tokenizer(args.base), load_base(args)
     model = QST.from_side(base, args.side) if args.side else base
     if args.side and model.side.classifier is not None:
@@ -300,6 +301,7 @@ def answer_command(args):
 
 def import_command(args):
     """Convert a side checkpoint of the authors' released code into one of ours."""
+    args.base = find_folder(args.base)
     model = import_released(load_base(args), args.released)
     model.save_side(args.out)
     config = model.side.config
@@ -361,9 +363,7 @@ def main(argv=None):
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():
         parser.add_argument(f"--{flag}", **known[flag])
-    args = parser.parse_args(argv)
-    args.base = find_folder(args.base)
-    command(args)
+    command(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 
-from data import InputError, Refused
+from data import InputError, Refused, find_folder
 from data.formats.files import read_text
 from data.generate import sampling
 from data.settings.flags import refuse_if
@@ -21,7 +21,7 @@ def stream_ids(model, ids, max_new_tokens, end_ids, args):
 
 
 def check(args):
-    """Refuse flags that contradict each other, before a model is loaded."""
+    """Refuse flags that contradict each other, before the base is found."""
     batch = getattr(args, "batch", None)
     refuse_if(
         (hasattr(args, "batch") and (args.prompt is None) == (batch is None),
@@ -30,6 +30,7 @@ def check(args):
         (args.stream and not batch, sampling.ONE_BY_ONE),
     )
     sampling.check(args.max_new_tokens, args.temperature, args.top_k, args.top_p, args.seed)
+    args.base = find_folder(args.base)
 
 
 def answer_prompts(args, load):
