@@ -196,10 +196,8 @@ def locked(path, refusal=""):
         os.close(descriptor)
 
 
-def checksum(path, like=""):
-    """A file's SHA-256, or git's SHA-1 of it, if `like` is one."""
-    git = b"blob %d\0" % os.path.getsize(path)
-    digest = hashlib.sha1(git) if len(like) == 40 else hashlib.sha256()
+def checksum(path, digest=None):
+    digest = digest or hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
