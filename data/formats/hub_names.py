@@ -59,9 +59,10 @@ def model_folder(name, weights=True):
             if not path.exists():
                 address = f"{site}/{model}/resolve/{commit}/{path.name}"
                 download(address, blob, blob.name, size, token, advice)
+                path.unlink(missing_ok=True)  # a link whose blob was gone
                 try:
                     path.symlink_to(f"../../blobs/{blob.name}")
-                except OSError:  # a dead link is there, or the system has none
+                except OSError:  # not every system has links
                     blob.rename(path)
         return found
 

@@ -28,6 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(302, b"", Location=f"{hub.elsewhere}/cdn/{name}")
         content, start = hub.files[name], 0
         if wanted := self.headers["Range"]:
+            hub.ranges.append(wanted)
             start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
         self.answer(206 if start else 200, content[start:], hub.breaks.pop(name, None))
 
@@ -46,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 class Hub:
     """answers: [(code, headers), or None: as usual] to the next requests
     breaks: {file: bytes of its next answer}; lies: {file: {field: value}} of the listing
-    elsewhere: another host that has the files; asked, tokens: what was asked for, and with what
+    elsewhere: another host that has the files; asked, tokens, ranges: what was asked for
     """
 
     def __init__(self, port, cache):
@@ -58,7 +59,8 @@ class Hub:
         self.files |= {"pytorch_model.bin": b"x", "consolidated.safetensors": b"x"}
         self.files |= {"original/config.json": b"x", "model.fp16.safetensors": b"x"}
         self.revisions = {"main": COMMIT, COMMIT: COMMIT, "refs%2Fpr%2F1": LATER}
-        self.answers, self.breaks, self.asked, self.tokens, self.lies = [], {}, [], [], {}
+        self.answers, self.breaks, self.lies = [], {}, {}
+        self.asked, self.tokens, self.ranges = [], [], []
 
     def listed(self):
         """The files as the Hub lists them, the large ones by their SHA-256."""

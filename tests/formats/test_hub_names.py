@@ -119,6 +119,7 @@ def test_a_broken_transfer_goes_on(hub):
     folder = find_folder("org/model")
     assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
     assert hub.asked.count(SHARDS[1]) == 2 and len(hub.asked) == 10
+    assert hub.ranges == ["bytes=1000-"]
 
 
 def test_a_busy_server_is_asked_again(hub, monkeypatch):
@@ -209,6 +210,7 @@ def test_what_huggingface_hub_has_cached_is_used(hub):
     folder = find_folder("org/model")
     assert SHARDS[0] not in hub.asked and hub.asked.count(SHARDS[1]) == 1
     assert (folder / SHARDS[1]).read_bytes() == hub.files[SHARDS[1]]
+    assert (blobs / sha256(hub.files[SHARDS[1]])).exists() and (folder / SHARDS[1]).is_symlink()
 
 
 def test_without_links(hub, monkeypatch):
