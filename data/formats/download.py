@@ -49,7 +49,8 @@ def download(url, path, expected, size=None, token="", advice="", pauses=(1, 4, 
             receive(url, part, size, token)
             break
         except BROKEN as error:
-            code = getattr(error, "code", 0 if type(error) is URLError else 500)  # 0: not reached
+            at_once = type(error) is URLError or type(error) is OSError and error.errno
+            code = getattr(error, "code", 0 if at_once else 500)  # 0: not reached, or a full disk
             if code == 416:  # nothing is missing
                 break
             if pause is None or code < 500 and code != 429:

@@ -222,6 +222,19 @@ def test_without_links(hub, monkeypatch):
     assert find_folder("org/model") == folder and len(hub.asked) == asked + 1
 
 
+def test_a_full_disk(hub, monkeypatch):
+    """One sentence, at once: to ask again does not help."""
+    resource = pytest.importorskip("resource")  # which Windows lacks
+    monkeypatch.setattr("time.sleep", lambda seconds: 1 / 0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(InputError, match="File too large.*run this again to continue"):
+            find_folder("org/model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_two_at_once(hub):
     """One downloads while the other waits."""
     with ThreadPoolExecutor(4) as pool:
