@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import InputError, Refused
 from data.formats.fields import TABLE, TEXT, WORD, either, list_of, shown, whole
-from data.formats.files import checksum, locked, parse_json, read_bytes, read_records
+from data.formats.files import checksum, read_records, write_atomically
 
 TEMPERATURES = {  # FastChat's, by category
     "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
@@ -70,61 +70,43 @@ def answer(talk, question):
     return answers
 
 
-def answer_line(question_id, model_id, turns):
+def new_answer(question_id, model_id, turns):
     answer = dict(question_id=question_id, answer_id=uuid.uuid4().hex, model_id=model_id)
-    answer |= dict(choices=[{"index": 0, "turns": turns}], tstamp=time.time())
-    return json.dumps(answer, ensure_ascii=False) + "\n"
+    return answer | dict(choices=[{"index": 0, "turns": turns}], tstamp=time.time())
 
 
 def answered(path, model_id):
-    """Find the ids of the questions that an earlier run has answered, and end its last line.
-
-    A last line that a crash has cut off is removed: its question will be asked again. A file with
-    anything but answers of this model is refused, and not changed.
-    """
-    if not os.path.exists(path):
-        return set()
-    start, done = b'{"question_id": ', set()
-    lines = read_bytes(path, "give another --out").split(b"\n")
-    for i, line in enumerate(lines, 1):
-        try:
-            answer = parse_json(line)
-        except ValueError:  # also for bytes that are half a character
-            if i == len(lines) and start.startswith(line[: len(start)]):  # cut off, or empty
-                os.truncate(path, os.path.getsize(path) - len(line))
-                return done
-            answer = None
-        known = isinstance(answer, dict) and {"question_id", "model_id", "choices"} <= answer.keys()
+    """Read the answers of an earlier run, which must all be of this model."""
+    answers = read_records(path, "--out") if os.path.exists(path) else []
+    for where, answer in answers:
+        known = TABLE.fits(answer) and {"question_id", "model_id", "choices"} <= answer.keys()
         if not known or not QUESTION_ID.fits(answer["question_id"]):
-            raise InputError(f"{path}, line {i} is not an answer: give --out a file for answers.")
+            raise InputError(f"{path}, {where} is not an answer: give --out a file for answers.")
         if answer["model_id"] != model_id:
             why = f"an answer of {shown(answer['model_id'])}, not of {model_id}"
-            raise InputError(f"{path}, line {i} is {why}: give another --out.")
-        done.add(answer["question_id"])
-    with open(path, "ab") as file:  # the last line only lacks its end
-        file.write(b"\n")
-    return done
+            raise InputError(f"{path}, {where} is {why}: give another --out.")
+    return [answer for _, answer in answers]
 
 
 def answer_file(args, start_talk):
-    """Answer the questions that have no answer in --out yet."""
+    """Answer the questions that have no answer in --out yet; a crash loses one answer at most."""
     if args.limit is not None and args.limit < 1:
         raise InputError(f"--limit {args.limit} must be at least 1.")
     model_id = args.model_id or Path(args.out).stem
     if args.side:  # another training gives another model, whose answers must not be mixed
         model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
     questions = read_questions(args.questions)[: args.limit]
-    done = answered(args.out, model_id)
+    answers = answered(args.out, model_id)
+    done = {one["question_id"] for one in answers}
     todo = [question for question in questions if question["question_id"] not in done]
-    talk = start_talk()  # it may fail: the file is opened later
-    refusal = f"Another process writes to {args.out}: give another --out."
-    with locked(args.out, refusal), open(args.out, "a", encoding="utf-8") as out:
-        for question in tqdm(todo, "answers", unit="question"):
-            if args.fastchat_temperatures:
-                args.temperature = TEMPERATURES.get(question.get("category"), 0.7)
-            turns = answer(talk, question)
-            out.write(answer_line(question["question_id"], model_id, turns))
-            out.flush()
+    talk = start_talk()
+    for question in tqdm(todo, "answers", unit="question"):
+        if args.fastchat_temperatures:
+            args.temperature = TEMPERATURES.get(question.get("category"), 0.7)
+        turns = answer(talk, question)
+        answers.append(new_answer(question["question_id"], model_id, turns))
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in answers]
+        write_atomically(args.out, lambda file: file.write("".join(lines).encode()))
     print(f"{args.out}: {len(todo)} new answers; all {len(questions)} questions have one")
 
 
