@@ -151,7 +151,7 @@ def read_instructions(path):
     separator, made, left_out, notes = SEPARATORS.get(Path(path).suffix.lower()), [], {}, []
     records = read_table(path, separator) if separator else read_records(path)
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
-        records = leaf("oasst").grow_trees(records, path)
+        records = leaf("oasst").grow_trees(records)
     for where, record in records:
         try:
             made.append(conversation(record))

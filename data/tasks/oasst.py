@@ -6,8 +6,8 @@ per line, {"message_id", "parent_id", "role", "text", "rank", ...}.
 
 import math
 
-from data import InputError, Refused
-from data.formats.fields import TABLE, TEXT, TRUE_OR_FALSE, first_few, list_of, number, shown
+from data import Refused
+from data.formats.fields import TABLE, TEXT, TRUE_OR_FALSE, list_of, number, shown
 
 FIELDS = {  # of a message: their kinds, if they are neither missing nor null
     "rank": number(0, 1 << 30), "deleted": TRUE_OR_FALSE, "review_result": TRUE_OR_FALSE,
@@ -30,7 +30,7 @@ def best_path(tree):
     if tree.get("tree_state") not in (None, "ready_for_export"):
         raise Refused("is a tree that is not ready for export", shown(tree["tree_state"]))
     if tree["prompt"].get("parent_id") is not None:
-        raise Refused("answers a message that cannot be used, or is not in the file")
+        raise Refused("answers a message that cannot be used, or does not stand before it")
     path, questions = [], [tree["prompt"]]
     while question := next(filter(replies, questions), None):
         answer = replies(question)[0]
@@ -50,8 +50,11 @@ def replies(node):
     return sorted(valid, key=lambda n: math.inf if n.get("rank") is None else n["rank"])
 
 
-def grow_trees(records, path):
-    """Join flat messages into trees: [(place of the prompt, tree or its `Refused`), ...]."""
+def grow_trees(records):
+    """Join flat messages into trees: [(place of the prompt, tree or its `Refused`), ...].
+
+    A reply stands behind its message, as in OASST1's files, which go through each tree in depth.
+    """
     nodes, trees = {}, []
     for where, message in records:
         try:
@@ -61,19 +64,12 @@ def grow_trees(records, path):
             id = message["message_id"]
             if id is None or id in nodes:
                 raise Refused('has the "message_id" of another, or none', shown(id))
-            nodes[id] = where, {**message, "replies": []}
+            parent, nodes[id] = nodes.get(message["parent_id"]), {**message, "replies": []}
+            if parent:
+                parent["replies"].append(nodes[id])
+            else:  # a prompt, or a reply, which `best_path` refuses
+                tree = {"prompt": nodes[id], "tree_state": message.get("tree_state")}
+                trees.append((where, tree))
         except Refused as error:
             trees.append((where, error))
-    seen = []
-    for where, node in nodes.values():
-        if node["parent_id"] in nodes:
-            nodes[node["parent_id"]][1]["replies"].append(node)
-        else:  # a prompt, or a reply to a message that the file lacks, which `best_path` refuses
-            trees.append((where, {"prompt": node, "tree_state": node.get("tree_state")}))
-            seen.append(node)
-    for node in seen:  # the list grows
-        seen += node["replies"]
-    if len(seen) < len(nodes):
-        names = first_few(sorted(nodes.keys() - {node["message_id"] for node in seen}))
-        raise InputError(f"{path}: the messages {names} answer each other in a ring: remove them.")
     return trees

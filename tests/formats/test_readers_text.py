@@ -141,8 +141,10 @@ RECORDS = {
     "the \"message_id\" of another, or none (line 3: 'b')": [
         message("a", None), message("b", "a"), message("b", "a")
     ],
-    "answers a message that cannot be used, or is not in the file (line 1)": [message("b", "a")],
-    "b, c answer each other in a ring": [
+    "answers a message that cannot be used, or does not stand before it (line 1)": [
+        message("b", "a")
+    ],
+    "does not stand before it (line 2)": [
         message("a", None), message("b", "c"), message("c", "b")
     ],
 }

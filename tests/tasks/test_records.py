@@ -147,7 +147,8 @@ def test_oasst1_gives_the_best_path(tmp_path):
     assert read(tmp_path, tree, other, alone) == best
     messages = list(flat_tree(tree["prompt"]))
     assert read(tmp_path, *messages) == best
-    assert read(tmp_path, *reversed(messages[:9]), *messages[9:]) == best
+    with pytest.raises(InputError, match="9 of 9 .* does not stand before it"):
+        read(tmp_path, *reversed(messages[1:10]))
     with pytest.raises(InputError, match="not ready for export .*: 'growing'.*question with an a"):
         read(tmp_path, other, alone)
     # A wrong message takes only its replies with it, and another of the same name nothing.
@@ -158,9 +159,9 @@ def test_oasst1_gives_the_best_path(tmp_path):
     assert found == [say("user: q", "assistant: a1", "user: q3", "assistant: a4")]
     assert [note.partition("left out: each ")[2].partition(" (")[0] for note in notes] == [
         'has a "rank" that is not a number from 0 to 1.07374e+09',
+        "answers a message that cannot be used, or does not stand before it",
         'has the "message_id" of another, or none',
         'has no "message_id" and "parent_id", as the others have',
-        "answers a message that cannot be used, or is not in the file",
     ]
 
 
