@@ -7,15 +7,12 @@ its hidden states already, so that there is something for a side network to read
 """
 
 import contextlib
-import getpass
 import hashlib
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -136,25 +133,11 @@ def base_folder(make=make_in_child):
     make: function of the folder, which calls `train.make_tiny_base` in this process or in another
     """
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
-    for cache in caches():
-        folder = cache / f"tiny-{recipe}"
-        if folder.is_dir():
-            return folder
-        with contextlib.suppress(InputError):
-            make_writable_folder(cache, "QST_CACHE")
-            break
-    else:
-        raise InputError("No folder for the base can be written to: name one in QST_CACHE.")
-    make(folder)
+    folder = Path(os.environ.get("QST_CACHE") or CACHE) / f"tiny-{recipe}"
+    if not folder.is_dir():
+        make_writable_folder(folder.parent, "QST_CACHE (the folder of the built-in base)")
+        make(folder)
     return folder
-
-
-def caches():
-    """Where the base may be kept: where QST_CACHE says; or beside this file, or with the user."""
-    if chosen := os.environ.get("QST_CACHE"):
-        return [Path(chosen)]
-    of_user = Path.home() / ".cache" / "qst"
-    return [CACHE, of_user, Path(tempfile.gettempdir()) / f"qst-{getpass.getuser()}"]
 
 
 @contextlib.contextmanager
@@ -162,21 +145,17 @@ def new_base(folder):
     """Give the body a temporary folder with a tokenizer, to save the base there. Afterwards the
     folder gets its name, so that nobody sees half a base."""
     folder = Path(folder)
-    for other in folder.parent.glob(f"{folder.name}.*"):  # of a process that was killed
-        if time.time() - other.stat().st_mtime > 24 * 3600:
-            shutil.rmtree(other, ignore_errors=True)
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")
     try:
-        unfinished.mkdir(parents=True)
-        train_tokenizer(unfinished / "tokenizer.model")
-        yield unfinished
-        os.rename(unfinished, folder)
+        with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as unfinished:
+            base = Path(unfinished) / "base"
+            base.mkdir()
+            train_tokenizer(base / "tokenizer.model")
+            yield base
+            os.rename(base, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster, with the same
-            message = f"{unfinished} could not be written ({error.strerror})"
+            message = f"{folder} could not be written ({error.strerror})"
             raise InputError(f"{message}: name another folder in the variable QST_CACHE.") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def task(n, seed):
