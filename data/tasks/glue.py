@@ -23,7 +23,7 @@ import torch
 
 from data import InputError
 from data.formats.fields import shown
-from data.formats.files import read_text, write_atomically
+from data.formats.files import read_text
 from data.tasks.examples import Task, label, split
 from data.tasks.metrics import METRICS
 from data.tasks.scoring import choice_logits, word_ids
@@ -74,14 +74,25 @@ FORMS = {
 FORMS["mnli-mm"] = replace(FORMS["mnli"], dev="dev_mismatched.tsv")
 
 
+def lines_of(path, form):
+    """Read a file's lines, with their numbers. What is downloaded for MRPC is another file: the
+    corpus, beside a list of the pairs of ids that are in GLUE's dev.tsv."""
+    corpus, has = path.with_name("msr_paraphrase_train.txt"), lambda line: True
+    if corpus.exists() and not path.exists():
+        dev = {*read_text(path.with_name("mrpc_dev_ids.tsv")).split("\n")}
+        path, is_dev = corpus, path.name == "dev.tsv"
+        has = lambda line: ("\t".join(line.split("\t")[1:3]) in dev) == is_dev
+    text = read_text(path, f"give --data the folder of GLUE's {form.folder}")
+    return [(i, line) for i, line in enumerate(text.split("\n"), 1) if i == 1 or has(line)]
+
+
 def read(path, form):
     """Read the rows of a .tsv file: ([(sentences, label), ...], number of lines left out).
 
     A label is the class's number, or STS-B's rating. Quotes are text, as in GLUE's own files.
     Lines with fewer columns than the header are left out: QQP has a few.
     """
-    lines = read_text(path, f"give --data the folder of GLUE's {form.folder}").split("\n")
-    lines = [(i, line.split("\t")) for i, line in enumerate(lines, 1) if line.strip()]
+    lines = [(i, line.split("\t")) for i, line in lines_of(path, form) if line.strip()]
     header = form.header or (lines.pop(0)[1] if lines else [])
     if missing := [name for name in form.columns if name not in header]:
         raise InputError(f'{path} has no column "{missing[0]}": is it GLUE\'s {form.folder}?')
@@ -105,24 +116,7 @@ def read(path, form):
 def files(data, form):
     """Find the folder with a task's files: --data itself, or the folder in it."""
     folder = Path(data) / form.folder
-    folder = folder if folder.is_dir() else Path(data)
-    if (folder / "msr_paraphrase_train.txt").exists() and not (folder / "dev.tsv").exists():
-        split_mrpc(folder)
-    return folder
-
-
-def split_mrpc(folder):
-    """Write MRPC's train.tsv and dev.tsv, as GLUE does, from the corpus and a list of id pairs."""
-    ids, corpus = folder / "mrpc_dev_ids.tsv", folder / "msr_paraphrase_train.txt"
-    pairs = {tuple(line.split("\t")) for line in read_text(ids).split("\n")}
-    header, *lines = read_text(corpus).split("\n")
-    parts = {"train.tsv": [header], "dev.tsv": [header]}
-    for line in filter(None, lines):
-        parts["dev.tsv" if tuple(line.split("\t")[1:3]) in pairs else "train.tsv"].append(line)
-    if len(parts["dev.tsv"]) == 1 or not set(FORMS["mrpc"].columns) <= set(header.split("\t")):
-        raise InputError(f"{corpus} has none of the pairs that {ids} lists: get both files anew.")
-    for name, rows in parts.items():
-        write_atomically(folder / name, lambda file: file.write(("\n".join(rows) + "\n").encode()))
+    return folder if folder.is_dir() else Path(data)
 
 
 def take_shots(rows, number):
@@ -225,8 +219,7 @@ def show(folder):
     found = False
     for task, form in FORMS.items():
         where = files(folder, form)
-        own = Path(os.path.abspath(where)).name == form.folder  # --data may be one task's folder
-        if own and (where / form.dev).exists():
+        if Path(os.path.abspath(where)).name == form.folder:  # --data may be one task's folder
             train, dev = (read(where / name, form)[0] for name in ("train.tsv", form.dev))
             print(f"{task}: {len(train)} to train on, {len(dev)} to score. {dev[0]}")
             found = True

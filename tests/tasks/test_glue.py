@@ -41,8 +41,8 @@ def test_short_lines_are_counted(tmp_path):
     assert len(rows) == 2 and dropped == 1
 
 
-def test_mrpc_is_split_by_its_ids(tmp_path):
-    """The corpus as it is downloaded becomes train.tsv and dev.tsv, whose pairs the ids name."""
+def test_mrpc_is_split_by_its_ids(tmp_path, capsys):
+    """The corpus as it is downloaded is read as train.tsv and dev.tsv, whose pairs the ids name."""
     (tmp_path / "MRPC").mkdir()
     rows = [f"{i % 2}\t{i}\t{i + 1}\ta{i}\tb{i}" for i in range(9)]
     text = "\ufeff" + "\r\n".join([GLUE_LINES["mrpc"][0], *rows]) + "\r\n"
@@ -51,6 +51,8 @@ def test_mrpc_is_split_by_its_ids(tmp_path):
     folder = glue.files(tmp_path, FORMS["mrpc"])
     dev, train = (glue.read(folder / name, FORMS["mrpc"])[0] for name in ("dev.tsv", "train.tsv"))
     assert dev == [(["a3", "b3"], 1), (["a8", "b8"], 0)] and len(train) == 7
+    glue.show(tmp_path)
+    assert capsys.readouterr().out.startswith("mrpc: 7 to train on, 2 to score.")
 
 
 @pytest.mark.parametrize("text, message", [
