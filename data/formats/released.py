@@ -5,19 +5,12 @@ from pathlib import Path
 import torch
 
 from data import InputError
-from data.formats.fields import shown
 from data.formats.hub import OPT_NAMES
 from data.formats.pickled import read_tensors
 
 ADVICE = "a released side checkpoint has six .pt files, of plain tensors"
-DOWNSAMPLE_NAMES = {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."}
-RELEASED_FILES = {  # our module: (their file, {our part of a name: theirs})
-    "layers": ("qst_layers_parameters.pt", OPT_NAMES),
-    "downsample": ("qst_downsample_parameters.pt", DOWNSAMPLE_NAMES),
-    "gamma": ("qst_z_parameters.pt", {}),
-    "norm": ("qst_norm_parameters.pt", {}),
-    "upsample": ("qst_upsample_parameters.pt", {}),
-}
+NAMES = OPT_NAMES | {"down.": "adapter_A.", "up.": "adapter_B.", "norm.": "post_layer_norm."}
+FILES = dict(layers="layers", downsample="downsample", gamma="z", norm="norm", upsample="upsample")
 
 
 def read(folder, config):
@@ -28,14 +21,11 @@ def read(folder, config):
     """
     folder, opt, found = Path(folder), config.family == "opt", {}
     refuse = lambda why: InputError(f"{folder} {why}: give --base the model of the training.")
-    for ours, (file, names) in RELEASED_FILES.items():
-        for theirs, read in read_tensors(folder / file, ADVICE).items():
-            name, tensor = theirs, read()
-            for our_part, their_part in names.items() if ours != "layers" or opt else ():
+    for ours, theirs in FILES.items():
+        for name, read in read_tensors(folder / f"qst_{theirs}_parameters.pt", ADVICE).items():
+            for our_part, their_part in NAMES.items():
                 name = name.replace(their_part, our_part)
-            if f"{ours}.{name}" in found or not tensor.is_floating_point():
-                raise refuse(f"has {shown(theirs)} twice in {file}, or not as floats")
-            found[f"{ours}.{name}"] = tensor
+            found[f"{ours}.{name}"] = read()
     mix = folder / f"lm_head_z_{'parameters' if opt else 'path'}.pt"
     mix = read_tensors(mix, ADVICE, alone=True)["its tensor"]()
     gates = [found.pop(f"gamma.{i}", None) for i in range(config.n_layer)]
