@@ -13,7 +13,7 @@ import torch
 from data import InputError
 from data.formats.fields import NEEDED, TABLE, TEXT, field, list_of, number, one_of, shown, whole
 from data.formats.files import parse_json
-from data.formats.safetensors import LARGEST_WEIGHT
+from data.formats.safetensors import LARGEST_WEIGHT, tensor_bytes
 from quant import ABSMAX_BLOCK_SIZE, BLOCK_SIZE, CODEBOOKS, DYNAMIC_CODEBOOK, Quantized4bit
 
 STATE = "quant_state.bitsandbytes__"
@@ -68,9 +68,7 @@ def read_weight(where, codes, mine, quant):
 def read_state(where, tensor, table):
     """Read JSON that is stored as a tensor of bytes: {field: value} for the fields of a table."""
     try:
-        if tensor.dtype != torch.uint8 or tensor.numel() > 10_000:
-            raise ValueError("it is not a short text")
-        state = {"state": parse_json(bytes(tensor.flatten().tolist()))}
+        state = {"state": parse_json(bytes(tensor_bytes(tensor)))}
     except ValueError as error:
         raise InputError(f"{where} is not JSON ({error}): download the folder again.") from None
     state = field(where, state, "state", TABLE)

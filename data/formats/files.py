@@ -23,7 +23,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LARGEST_SETTINGS = 1 << 26  # bytes; the largest known tokenizer.json has half as many
 NOT_TEXT = {  # how other files begin, and what to do with them
     b"PAR1": "Parquet: convert it to JSON or text", b"PK\3\4": "a zip file: unpack or convert it",
     b"\x1f\x8b": "a gzip archive: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
@@ -99,8 +98,6 @@ def read_json(path, optional=False, advice="give a folder in Hugging Face's layo
     """Read a file with one JSON object; return {} if it is optional and missing."""
     if optional and not os.path.exists(path):
         return {}
-    if file_size(path, advice) > LARGEST_SETTINGS:
-        raise InputError(f"{path} is larger than {LARGEST_SETTINGS:,} bytes: {advice}.")
     content = read_bytes(path, advice)
     try:
         content = parse_json(content)
