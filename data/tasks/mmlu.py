@@ -135,7 +135,7 @@ def evaluate(models, tokenizer, folder, sequence_len=2048, batch_size=8, max_exa
         shots = dev[subject]
         prompts, kept = zip(*[encode(subject, shots, q, tokenizer, room) for q in questions])
         fitting += kept
-        choices = word_ids(tokenizer, LETTERS, prompt(subject, shots, questions[0]), most=1)
+        choices = word_ids(tokenizer, LETTERS, prompt(subject, shots, questions[0]))
         logits = choice_logits(models, list(prompts), choices, batch_size, desc=subject)
         answers = torch.tensor([q.answer for q in questions])
         for marks, each in zip(right, logits):

@@ -55,18 +55,17 @@ def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
     return [torch.cat(of_one)[back] for of_one in zip(*distributed.join(parts))]
 
 
-def word_ids(tokenizer, words, before, most=1 << 30):
+def word_ids(tokenizer, words, before):
     """Find the token with which each word begins after the text `before` and a space.
 
     They are encoded together: sentencepiece puts a space of its own before every text.
-    most: tokens that a word may have
     """
     advice = "choose a model with a larger vocabulary, or for GLUE --head classifier"
     start = tokenizer.encode(before)
     ids = []
     for word in words:
         whole = tokenizer.encode(f"{before} {word}")
-        if whole[: len(start)] != start or not 0 < len(whole) - len(start) <= most:
+        if whole[: len(start)] != start or len(whole) == len(start):
             where = f"{shown(' ' + word)} after {shown(before[-20:])}"
             raise InputError(f"The tokenizer has no token for {where}: {advice}.")
         ids.append(whole[len(start)])

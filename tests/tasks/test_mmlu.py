@@ -160,14 +160,14 @@ def byte_level(tmp_path, name):
 
 
 def letter_ids(tokenizer, prompt):
-    return word_ids(tokenizer, mmlu.LETTERS, prompt, most=1)
+    return word_ids(tokenizer, mmlu.LETTERS, prompt)
 
 
 @pytest.mark.parametrize("name", ["smollm2", "opt", "llama3", "qwen2"])
 def test_answers_of_byte_level_bpe(name, tmp_path, folder):
     """They are the tokens with the space in front; where these are two tokens, that is said."""
     prompt = mmlu.prompt("anatomy", [], mmlu.read(folder, "dev")["anatomy"][0])
-    with pytest.raises(InputError, match="no token for ' A' after '.*Answer:'"):
+    with pytest.raises(InputError, match="begins several of A, B, C, D alike"):
         letter_ids(load_tokenizer(FIXTURES / "tokenizers" / name), prompt)
     tokenizer, ids = byte_level(tmp_path, name)
     assert letter_ids(tokenizer, prompt) == ids
