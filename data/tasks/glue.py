@@ -12,9 +12,9 @@ The loss on a tenth of train.tsv chooses the side network that is kept. dev.tsv 
 import os
 import re
 import sys
-from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
     sys.path[0] = str(Path(__file__).resolve().parents[2])
@@ -33,8 +33,7 @@ RATING = re.compile(r"[0-4](\.[0-9]*)?|5(\.0*)?")
 ANSWER = "\nAnswer:"
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """The layout of a task's files, and its prompt."""
 
     folder: str
@@ -71,7 +70,7 @@ FORMS = {
         "Say whether the claim follows from the text, or may be true.", "Text: {0}\nClaim: {1}",
         ("entailment", "neutral", "contradiction"), ("yes", "maybe", "no"), dev="dev_matched.tsv"),
 }
-FORMS["mnli-mm"] = replace(FORMS["mnli"], dev="dev_mismatched.tsv")
+FORMS["mnli-mm"] = FORMS["mnli"]._replace(dev="dev_mismatched.tsv")
 
 
 def lines_of(path, form):

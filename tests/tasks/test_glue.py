@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import replace
 
 import pytest
 import torch
@@ -135,7 +134,7 @@ def test_long_prompts_of_byte_tokens_keep_what_fits(tokenizer):
 def test_ratings_with_label_words(tiny_model, glue_folder, tmp_path, monkeypatch):
     """STS-B's rating is the expectation over the label words; the nearest word is the target."""
     words = ("bear", "cat", "lake", "mill", "park", "toy")  # this tokenizer spells numbers out
-    monkeypatch.setitem(FORMS, "stsb", replace(FORMS["stsb"], words=words))
+    monkeypatch.setitem(FORMS, "stsb", FORMS["stsb"]._replace(words=words))
     result = glue_run(tiny_model, glue_folder, tmp_path, task="stsb", head="lm", max_iters=100)
     assert result["pearson_after"] > 0.99 > result["pearson_before"]
     assert result["loss_after"] < 0.1
