@@ -19,9 +19,6 @@ def pearson(predicted, labels):
     return ((a * b).sum() / ((a * a).sum() * (b * b).sum()).sqrt().clamp(min=1e-300)).item()
 
 
-matthews = pearson  # for two classes, Matthews' correlation equals Pearson's of zeros and ones
-
-
 def spearman(predicted, labels):
     return pearson(ranks(predicted), ranks(labels))
 
@@ -32,4 +29,5 @@ def ranks(values):
     return (count.cumsum(0).double() - (count - 1) / 2)[group]
 
 
-METRICS = dict(accuracy=accuracy, f1=f1, pearson=pearson, spearman=spearman, matthews=matthews)
+# For two classes, Matthews' correlation equals Pearson's of zeros and ones.
+METRICS = dict(accuracy=accuracy, f1=f1, pearson=pearson, spearman=spearman, matthews=pearson)

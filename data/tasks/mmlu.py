@@ -18,7 +18,6 @@ import random
 import sys
 from collections import namedtuple
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 
 if __name__ == "__main__":  # imports start in the project's folder, two above this one
@@ -98,8 +97,8 @@ def draw(tests, most):
     every = [(subject, q) for subject, questions in tests.items() for q in questions]
     if 0 < most < len(every):
         every = [every[i] for i in sorted(random.Random(0).sample(range(len(every)), most))]
-    by_subject = groupby(every, key=lambda pair: pair[0])
-    return {subject: [q for _, q in pairs] for subject, pairs in by_subject}
+    found = {name: [q for subject, q in every if subject == name] for name in tests}
+    return {name: questions for name, questions in found.items() if questions}
 
 
 def ask(question):
