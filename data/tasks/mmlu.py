@@ -60,13 +60,10 @@ def read(folder, split):
     paths = sorted((root / split).glob(f"*_{split}.csv"))
     if not paths:
         raise InputError(f"{root / split} has no *_{split}.csv: try data/tasks/mmlu.py --download.")
-    questions = {}
-    for path in paths:
-        subject = path.name.removesuffix(f"_{split}.csv")
-        if subject not in CATEGORY:
-            raise InputError(f"{path} belongs to none of MMLU's {len(CATEGORY)} subjects.")
-        questions[subject] = read_csv(path)
-    return questions
+    found = {path.name.removesuffix(f"_{split}.csv"): path for path in paths}
+    if unknown := [path for subject, path in found.items() if subject not in CATEGORY]:
+        raise InputError(f"{unknown[0]} belongs to none of MMLU's {len(CATEGORY)} subjects.")
+    return {subject: read_csv(path) for subject, path in found.items()}
 
 
 def read_csv(path):

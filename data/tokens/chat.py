@@ -25,7 +25,7 @@ from pathlib import Path
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data import InputError, Refused
-from data.formats.fields import TABLE, TEXT, either, field, first_few, list_of, reason
+from data.formats.fields import TABLE, TEXT, either, field, list_of, reason
 from data.formats.files import read_json, read_text, write_atomically
 from data.tokens.tokenizer import BREAK
 
@@ -158,10 +158,7 @@ def load_template(folder):
     if isinstance(text, list):  # several templates, with names
         own = lambda one, name: field(path, one, f"chat_template.{name}", TEXT)
         text = {own(one, "name"): own(one, "template") for one in text}
-        if "default" not in text:
-            names = first_few(list(text))
-            raise InputError(f'{path}: name one of its chat templates "default", not {names}.')
-        text = text["default"]
+        text = field(f"{path}: its list of chat templates", text, "default", TEXT)
     if len(text) > LONGEST_TEMPLATE:
         raise InputError(f"{path}: the chat template is longer than {LONGEST_TEMPLATE:,} letters.")
     return ChatTemplate(text, path, absent)

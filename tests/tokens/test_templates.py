@@ -208,7 +208,7 @@ def test_template_files_and_lists(tmp_path, tiny_model):
     path.write_text(json.dumps(dict(chat_template=several)))
     assert chat.load_template(tmp_path).text == CHATML
     path.write_text(json.dumps(dict(chat_template=several[:1])))
-    with pytest.raises(InputError, match='_config.json: name one of its chat .*, not tool_use'):
+    with pytest.raises(InputError, match="_config.json: its list of chat templates lacks .*'default'"):
         chat.load_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(LLAMA3)
     assert chat.load_template(tmp_path).text == LLAMA3
@@ -227,5 +227,5 @@ def test_who_does_not_use_a_template_does_not_mind_it(tiny_model, tmp_path):
     assert leaf("text").load(cfg, load_tokenizer(folder)).held_out
     chat.keep_plain_template(folder)
     assert not (folder / "chat_template.jinja").exists()
-    with pytest.raises(InputError, match="not rag"):
+    with pytest.raises(InputError, match="lacks the field 'default'"):
         leaf("instruct").load(cfg, load_tokenizer(folder))
