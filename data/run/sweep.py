@@ -1,4 +1,4 @@
-"""--sweep: train or evaluate several side networks with one pass of the frozen base."""
+"""--sweep: train several side networks with one pass of the frozen base."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from data import InputError
 from data.formats.files import write_json
 from data.run.charts import line_chart
 from data.run.report import SCORES
-from data.settings.flags import SETTINGS_FILE, refuse_if, true_or_false
+from data.settings.flags import SETTINGS_FILE, true_or_false
 from data.settings.methods import SIDE_METHODS
 
 # What --sweep may vary beside the settings of the side network. What changes the base, the batches
@@ -25,8 +25,6 @@ def settings_of_runs(given, cfg, resolve):
     """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
     given, cfg: settings before and after `resolve`"""
     own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
-    if cfg.eval_only:
-        own = [f for f in fields(cfg) if f.name == "side"]
     kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
     axes = []
     for word in cfg.sweep.split():
@@ -42,30 +40,11 @@ def settings_of_runs(given, cfg, resolve):
     runs = {}
     for row in itertools.product(*axes):
         name = ",".join(f"{name}={value}" for name, value in row)
-        out_dir = str(Path(cfg.out_dir) / name.replace("/", "_"))
-        if out_dir in [run.out_dir for run in runs.values()]:
-            raise InputError(f"--sweep has two runs for the folder {out_dir}.")
-        same = dict(sweep="", data_seed=cfg.data_seed, out_dir=out_dir)
+        if name in runs:
+            raise InputError(f"--sweep has two runs for the folder {name}.")
+        same = dict(sweep="", data_seed=cfg.data_seed, out_dir=str(Path(cfg.out_dir) / name))
         runs[name] = resolve(replace(given, **same | dict(row)))
-    if cfg.eval_only:
-        check_sides(list(runs.values()))
     return runs
-
-
-def check_sides(runs):
-    """Refuse side checkpoints that cannot read one stream of the same base and the same prompts."""
-    first = runs[0]
-    for run in runs:
-        differ = [n for n in ("quant", "head", "n_labels", "shots", "preamble")
-                  if getattr(run, n) != getattr(first, n)]
-        refuse_if(
-            (not run.side, "--sweep: a value of side is empty; evaluate the base alone"),
-            (run.method not in SIDE_METHODS or run.repair,
-             f"--side {run.side} changes the base (--method {run.method}, --repair {run.repair}): "
-             "evaluate it alone, without --sweep"),
-            (differ, f"--side {run.side} has another {', '.join(differ)} than {first.side}: "
-             "evaluate each alone, without --sweep"),
-        )
 
 
 class SideNetworks:
@@ -114,12 +93,12 @@ class Copies:
 def conclude(cfg, runs, results):
     """Print and return the table of a sweep: a row for each run, the best first. runs, results:
     {name: settings}, {name: result}"""
-    rows, end = [], "" if cfg.eval_only else "_after"
+    rows = []
     kept = ["best_iteration", "iterations", "interrupted", "trainable_parameters", "error"]
-    kept += [f"{score}{end}" for score in SCORES]
+    kept += [f"{score}_after" for score in SCORES]
     for name, settings in runs.items():
         result = results[name]
-        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get(f"loss{end}"))
+        row = dict(settings=name, out_dir=settings.out_dir, loss=result.get("loss_after"))
         rows.append(row | {key: result[key] for key in kept if key in result})
     rows.sort(key=lambda row: math.inf if row["loss"] is None else row["loss"])
     best = None if rows[0]["loss"] is None else rows[0]["out_dir"]
@@ -129,15 +108,14 @@ def conclude(cfg, runs, results):
     write_json(Path(cfg.out_dir) / "sweep.json", table)
     curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
     curves = {str(place): curve for place, curve in enumerate(curves, 1)}
-    if not cfg.eval_only:
-        write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(cfg))
-        line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
+    write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(cfg))
+    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
     width = max(len(row["settings"]) for row in rows)
-    scores = [score for score in SCORES if f"{score}{end}" in rows[0]]
+    scores = [score for score in SCORES if f"{score}_after" in rows[0]]
     print(f"\n      {'':{width}}  held-out loss", *scores)
     for i, row in enumerate(rows, 1):
         loss = row.get("error", "not evaluated" if row["loss"] is None else f"{row['loss']:>13.4f}")
-        values = [f"{row.get(f'{score}{end}', math.nan):>{len(score)}.1%}" for score in scores]
+        values = [f"{row.get(f'{score}_after', math.nan):>{len(score)}.1%}" for score in scores]
         print(f"{i:4}  {row['settings']:{width}}  {loss}", *values)
     if best:
         print(f"\nThe best is in {best!r}.")

@@ -40,6 +40,7 @@ def refuse(cfg, task, on_glue):
         (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
          "--compile needs a C++ compiler, and there is none here"),
         (cfg.sweep and not beside, "--sweep is for --method qst and lst: train the others alone"),
+        (cfg.sweep and cfg.eval_only, "--sweep trains: evaluate each --side alone"),
         (cfg.cache_hidden and (cfg.eval_only or cfg.compile or not beside),
          "--cache_hidden is for training side networks, without --compile"),
         (cfg.cache_hidden and cfg.side and cfg.repair,

@@ -13,10 +13,9 @@ import train
 from data import InputError
 from data.formats.save import save_pretrained
 from data.frozen import repair
-from data.run import sweep
 from data.run.state import FILES
 from model import Transformer, read_config
-from qst import QST, read_side
+from qst import QST
 from train import TrainConfig
 
 
@@ -97,44 +96,6 @@ def test_answers_of_a_sweep(cfg, monkeypatch):
     cfg |= dict(max_iters=4, samples_interval=2)
     train.main(TrainConfig(**cfg, sweep="gate=scalar,sum"))
     assert asked == ["scalar", "sum"] * 2
-
-
-def test_several_side_checkpoints_are_evaluated_together(cfg, tmp_path, monkeypatch):
-    """Each has the loss that it has alone, and the base computes once for all; what cannot read
-    one stream of hidden states is refused."""
-    sides = []
-    for gate in ("scalar", "sum"):
-        sides.append(str(tmp_path / gate))
-        train.main(TrainConfig(**cfg | dict(gate=gate, out_dir=sides[-1])))
-    own = {k: v for k, v in cfg.items() if k not in ("reduction", "rank")}
-    own |= dict(eval_only=True, out_dir=str(tmp_path / "eval"))
-    alone = [train.main(TrainConfig(**own, side=side))["loss"] for side in sides]
-    read, mix = [], sweep.SideNetworks.mix
-    monkeypatch.setattr(sweep.SideNetworks, "mix", lambda *args: read.append(1) or mix(*args))
-    for _ in range(2):  # and again in the same folder
-        table = train.main(TrainConfig(**own, sweep=f"side={','.join(sides)}"))
-    assert read and {row["settings"]: row["loss"] for row in table["runs"]} == {
-        f"side={side}": loss for side, loss in zip(sides, alone)
-    }
-    assert table["best"] == str(min((tmp_path / "eval").glob("side=*"), key=loss_in))
-    other = str(tmp_path / "other")
-    train.main(TrainConfig(**cfg | dict(repair=2, out_dir=other)))
-    with pytest.raises(InputError, match=f"--side {other} changes the base"):
-        train.main(TrainConfig(**own, sweep=f"side={sides[0]},{other}"))
-    unpacked = cfg | dict(quant="none", out_dir=other)
-    train.main(TrainConfig(**unpacked))
-    with pytest.raises(InputError, match=f"--side {other} has another quant than {sides[0]}"):
-        train.main(TrainConfig(**own, sweep=f"side={sides[0]},{other}"))
-    assert read_side(other)[1]["quant"] == "none"
-    with pytest.raises(InputError, match="a value of side is empty; evaluate the base alone"):
-        train.main(TrainConfig(**own, sweep=f"side={sides[0]},"))
-    twins = [str(shutil.copytree(sides[0], tmp_path / name)) for name in ("a/b", "a_b")]
-    with pytest.raises(InputError, match="--sweep has two runs for the folder .*_a_b"):
-        train.main(TrainConfig(**own, sweep=f"side={','.join(twins)}"))
-
-
-def loss_in(folder):
-    return json.loads((folder / "result.json").read_text())["loss"]
 
 
 def test_a_run_that_cannot_be_made_is_a_row(cfg):

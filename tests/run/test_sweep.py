@@ -180,6 +180,8 @@ def test_mistakes(words, message, cfg):
     with pytest.raises(InputError, match=re.escape(message)):
         train.main(TrainConfig(**cfg, sweep=words))
     assert not Path(cfg["out_dir"]).exists()
+    with pytest.raises(InputError, match="--sweep trains: evaluate each --side alone"):
+        train.main(TrainConfig(**cfg, sweep=words, eval_only=True))
     with pytest.raises(InputError, match="--sweep is for --method qst and lst"):
         train.main(TrainConfig(**cfg | dict(reduction=None), sweep="seed=1,2", method="qlora"))
 
