@@ -1,8 +1,8 @@
 """The base's hidden states of each example, on disk: --cache_hidden FOLDER.
 
 The base never changes, and so its hidden states of an example do not either. The first epoch writes
-them. Every later epoch, and every later run with another side network, reads them, and the base's
-layers are not in memory. An example is known by its ids. The files are memory-mapped:
+them. Every later epoch reads them, and so does every later run with another side network, without
+the base's layers in memory. An example is known by its ids. The files are memory-mapped:
     states.bin  for each token of each example its states after layers 1 to N, or each --every-th,
                 packed by `pack_hidden`; or pooled by a pooling downsampler, in 16 bits
     last.bin    the last state at each target, in 16 bits
@@ -13,14 +13,12 @@ import hashlib
 import math
 import os
 import re
-import shutil
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from data import IGNORE_INDEX, InputError
@@ -30,7 +28,7 @@ from data.formats.files import read_json, write_json
 from data.frozen.fingerprint import fingerprint
 from data.frozen.hidden import PACKED, pack_hidden, unpack_hidden
 from data.settings.methods import layers_per_side
-from quant import BLOCK_SIZE, Quantized
+from quant import BLOCK_SIZE
 
 POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
@@ -52,12 +50,14 @@ class Entry(NamedTuple):
 
 
 class HiddenCache:
-    """runs: settings of all side networks that will read it; cfg: what is the same for all"""
+    """runs: settings of all side networks that will read it; cfg: what is the same for all
+    folder: of the base; it becomes `of`
+    """
 
     is_read = False  # whether the last states came from the disk
 
     def __init__(self, cfg, runs, folder, config, dtype, task):
-        self.folder = Path(cfg.cache_hidden)
+        self.folder, self.of = Path(cfg.cache_hidden), folder
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
@@ -93,7 +93,11 @@ class HiddenCache:
             rows = range(tokens, tokens + n), range(targets, targets + len(at))
             self.entries[ids] = Entry(len(self.entries), *rows, at)
             tokens, targets = rows[0].stop, rows[1].stop
-        self.check_room(tokens * token.itemsize + targets * last.itemsize, cfg.cache_limit_gb)
+        size = (tokens * token.itemsize + targets * last.itemsize) / 1e9
+        if size > cfg.cache_limit_gb:
+            needs = f"{size:.3g} GB, and --cache_limit_gb is {cfg.cache_limit_gb:.3g}"
+            do = "--h_f_bits 4 or fewer --max_examples need less"
+            raise InputError(f"--cache_hidden needs {needs}: {do}.")
         if self.about is own:  # nobody knows what other files here are of
             for file in (self.folder / "sums.bin", self.repair_file):
                 file.unlink(missing_ok=True)
@@ -103,15 +107,6 @@ class HiddenCache:
         self.sums = self.map("sums.bin", np.dtype("u4"), len(examples))
         self.checked = set()  # numbers of examples whose checksum was right
         self.absent = bool(self.sums.all())  # the base's matrices, which nobody needs
-        self.stay = cfg.stream  # whether they stay once all is written
-
-    def check_room(self, nbytes, limit):
-        there = [path.stat().st_blocks * 512 for path in self.folder.glob("*.bin")]
-        free = (shutil.disk_usage(self.folder).free + sum(there)) / 1e9
-        if nbytes / 1e9 > (room := min(free, limit)):
-            whose = "the disk has" if free < limit else "--cache_limit_gb is"
-            needs = f"--cache_hidden needs {nbytes / 1e9:.3g} GB, and {whose} {room:.3g}"
-            raise InputError(f"{needs}: --h_f_bits 4 or fewer --max_examples need less.")
 
     def map(self, name, dtype, n):
         """Map a file as an array of n. New records are zeros."""
@@ -152,8 +147,9 @@ class HiddenCache:
             yield from self.read(batch, idx, step)
             return
         if self.absent:
-            self.base.layers = self.load().layers
-            self.absent, self.stay = False, True
+            self.base.layers, self.absent = self.load().layers, False
+            if of_files(self.of) != self.about["base"]:
+                raise InputError(f"{self.of} was changed after this run began: begin it again.")
         if batch:
             yield from self.written(batch, idx, step)
         else:
@@ -194,11 +190,6 @@ class HiddenCache:
         self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
         for entry in entries:
             self.sums[entry.number] = self.sum(entry)
-        if self.sums.all() and not self.stay:  # what was loaded again, stays
-            for module in self.base.layers.modules():
-                if isinstance(module, (Quantized, nn.Linear)):
-                    module.to("meta")
-            self.absent = True
         yield h
 
     def write(self, i, h, tokens):
