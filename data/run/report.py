@@ -147,8 +147,6 @@ def write_result(cfg, result, device, seconds):
 
 def conclude(folder, cfg, result, example):
     """Print the results, and the next command. example: a question to ask"""
-    if "error" in result:
-        raise InputError(result["error"])
     tuned = cfg.method.upper()
     who = {start_name(cfg): "_before", tuned: "_after"}
     if cfg.eval_only:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
+from data import InputError
 from data.devices import distributed
-from data.devices.device import peak_memory
 from data.formats.files import write_json
 from data.frozen.fingerprint import fingerprint
 from data.frozen.sources import watch
@@ -132,10 +132,8 @@ class Run:
     def end(self):
         """Save the last side network, load the best one, and fill in `result`."""
         log = self.log
-        if error := self.error:
-            self.result.clear()
-            self.result["error"] = error
-            return
+        if self.error:
+            raise InputError(self.error)
         if self.first:
             self.model.save_side(self.out_dir / "last")
         distributed.join([None])  # the other processes wait for the files
@@ -146,5 +144,5 @@ class Run:
             best_iteration=log.best_iteration,
             loss_after=log.best_loss if log.best_iteration else None,  # none was evaluated
             iterations=log.iteration, skipped_iterations=log.skipped, interrupted=self.interrupted,
-            peak_memory_bytes=peak_memory(self.model.device), curves=log.curves,
+            curves=log.curves,
         )
