@@ -175,10 +175,9 @@ class QST(FinetunedModel):
     def __init__(self, base, config=None):
         super().__init__(base, config or SideConfig())
 
-    def hidden(self, idx, keep=None, cache=None, source=None):
-        """See `forward`. source: where to take the base's hidden states from"""
-        source = source or self.base.source or self.base
-        return forward(source, self.side, idx, keep, cache)
+    def hidden(self, idx, keep=None, cache=None):
+        """See `forward`."""
+        return forward(self.base.source or self.base, self.side, idx, keep, cache)
 
     def new_cache(self, max_len):
         return self.base.new_cache(max_len) + self.side.new_cache(max_len)

@@ -58,7 +58,7 @@ def memory_report(cfg, config=None, live=None):
 
     The real modules are built on the meta device and run one real step there, forward and
     backward. Every position has a target, for all methods alike.
-        activations   what forward keeps for backward, each storage once: `activation_bytes`
+        activations   what forward keeps for backward, each storage once: `loss_and_kept`
         gradients     as while they accumulate: they are there from the start to the end
         optimizer     its moments
         transient     the step's peak above the four others: logits, a layer's intermediates, the
@@ -100,7 +100,7 @@ def memory_report(cfg, config=None, live=None):
 
 
 def one_step(model, cfg, device, live):
-    """Forward and backward on meta tensors: `activation_bytes`, and the FLOP of forward.
+    """Forward and backward on meta tensors: `loss_and_kept`, and the FLOP of forward.
 
     live: a `Live`, which counts the rest
     """

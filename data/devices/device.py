@@ -77,14 +77,9 @@ def model_bytes(module):
     return sum({id(t): t.nbytes for t in (*module.parameters(), *module.buffers())}.values())
 
 
-def activation_bytes(*args):
-    return loss_and_kept(*args)[1]
-
-
-def loss_and_kept(model, idx, targets, source=None):
+def loss_and_kept(model, idx, targets):
     """The loss, and the bytes that forward stores for backward: each storage once, without the
-    model's own weights. source: of the base's hidden states, for a `QST`"""
-    options = {"source": source} if source else {}
+    model's own weights."""
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end
 
@@ -95,5 +90,5 @@ def loss_and_kept(model, idx, targets, source=None):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = model.loss_of(model.hidden(idx, **options), targets)
+        loss = model.loss_of(model.hidden(idx), targets)
     return loss, sum(storage.nbytes() for storage in kept.values())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from data import InputError, leaf
 from data.devices import distributed
-from data.devices.device import activation_bytes, model_bytes, peak_memory, show_bytes
+from data.devices.device import loss_and_kept, model_bytes, peak_memory, show_bytes
 from data.formats.files import write_json
 from data.run.optim import optimizer_bytes
 from data.settings.methods import LEARNS, SIDE_METHODS
@@ -56,9 +56,7 @@ def print_sizes(folder, runs, examples):
     longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
     for run in runs:
-        # All runs of a sweep but the first are measured without the work of the base.
-        source = None if run is runs[0] else leaf("sweep").Copies(model.base)
-        kept = activation_bytes(run.model, idx.to(model.device), targets, source)
+        kept = loss_and_kept(run.model, idx.to(model.device), targets)[1]  # the graph is freed
         run.result |= dict(optimizer_bytes=optimizer_bytes(run.optimizer), activations_bytes=kept)
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     bits = ""

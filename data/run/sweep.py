@@ -78,18 +78,6 @@ class SideNetworks:
         return [side.mix(h_f, h) for side, h in zip(self.sides, h_g)]
 
 
-class Copies:
-    """A source of hidden states without work. What a step keeps does not depend on their values."""
-
-    def __init__(self, base):
-        self.base = base
-
-    def states(self, idx, keep=None, cache=None, every=1):
-        x = next(self.base.states(idx))
-        for _ in range(self.base.config.n_layer // every + 2):  # with the embedding and the last
-            yield x.clone()
-
-
 def conclude(cfg, runs, results):
     """Print and return the table of a sweep: a row for each run, the best first. runs, results:
     {name: settings}, {name: result}"""

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import InputError
-from data.devices.device import activation_bytes, model_bytes, pick_dtype
+from data.devices.device import loss_and_kept, model_bytes, pick_dtype
 from data.run.optim import make_optimizer
 from data.settings.methods import METHODS, SIDE_METHODS
 from data.tasks import tiny
@@ -74,7 +74,7 @@ def test_the_account_is_that_of_a_real_step(changes, shape):
     dtype = pick_dtype(cfg.dtype, torch.device("cpu"))
     model = untrained(cfg, config, dtype, "cpu")
     idx = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
-    kept = activation_bytes(model, idx, idx)
+    kept = loss_and_kept(model, idx, idx)[1]
     if config.family == "opt" and dtype != torch.float32:
         # LayerNorm's mean and deviation are fp32 on meta tensors, as on CUDA; in 16 bits here.
         norms = 2 * config.n_layer + (method == "full")
@@ -210,7 +210,7 @@ def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
     (qst,) = [row for row in rows if row["label"] == "qst"]
     assert qst["weights_bytes"] == model_bytes(model)
     idx = torch.zeros(32, tiny.LONGEST, dtype=torch.long)
-    assert qst["activations_bytes"] == activation_bytes(model, idx, idx)
+    assert qst["activations_bytes"] == loss_and_kept(model, idx, idx)[1]
 
 
 def test_the_live_bytes_through_a_step(tmp_path, capsys):

@@ -10,7 +10,7 @@ from helpers import FAMILIES, KINDS, each_family, moved, small_base, tuned
 import qst
 import train
 from data import InputError
-from data.devices.device import activation_bytes
+from data.devices.device import loss_and_kept
 from data.formats.config_json import read_dtype
 from data.generate.sampling import pad_left
 from data.run.optim import make_optimizer
@@ -153,13 +153,13 @@ def test_checkpointing(method, family, idx):
     """Gradients are the same with less kept for them: every layer's input, and one layer's rest;
     and what is generated is the same, from the cache of keys and values."""
     model = moved(tuned(method, family))
-    plain, kept = gradients(model, idx), activation_bytes(model, idx, idx)
+    plain, kept = gradients(model, idx), loss_and_kept(model, idx, idx)[1]
     answer = model.generate(idx[:, :4], 6)
     model.base.checkpoint = True
     assert torch.equal(model.generate(idx[:, :4], 6), answer)
     again = gradients(model, idx)
     assert set(plain) == set(again) and all(torch.equal(plain[name], again[name]) for name in plain)
-    assert activation_bytes(model, idx, idx) < kept / 2
+    assert loss_and_kept(model, idx, idx)[1] < kept / 2
 
 
 @pytest.mark.parametrize("method, kind", [

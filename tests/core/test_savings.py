@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import model as model_py
 from data import IGNORE_INDEX
-from data.devices.device import activation_bytes
+from data.devices.device import loss_and_kept
 from data.frozen.hidden import PackedInputFunction, pack_hidden, unpack_hidden
 from model import PRESETS, Transformer, _ChunkedLoss, token_loss
 from qst import QST
@@ -43,11 +43,11 @@ def test_recomputed_steps_have_the_same_gradients(changes, family, idx):
     """Bit for bit, and from fewer activations."""
     model = shaken(QST(small_base(family=family), SideConfig(reduction=4, **changes)))
     loss, expected = step(model, idx)
-    before = activation_bytes(model, idx, idx)
+    before = loss_and_kept(model, idx, idx)[1]
     model.side.save_memory(True, 16)
     again, grads = step(model, idx)
     assert torch.equal(again, loss) and all(torch.equal(grads[n], g) for n, g in expected.items())
-    assert activation_bytes(model, idx, idx) < before
+    assert loss_and_kept(model, idx, idx)[1] < before
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
@@ -244,4 +244,4 @@ def test_activation_bytes_counts_each_storage_once():
 
     x = torch.randn(4, 8, requires_grad=True)  # for whose gradient the weight is kept
     # and x for the weight's gradient, h twice for the square, and 2 h for the sine
-    assert activation_bytes(Square(), x, None) == 3 * 4 * 8 * 4
+    assert loss_and_kept(Square(), x, None)[1] == 3 * 4 * 8 * 4

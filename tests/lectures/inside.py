@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 import train  # noqa: E402
 from data import InputError  # noqa: E402
-from data.devices.device import activation_bytes  # noqa: E402
+from data.devices.device import loss_and_kept  # noqa: E402
 from data.formats.files import make_writable_folder  # noqa: E402
 from data.run.charts import line_chart  # noqa: E402
 from tests.benchmarks.charts import bar_chart  # noqa: E402
@@ -165,7 +165,7 @@ def downsamplers(cfg):
         idx, targets = collate(task.train[: own.batch_size])
         down = sum(p.numel() for p in model.side.downsample.parameters())
         total = sum(p.numel() for p in model.parameters())
-        size = activation_bytes(model, idx, targets) / 1e6
+        size = loss_and_kept(model, idx, targets)[1] / 1e6
         losses = [loss for _, loss in steps(own, model, task)][-10:]
         mean = sum(losses) / len(losses)
         print(f"{kind:12}{total:11,}{down:17,}{size:10.1f}{mean:31.3f}", flush=True)
