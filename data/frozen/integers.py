@@ -59,20 +59,22 @@ class QuantizedInt(Quantized):
         return centred.mul_(grad_weight.view_as(centred)).sum(dim=-1)
 
 
-def quantize_int(weight, bits=4, group_size=0, name="the weight"):
+def quantize_kind(weight, kind="int4", name="the weight"):
     """Round a matrix to the nearest of 2^bits equal steps between each group's smallest and largest
     weight. 0 is always between them, so that the zero point fits in as many bits.
 
-    group_size: weights of a row that share a scale; 0: all of them
+    kind: "int4", ...; in "int3-64" not all weights of a row share a scale, but 64 neighbours
     """
+    bits, *group = map(int, kind.removeprefix("int").split("-"))
     columns, top = weight.shape[1], 2**bits - 1
-    if columns % (group_size or columns):
-        message = f"--quant int{bits}-{group_size} does not divide the {columns} columns of {name}"
+    (group_size,) = group or [columns]
+    if columns % group_size:
+        message = f"--quant {kind} does not divide the {columns} columns of {name}"
         raise InputError(f"{message}; powers of two do, up to {columns & -columns}.")
     parts = []
     eights = max(1, chunk_size(weight.device) // columns // 8)  # 8 rows are whole bytes
     for rows in weight.split(8 * eights):
-        groups = rows.float().unflatten(1, (-1, group_size or columns))
+        groups = rows.float().unflatten(1, (-1, group_size))
         low = groups.amin(dim=-1, keepdim=True).clamp(max=0)
         # By a tensor: by a number, CUDA multiplies with the reciprocal, and rounds otherwise.
         scale = (groups.amax(dim=-1, keepdim=True).clamp(min=0) - low) / torch.full_like(low, top)
@@ -84,9 +86,3 @@ def quantize_int(weight, bits=4, group_size=0, name="the weight"):
     if not weight.is_meta and not scales.isfinite().all():
         raise InputError(f"{name} has NaN, infinite or too large values and cannot be quantized.")
     return QuantizedInt(codes, scales, zeros.to(torch.uint8), weight.shape, bits)
-
-
-def quantize_kind(weight, kind, name="the weight"):
-    """Quantize a matrix to "int4", "int3-64", ..."""
-    bits, _, group_size = kind.removeprefix("int").partition("-")
-    return quantize_int(weight, int(bits), int(group_size or 0), name)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import quant
 from data import InputError
-from data.frozen.integers import quantize_int
+from data.frozen.integers import quantize_kind
 from quant import (
     CODEBOOKS, DYNAMIC_CODEBOOK, FP4_CODEBOOK, NF4_CODEBOOK, Linear4bit, Quantized4bit,
     dequantize_blockwise, nearest, quantize_4bit, quantize_blockwise,
@@ -239,7 +239,7 @@ def test_backward_keeps_no_input():
     """A frozen weight's gradient is not needed, and so x is not kept; where scales are trained, x
     alone is."""
     linear, x = torch.nn.Linear(32, 16), torch.randn(20, 32, requires_grad=True)
-    for weight in (quantize_4bit(linear.weight.detach()), quantize_int(linear.weight.detach())):
+    for weight in (quantize_4bit(linear.weight.detach()), quantize_kind(linear.weight.detach())):
         layer, kept = Linear4bit(weight, linear.bias), []
         trained = weight.scales is not None
         if trained:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from data import InputError
 from data.formats.safetensors import read_safetensors
 from data.frozen import integers
-from data.frozen.integers import QuantizedInt, pack, quantize_int, unpack_codes
+from data.frozen.integers import QuantizedInt, pack, quantize_kind, unpack_codes
 from model import Transformer
 from quant import Linear4bit, _FrozenLinear
 
@@ -28,6 +28,10 @@ def by_numpy(weight, bits, group):
     return [np.array(part) for part in zip(*result)]
 
 
+def kind_of(bits, group):
+    return f"int{bits}-{group}" if group else f"int{bits}"
+
+
 @CASES
 def test_rounding_is_the_formula(bits, group):
     """Codes, scales, zero points and weights are those of an independent numpy version; no weight
@@ -35,7 +39,7 @@ def test_rounding_is_the_formula(bits, group):
     torch.manual_seed(0)
     weight = torch.randn(13, 36) * torch.rand(13, 1)
     weight[1], weight[2], weight[3] = 0, weight[2].abs() + 0.5, -weight[3].abs()
-    q = quantize_int(weight, bits, group)
+    q = quantize_kind(weight, kind_of(bits, group))
     codes, scales, zeros, restored = by_numpy(weight, bits, group)
     assert np.array_equal(unpack_codes(q.codes, bits)[: 13 * 36].numpy(), codes.reshape(-1))
     assert np.array_equal(q.scales.flatten().numpy(), scales)
@@ -52,18 +56,18 @@ def test_chunks_do_not_show(monkeypatch):
     weight, x = torch.randn(37, 24), torch.randn(5, 24)
 
     def all_of_it():
-        layer = Linear4bit(quantize_int(weight, 3, 8))
+        layer = Linear4bit(quantize_kind(weight, "int3-8"))
         layer.weight.scales.requires_grad_()
         layer(x).square().sum().backward()
         return layer.weight.codes, layer.weight.dequantize(), layer.weight.scales.grad
 
     whole = all_of_it()
-    odd = quantize_int(weight[:, :12], 3).codes  # nine rows of 12 would end inside of a byte
+    odd = quantize_kind(weight[:, :12], "int3").codes  # nine rows of 12 would end inside of a byte
     for rows in (8, 9):
         monkeypatch.setattr(integers, "chunk_size", lambda device: 24 * rows)
         assert all(torch.allclose(a, b) for a, b in zip(whole, all_of_it()))
         monkeypatch.setattr(integers, "chunk_size", lambda device: 12 * rows)
-        assert torch.equal(quantize_int(weight[:, :12], 3).codes, odd)
+        assert torch.equal(quantize_kind(weight[:, :12], "int3").codes, odd)
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -78,7 +82,8 @@ def test_codes_are_packed_to_the_bit(bits):
 
 def int_layer(bits, group, dtype=torch.float64):
     torch.manual_seed(0)
-    layer = Linear4bit(quantize_int(torch.randn(10, 24), bits, group), torch.randn(10)).to(dtype)
+    weight = quantize_kind(torch.randn(10, 24), kind_of(bits, group))
+    layer = Linear4bit(weight, torch.randn(10)).to(dtype)
     layer.weight.scales.requires_grad_()
     return layer, torch.randn(2, 5, 24, dtype=dtype, requires_grad=True)
 
@@ -152,15 +157,15 @@ def test_bits_of_a_weight():
     groups, or not finite, is refused by its name."""
     weight = torch.randn(16, 4096)
     for bits in (3, 4):
-        assert 8 * quantize_int(weight, bits).nbytes / weight.numel() == bits + 40 / 4096
+        assert 8 * quantize_kind(weight, f"int{bits}").nbytes / weight.numel() == bits + 40 / 4096
     message = "int4-100 does not divide the 4096 columns of layers.0; .* up to 4096"
     with pytest.raises(InputError, match=message):
-        quantize_int(weight, 4, 100, "layers.0")
+        quantize_kind(weight, "int4-100", "layers.0")
     with pytest.raises(InputError, match="powers of two do, up to 32"):
-        quantize_int(weight[:, :96], 4, 64)
-    assert quantize_int(weight[:, :96], 4, 32).scales.shape == (16, 3)
+        quantize_kind(weight[:, :96], "int4-64")
+    assert quantize_kind(weight[:, :96], "int4-32").scales.shape == (16, 3)
     weight[3, 5] = float("nan")
     with pytest.raises(InputError, match="layers.0 has NaN"):
-        quantize_int(weight, 4, name="layers.0")
+        quantize_kind(weight, name="layers.0")
     with pytest.raises(InputError, match="--quant int7 is unknown"):
         Transformer(small_config()).freeze("int7")
