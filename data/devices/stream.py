@@ -11,8 +11,6 @@ tied to the head: a step reads only some of its rows.
 
 import copy
 import os
-import random
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
@@ -121,21 +119,14 @@ class Stream:
             return self.copies and self.copies.record_event()
 
     def begin(self, folder):
-        """Pin the weights, if they are for a GPU and fit, and print what one pass reads. The rate
-        is of two random layers: parts of a file may be in memory already."""
+        """Pin the weights, if they are for a GPU and fit, and print what one pass reads."""
         where, size = folder, self.nbytes * distributed.size()
         if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             where = "pinned memory"  # which is had in powers of two: hence 0.6
             for linear in chain(*(linears.values() for linears in self.layers)):
                 pinned = linear.source()._apply(torch.Tensor.pin_memory)
                 linear.source = lambda pinned=pinned: pinned
-        drawn, start = random.Random().choices(range(len(self.layers)), k=2), time.perf_counter()
-        events = [self.fill(i, slot, self.queue_event()) for i, slot in zip(drawn, self.slots)]
-        for event in filter(None, events):
-            event.synchronize()
-        rate = 2 * self.nbytes / len(self.layers) / (time.perf_counter() - start)
-        seconds = f"{self.nbytes / rate:.1f} s at {show_bytes(rate)}/s, while the layers compute"
-        print(f"stream      {show_bytes(self.nbytes)} a batch from {where}: {seconds}", flush=True)
+        print(f"stream      {show_bytes(self.nbytes)} a batch from {where}", flush=True)
 
 
 def put(slot, linears):

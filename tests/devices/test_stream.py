@@ -215,7 +215,7 @@ def test_a_folder_is_streamed(kind, family, idx, tmp_path, capsys):
         prints.append(model.fingerprint)
     same(*found)
     assert prints[0] == prints[1]
-    assert f"kB a batch from {tmp_path}: " in capsys.readouterr().out
+    assert f"kB a batch from {tmp_path}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["bnb_llama", "bnb_opt"])
