@@ -38,8 +38,7 @@ class TrainingLog:
         skipped=0, failures=0,  # steps left out, and the last of them in a row
         before={},  # the scores of the base
         tokens=0, seconds=0.0, step_ms=[], rows=[], curves={name: [] for name in NAMES},
-        # The same for iterations with hidden states from --cache_hidden.
-        cached_iterations=0, cached_tokens=0, cached_seconds=0.0,
+        cached_iterations=0,  # with hidden states from --cache_hidden
     )
 
     def __init__(self, out_dir, cfg, device, shown=True):
@@ -90,7 +89,6 @@ class TrainingLog:
         self.bar.update()
         self.unread.append((loss, taken))
         self.cached_iterations += cached
-        self.cached_tokens += tokens * cached
         self.due = wait or self.iteration % self.cfg.log_interval == 0
         if not self.due and self.device.type != "cpu":
             return False
@@ -100,7 +98,6 @@ class TrainingLog:
             self.skipped += self.failures > 0
         seconds = time.perf_counter() - self.start
         self.seconds += seconds
-        self.cached_seconds += seconds * cached
         self.step_ms.append(1000 * seconds / len(self.unread))
         self.unread = []
         return True
@@ -154,10 +151,9 @@ class TrainingLog:
             self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
-        """The tokens per second of all iterations and of those from a cache; the median time."""
+        """The tokens per second of all iterations, and the median time of one."""
         return dict(
             cached_iterations=self.cached_iterations,
-            tokens_per_second_cached=self.cached_tokens / (self.cached_seconds or 1),
             tokens_per_second=self.tokens / (self.seconds or 1),
             step_ms=statistics.median(self.step_ms or [0.0]),
         )

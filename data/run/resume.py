@@ -33,7 +33,7 @@ CURVES = Kind(
 TEXTS = {"prompt", "expected", "answer"}
 SAMPLE = Kind("a table of texts", lambda v: table_of(TEXT).fits(v) and {*v} == TEXTS)
 LOG = {  # what is neither a count nor any number in the log
-    "seconds": number(0, 1e12), "cached_seconds": number(0, 1e12),
+    "seconds": number(0, 1e12),
     "before": table_of(either(REAL, table_of(REAL), list_of(SAMPLE))),
     "step_ms": list_of(REAL), "curves": CURVES, "rows": list_of(list_of(either(COUNT, TEXT), 8, 8)),
 }
