@@ -131,23 +131,14 @@ def load_moments(optimizer, moments, where):
 
 
 def load_state(out_dir):
-    """The newest whole state that there is, and its path; None, None without any. Damaged ones go
-    where one is whole; where none is, they are refused, and all that lies there stays."""
-    damaged = []
+    """The state that there is, and its path; None, None without any. A damaged one stays."""
     for path in [out_dir / name for name in FILES if (out_dir / name).exists()]:
         file_size(path, "remove it")  # no folder, device or pipe
         try:
-            state = read_state(path)
+            return read_state(path), path
         except (ValueError, KeyError, RecursionError):  # also an InputError
-            damaged.append(path)
-            continue
-        for other in damaged:
-            print(f"{other} is damaged, and removed.")
-            other.unlink(missing_ok=True)  # by another process
-        return state, path
-    if damaged:
-        message = f"{damaged[0]} is damaged, and there is no other state"
-        raise InputError(f"{message}: without --resume the run begins anew, and replaces all.")
+            do = "without --resume the run begins anew, and replaces all"
+            raise InputError(f"{path} is damaged: {do}.") from None
     return None, None
 
 

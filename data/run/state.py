@@ -1,8 +1,7 @@
 """The state of a run, from which it continues after a stop or a crash as if there had been none.
 
 state.safetensors has the tensors, and as one more tensor the JSON that names them; its metadata has
-a SHA-256 of all. A new file gets its name when it is whole, and the one before it stays beside it
-as state.previous.safetensors. data/run/resume.py reads them.
+a SHA-256 of all. A new file gets its name when it is whole. data/run/resume.py reads it.
 """
 
 import contextlib
@@ -17,12 +16,11 @@ from data.formats.files import locked
 from data.formats.safetensors import write_safetensors
 from data.run.checkpoint import digest
 
-FILES = "state.safetensors", "state.previous.safetensors"
+FILES = "state.safetensors", "state.previous.safetensors"  # the second of earlier commits
 
 
 def save_state(out_dir, tree):
     """Save a tree of tables, lists, numbers, texts and tensors; in JSON, {"tensor": its name}."""
-    newest, previous = (out_dir / name for name in FILES)
     tensors = {}
 
     def name_of(tensor):
@@ -31,9 +29,7 @@ def save_state(out_dir, tree):
 
     text = json.dumps(tree, default=name_of)  # a loss may be NaN, which only Python reads
     tensors["tree"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-    if newest.exists():
-        os.replace(newest, previous)
-    write_safetensors(newest, tensors, {"format": "pt", "sha256": digest("", tensors)})
+    write_safetensors(out_dir / FILES[0], tensors, {"format": "pt", "sha256": digest("", tensors)})
 
 
 def remove_earlier_run(out_dir):
