@@ -25,8 +25,8 @@ from quant import Linear4bit, Quantized4bit
 
 
 def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
-    """Freeze a `Transformer`, and let a `Stream` load its layers' weights. weights, in_4_bits: from
-    `choose_weights`"""
+    """Freeze a `Transformer`, and let a `Stream` load its layers' weights, which are pinned if they
+    are for a GPU and fit. weights, in_4_bits: from `choose_weights`"""
     if not in_4_bits:
         do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
         raise InputError(f"{folder} is not in 4 bits, and --stream reads nothing else: {do}.")
@@ -46,7 +46,14 @@ def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
         return "meta" if name in comes else "cpu" if on_host else device
 
     model.freeze("none", dtype, place, read, f"{folder}: ")
-    Stream(model, weights, device).begin(folder)
+    stream, where = Stream(model, weights, device), folder
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if stream.copies and stream.nbytes * distributed.size() < 0.6 * memory:
+        where = "pinned memory"  # which is had in powers of two: hence 0.6
+        for linear in chain(*(linears.values() for linears in stream.layers)):
+            pinned = linear.source()._apply(torch.Tensor.pin_memory)
+            linear.source = lambda pinned=pinned: pinned
+    print(f"stream      {show_bytes(stream.nbytes)} a batch from {where}", flush=True)
     return model
 
 
@@ -117,16 +124,6 @@ class Stream:
                 for here, there in zip(slot[name].buffers(), linear.source().buffers()):
                     here.copy_(there, non_blocking=there.is_pinned())
             return self.copies and self.copies.record_event()
-
-    def begin(self, folder):
-        """Pin the weights, if they are for a GPU and fit, and print what one pass reads."""
-        where, size = folder, self.nbytes * distributed.size()
-        if self.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
-            where = "pinned memory"  # which is had in powers of two: hence 0.6
-            for linear in chain(*(linears.values() for linears in self.layers)):
-                pinned = linear.source()._apply(torch.Tensor.pin_memory)
-                linear.source = lambda pinned=pinned: pinned
-        print(f"stream      {show_bytes(self.nbytes)} a batch from {where}", flush=True)
 
 
 def put(slot, linears):

@@ -24,8 +24,8 @@ ALSO = (
 def settings_of_runs(given, cfg, resolve):
     """--sweep -> the settings of each run, by what varies: {"gate=sum,seed=2": settings, ...}.
     given, cfg: settings before and after `resolve`"""
-    own = [f for f in fields(cfg) if f.metadata["of"] == SIDE_METHODS or f.name in ALSO]
-    kinds = {f.name: true_or_false if f.type is bool else f.type for f in own}
+    kinds = {f.name: true_or_false if f.type is bool else f.type for f in fields(cfg)
+             if f.metadata["of"] == SIDE_METHODS or f.name in ALSO}
     axes = []
     for word in cfg.sweep.split():
         name, _, values = word.partition("=")
