@@ -31,10 +31,9 @@ def pick_device(name):
     if kind not in ("cuda", "mps", "cpu") or number and (kind != "cuda" or not number.isdecimal()):
         known = "auto, cuda, cuda:1, mps or cpu"
         raise InputError(f"--device {shown(name)} is unknown: choose {known}.")
-    if kind == "cuda" and not gpus or kind == "mps" and not mps:
-        raise InputError(f"--device {name}: torch sees no such GPU here; try --device cpu.")
-    if kind == "cuda" and int(number or 0) >= gpus:
-        raise InputError(f"--device {name}: there are {gpus} GPUs here, from cuda:0 on.")
+    here = dict(cuda=gpus, mps=int(mps), cpu=1)[kind]
+    if int(number or 0) >= here:
+        raise InputError(f"--device {name}: torch sees {here} such GPUs here; try --device cpu.")
     if name == "cuda":
         name = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % gpus}"
     return torch.device(name)

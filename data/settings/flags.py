@@ -146,12 +146,11 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
     parser.add_argument("--config", help="file of settings, such as a result.json; flags on the "
         "command line count more")
     given = parser.parse_args(argv)
-    path = given.config
-    if path is None and vars(given).get("resume"):
+    path, optional = given.config, given.config is None
+    if optional and vars(given).get("resume"):
         path = Path(given.out_dir or default_out_dir()) / SETTINGS_FILE
-        path = path if path.exists() else None
     if path is not None:
-        table = read_json(Path(path), advice="give --config a JSON file, such as a result.json")
+        table = read_json(Path(path), optional, "give --config a JSON file, such as a result.json")
         own = {f.name: f for f in fields(kind)}
         table = field_of_file(path, table, "config", TABLE, table)
         found = vars(from_table(kind, path, table, own, TEXT))

@@ -39,7 +39,7 @@ def test_apples_gpu_is_taken_where_there_is_no_cuda(monkeypatch):
     with pytest.raises(InputError, match="--dtype bf16"):
         pick_dtype("bf16", device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--device mps: torch sees no such GPU here"):
+    with pytest.raises(InputError, match="--device mps: torch sees 0 such GPUs here"):
         pick_device("mps")
 
 
@@ -50,7 +50,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
     assert pick_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(InputError, match="there are 2 GPUs here, from cuda:0 on"):
+    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 such GPUs here"):
         pick_device("cuda:2")
 
 
