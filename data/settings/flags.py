@@ -64,19 +64,15 @@ def from_table(kind, where, table, optional=(), text=NAME):
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
         raise InputError(f"{where}: config has {names}, which this code does not know: update it.")
-    absent = lambda f: f.default if f.name in optional else NEEDED
-    read = lambda f: field_of_file(where, table, f"config.{f.name}", kind_of(f, text), absent(f))
-    return kind(**{name: read(f) for name, f in own.items()})
-
-
-def kind_of(f, text=NAME):
-    """The `Kind` of a setting in a file."""
-    choices, bounds = f.metadata["choices"], f.metadata["bounds"]
-    if choices:
-        return one_of(*choices)
-    numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
-    text = f.metadata["text"] or text
-    return {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: text}[f.type]
+    values = {}
+    for name, f in own.items():
+        bounds, absent = f.metadata["bounds"], f.default if name in optional else NEEDED
+        numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
+        known = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE}
+        known[str] = f.metadata["text"] or text
+        allowed = one_of(*f.metadata["choices"]) if f.metadata["choices"] else known[f.type]
+        values[name] = field_of_file(where, table, f"config.{name}", allowed, absent)
+    return kind(**values)
 
 
 def check_used(settings, methods):
