@@ -89,13 +89,12 @@ FAST = dict(
     every=0, read_embedding=False, reduction=8, downsample="linear", standardize=True, gate="sum",
     mix="residual", final_norm=True,
 )
-VARIANTS = {"paper": {}, "released": RELEASED, "fast": FAST}
+VARIANTS = {
+    "paper": {}, "released": RELEASED, "fast": FAST | dict(optimizer="muon", learning_rate=1e-2),
+}
 
 
 def settings_of_run(variant, task):
-    """The settings of --variant; fast has an optimizer and a learning rate, too. The built-in
-    example, 128 channels wide, needs a side network of more than 16 channels."""
-    if variant != "fast":
-        return VARIANTS[variant]
-    small = dict(reduction=4) if task == "tiny" else {}
-    return FAST | dict(optimizer="muon", learning_rate=1e-2) | small
+    """The settings of --variant. The built-in example, 128 channels wide, needs a side network of
+    more than 16 channels."""
+    return VARIANTS[variant] | (dict(reduction=4) if (variant, task) == ("fast", "tiny") else {})
