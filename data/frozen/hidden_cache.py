@@ -178,28 +178,23 @@ class HiddenCache:
 
     def written(self, batch, idx, step):
         """Yield the states from the base, each after it is written."""
-        entries, tokens, (rows, at) = batch
+        entries, (rows, at), (last_rows, last_at) = batch
         states = self.computed.states(idx, None, None, self.every)
         yield next(states)
         for i in range(self.n):
             h = next(states)
-            self.write(i, h, tokens)
+            state = h.flatten(0, 1)[at]
+            state = self.pool(state, self.about["pool"][1]) if self.pool else state
+            state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
+            for name, part in zip(self.tokens.dtype.names, pack_hidden(state, self.bits)):
+                self.tokens[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
             if (i + 1) % step == 0:
                 yield h
         h = next(states)
-        self.last[rows] = as_bytes(h.flatten(0, 1)[at].to(self.half))
+        self.last[last_rows] = as_bytes(h.flatten(0, 1)[last_at].to(self.half))
         for entry in entries:
             self.sums[entry.number] = self.sum(entry)
         yield h
-
-    def write(self, i, h, tokens):
-        """Write the i-th state of a batch, h (B, T, C). tokens: its `places`"""
-        rows, at = tokens
-        state = h.flatten(0, 1)[at]
-        state = self.pool(state, self.about["pool"][1]) if self.pool else state
-        state = F.pad(state.to(self.half) if self.bits == 16 else state, (0, self.fill))
-        for name, part in zip(self.tokens.dtype.names, pack_hidden(state, self.bits)):
-            self.tokens[name][rows, i] = as_bytes(part).reshape(len(rows), -1)
 
     def read_state(self, i, tokens, shape, dtype, device):
         """The i-th state that is stored, (B, T, C), with zeros where a row is padded."""

@@ -59,14 +59,12 @@ class TrainingLog:
         return self
 
     def __exit__(self, *error):
+        """Draw the losses, with the first as a horizontal line, and alpha with the mean gate."""
         self.bar.close()
         if self.out_dir:
             self.file.close()
-            if self.rows:
-                self.draw()
-
-    def draw(self):
-        """Draw the losses, with the first as a horizontal line, and alpha with the mean gate."""
+        if not self.out_dir or not self.rows:
+            return
         lines = {name: self.curves[name] for name in NAMES[:2]}
         lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
         line_chart(self.out_dir / "loss.svg", "Loss of an answer's token", "iteration", lines)
