@@ -106,11 +106,8 @@ class Stream:
         """Let the thread fill the slot that was not filled last. The layer that used it is done. On
         a GPU its kernels may still be queued, and the copies wait for an event behind them."""
         self.slots.reverse()
-        slot, done = self.slots[0], self.queue_event()
-        self.coming = i, slot, self.thread.submit(self.fill, i, slot, done)
-
-    def queue_event(self):
-        return self.copies and torch.cuda.current_stream(self.device).record_event()
+        done = self.copies and torch.cuda.current_stream(self.device).record_event()
+        self.coming = i, self.slots[0], self.thread.submit(self.fill, i, self.slots[0], done)
 
     @torch.no_grad()
     def fill(self, i, slot, done):

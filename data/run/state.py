@@ -34,9 +34,8 @@ def save_state(out_dir, tree):
 
 def remove_earlier_run(out_dir):
     """Remove an earlier run's files, so that nobody takes them for this run's."""
-    files = "side.safetensors", "side.json", "log.csv", "loss.svg", "mix.svg", "result.json", *FILES
-    files += "sweep.json", "sweep.svg"
-    paths = [out_dir / name for name in files] + [*out_dir.glob("last/side.*")]
+    files = "side.safetensors side.json log.csv loss.svg mix.svg result.json sweep.json sweep.svg"
+    paths = [out_dir / name for name in (*files.split(), *FILES)] + [*out_dir.glob("last/side.*")]
     paths = [path for path in paths if path.is_file()]
     if paths:
         print(f"The files of an earlier run in {out_dir} are replaced.", flush=True)
