@@ -233,7 +233,7 @@ class SideNetwork(nn.Module):
         alpha = self.alpha if self.config.mix == "alpha" else torch.sigmoid(self.alpha)
         # In fp32: an alpha just below 1 rounds to 1 in bf16. A scalar becomes a vector before the
         # cast, because its gradient, one sum over all channels, could overflow in fp16.
-        weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f.dtype)
+        weight = (1 - alpha).expand(h_f.shape[-1]).to(h_f)
         return h_f + weight * (up - h_f)  # so that both weights add up to 1 in any dtype
 
 

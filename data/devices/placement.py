@@ -47,8 +47,6 @@ def follow(model):
     for name, module in side.named_children():
         if name in ("norm", "upsample", "classifier"):
             module.to(last)
-    if getattr(side, "alpha", None) is not None:
-        side.alpha = torch.nn.Parameter(side.alpha.detach().to(last))
     every = side.config.every
     for i, layer in enumerate(base.layers[every - 1 :: every]):
         if hasattr(side, "layers"):
