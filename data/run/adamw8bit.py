@@ -25,9 +25,10 @@ def levels_on(name, device):
 def decode(state, name, like):
     """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
     moment = torch.zeros(like.shape, device=like.device)
-    if name in state:
-        levels, absmax = levels_on(name, like.device), state[f"{name}_absmax"]
-        dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
+    if f"{name}_absmax" not in state:
+        return state.get(name, moment)  # in 32 bits, or there is none yet
+    levels, absmax = levels_on(name, like.device), state[f"{name}_absmax"]
+    dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
     return moment
 
 

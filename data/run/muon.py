@@ -17,9 +17,6 @@ class Muon(torch.optim.AdamW):
 
     momentum = 0.95
 
-    def read(self, state, name, grad):
-        return state.get(name, torch.zeros_like(grad))
-
     def keep(self, state, name, momentum):
         state[name] = momentum
 
@@ -36,7 +33,7 @@ class Muon(torch.optim.AdamW):
 
     def update_matrix(self, matrix, lr, weight_decay):
         grad, state = matrix.grad.float(), self.state[matrix]
-        momentum = self.read(state, "momentum", grad).mul_(self.momentum).add_(grad)
+        momentum = decode(state, "momentum", grad).mul_(self.momentum).add_(grad)
         self.keep(state, "momentum", momentum)
         direction = orthogonalize(grad + self.momentum * momentum)  # Nesterov's look ahead
         size = 0.2 * math.sqrt(max(matrix.shape))
@@ -46,7 +43,7 @@ class Muon(torch.optim.AdamW):
 class Muon8bit(Muon, AdamW8bit):
     """Muon with a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
 
-    read, keep = staticmethod(decode), staticmethod(encode)
+    keep = staticmethod(encode)
 
 
 def orthogonalize(matrix, steps=5):
