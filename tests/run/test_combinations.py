@@ -1,6 +1,5 @@
 """What can be combined: caches, repairs, devices; sweeps with compilation and checkpoints."""
 
-import json
 import shutil
 from functools import partial
 from pathlib import Path
