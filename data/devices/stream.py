@@ -47,8 +47,8 @@ def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
 
     model.freeze("none", dtype, place, read, f"{folder}: ")
     stream, where = Stream(model, weights, device), folder
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if stream.copies and stream.nbytes * distributed.size() < 0.6 * memory:
+    size = stream.nbytes * distributed.size()
+    if stream.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         where = "pinned memory"  # which is had in powers of two: hence 0.6
         for linear in chain(*(linears.values() for linears in stream.layers)):
             pinned = linear.source()._apply(torch.Tensor.pin_memory)
