@@ -90,9 +90,9 @@ def check_sizes(where, config, shapes):
         raise InputError(f"{where}: config.{wrong[0]} is not that of the tensors: {ADVICE}.")
 
 
-def load(folder):
-    """Read and verify the tensors: {name: tensor}."""
-    path = Path(folder) / WEIGHTS
+def load(folder, name=WEIGHTS):
+    """Read and verify the tensors of a side checkpoint, or of a state: {name: tensor}."""
+    path = Path(folder) / name
     tensors = {name: read() for name, read in read_safetensors(path).items()}
     metadata = read_header(path)[1]
     if digest(metadata.get("side", ""), tensors) != metadata.get("sha256"):

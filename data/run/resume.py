@@ -14,12 +14,13 @@ from data import InputError, leaf
 from data.formats.fields import (
     TABLE, TEXT, Kind, either, field, first_few, list_of, number, shown, table_of, whole,
 )
-from data.formats.files import file_size
-from data.formats.safetensors import copy_into, read_header, read_safetensors, tensor_bytes
-from data.run.checkpoint import digest
+from data.formats.files import file_size, read_json
+from data.formats.safetensors import copy_into, tensor_bytes
+from data.run import checkpoint
 from data.run.log import NAMES
 from data.run.optim import kept_state
 from data.run.state import FILES
+from data.settings.flags import SETTINGS_FILE
 
 TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
 COUNT = whole(0, 1 << 50)
@@ -40,7 +41,8 @@ LOG = {  # what is neither a count nor any number in the log
 SCALER = {"scale": number(1e-30, 1e30), "_growth_tracker": whole(0, 1 << 31)}  # what fp16 changes
 PARTS = dict(about=TABLE, side=table_of(TENSOR), moments=table_of(TABLE), scaler=TABLE, log=TABLE)
 MAY_DIFFER = (  # the preamble belongs to the data
-    "resume out_dir max_iters device stream threads compile log_interval samples_interval preamble"
+    "resume out_dir max_iters epochs device stream threads compile log_interval samples_interval "
+    "preamble"
 ).split()
 
 
@@ -80,15 +82,9 @@ def refuse_others(out_dir, old, new):
 
 
 def check_settings(cfg):
-    """The same before the base is loaded. A state that cannot be read is refused later."""
-    for path in [Path(cfg.out_dir) / name for name in FILES]:
-        try:
-            tree = json.loads(bytes(tensor_bytes(read_safetensors(path)["tree"]())))
-            about = field(path, tree, "about", TABLE)
-        except (ValueError, KeyError, AttributeError, RecursionError):  # also an InputError
-            continue
-        known_later = {name: about.get(name) for name in ("base", "data", "epochs")}
-        return refuse_others(cfg.out_dir, about, asdict(cfg) | known_later)
+    """The same before the base is loaded."""
+    begun = read_json(Path(cfg.out_dir) / SETTINGS_FILE, optional=True)
+    refuse_others(cfg.out_dir, asdict(cfg) | begun, asdict(cfg))
 
 
 def check_losses(path, log):
@@ -143,15 +139,12 @@ def load_state(out_dir):
 
 
 def read_state(path):
-    tensors = {name: read() for name, read in read_safetensors(path).items()}
-    is_whole = digest("", tensors) == read_header(path)[1]["sha256"]
+    """A state's tree; a ValueError, KeyError or RecursionError if it is damaged."""
+    tensors = checkpoint.load(path.parent, path.name)
     text = bytes(tensor_bytes(tensors.pop("tree")))
 
     def with_tensor(table):
         is_one = [*table] == ["tensor"] and isinstance(table["tensor"], str)
         return tensors[table["tensor"]] if is_one else table
 
-    tree = json.loads(text, object_hook=with_tensor)
-    if not is_whole or not TABLE.fits(tree):
-        raise InputError(f"{path} is damaged.")
-    return tree
+    return field(path, {"tree": json.loads(text, object_hook=with_tensor)}, "tree", TABLE)

@@ -9,7 +9,7 @@ from helpers import small_config
 
 from data import InputError
 from data.formats.safetensors import read_header
-from data.run import resume
+from data.run import checkpoint, resume
 from data.run.log import TrainingLog
 from data.run.run import Run
 from data.run.state import FILES
@@ -34,16 +34,16 @@ def run_state(folder):
 
 def read_state(folder, signed=False):
     """A state that is damaged is left out; another is complete, and the next step can be taken."""
-    true_sum, run = resume.digest, run_state(folder)
+    true_sum, run = checkpoint.digest, run_state(folder)
     newest = folder / FILES[0]
     if signed:  # of someone who has put the right sum on whatever is in the file
-        resume.digest = lambda *_: read_header(newest)[1].get("sha256")
+        checkpoint.digest = lambda *_: read_header(newest)[1].get("sha256")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             if not resume.load(run):
                 raise InputError(f"{newest} is damaged.")
     finally:
-        resume.digest = true_sum
+        checkpoint.digest = true_sum
     run.model.side.alpha.grad = torch.ones(())
     run.optimizer.step()
     assert all(p.isfinite().all() for p in run.model.side.state_dict().values())
