@@ -24,7 +24,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import InputError, leaf
-from data.formats.fields import TEXT
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, run_main, setting
@@ -66,7 +65,7 @@ class SideConfig:
     task: str = setting("", "task of the classifier", flag=False)
     shots: int = setting(0, "few-shot examples before each GLUE question", at_least=0,
         group="task and data")
-    preamble: str = setting("", "text before each question", flag=False, text=TEXT)
+    preamble: str = setting("", "text before each question", flag=False)
 
     def __post_init__(self):
         for name, value in (PAPER | (LST if self.method == "lst" else {})).items():

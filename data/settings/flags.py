@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data import InputError, leaf
 from data.formats.fields import (
-    NAME, NEEDED, TABLE, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole,
+    NEEDED, TABLE, TEXT, TRUE_OR_FALSE, first_few, number, one_of, shown, whole,
 )
 from data.formats.fields import field as field_of_file
 from data.formats.files import read_json
@@ -23,16 +23,15 @@ ALIASES = {"--lr": "--learning_rate", "--num_train_epochs": "--epochs", "--load_
 BOUNDS = dict(at_least=operator.ge, above=operator.gt, below=operator.lt)
 
 
-def setting(default, help, choices=(), of=None, flag=True, text=None, group=None, **bounds):
+def setting(default, help, choices=(), of=None, flag=True, group=None, **bounds):
     """A field of a dataclass of settings: its default, its help text and its allowed values.
 
-    of: the only methods that use it, if not all do; flag: whether it is a flag
-    text: the `Kind` of a text in a file, if it is not a short name; bounds: see BOUNDS
+    of: the only methods that use it, if not all do; flag: whether it is a flag; bounds: see BOUNDS
     group: the title in --help of this setting, and of those below it
     """
     if choices:
         help += f" ({', '.join(map(str, choices))})"
-    about = dict(help=help, choices=choices, of=of, flag=flag, text=text, group=group)
+    about = dict(help=help, choices=choices, of=of, flag=flag, group=group)
     return field(default=default, metadata=about | {"bounds": bounds})
 
 
@@ -55,9 +54,9 @@ def default_out_dir(eval_only=False):
     return "out-eval" if eval_only else "out"
 
 
-def from_table(kind, where, table, optional=(), text=NAME):
+def from_table(kind, where, table, optional=()):
     """Make the dataclass `kind` from a table in a file. Each value has its type and bounds; only
-    `optional` ones may be missing. text: the `Kind` of a text"""
+    `optional` ones may be missing."""
     own = {f.name: f for f in fields(kind)}
     if "downsample" in table and "heads" in own:
         table = {"heads": 0} | table  # older files: as many as the base
@@ -68,8 +67,7 @@ def from_table(kind, where, table, optional=(), text=NAME):
     for name, f in own.items():
         bounds, absent = f.metadata["bounds"], f.default if name in optional else NEEDED
         numbers = whole(bounds.get("at_least", 0), bounds.get("below", 1 << 20))
-        known = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE}
-        known[str] = f.metadata["text"] or text
+        known = {int: numbers, float: number(-1e9, 1e9), bool: TRUE_OR_FALSE, str: TEXT}
         allowed = one_of(*f.metadata["choices"]) if f.metadata["choices"] else known[f.type]
         values[name] = field_of_file(where, table, f"config.{name}", allowed, absent)
     return kind(**values)
@@ -149,7 +147,7 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
         table = read_json(Path(path), optional, "give --config a JSON file, such as a result.json")
         own = {f.name: f for f in fields(kind)}
         table = field_of_file(path, table, "config", TABLE, table)
-        found = vars(from_table(kind, path, table, own, TEXT))
+        found = vars(from_table(kind, path, table, own))
         if given.epochs or given.max_iters:  # either replaces both in the file
             found |= dict(epochs=None, max_iters=None)
         parser.set_defaults(method=found["method"])
