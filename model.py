@@ -100,10 +100,6 @@ def make_norm(config):
     return (RMSNorm if config.family == "llama" else LayerNorm)(config.n_embd, eps=config.norm_eps)
 
 
-def make_head_norm(config):
-    return RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-
-
 def rotary_frequencies(config, device):
     """Radians per position of each pair of channels, fp32 (D / 2,) (RoFormer, arXiv 2104.09864)."""
     pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
@@ -154,7 +150,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.o_proj = Linear(self.n_head * D, C, bias=config.attention_bias is True)
-        self.q_norm, self.k_norm = make_head_norm(config), make_head_norm(config)
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, mask, rope, cache):
         B, T, _ = x.shape

@@ -88,9 +88,9 @@ class FinetunedModel(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            if config.repair and config.method != "qlora":  # QLoRA's pairs start as the branches
+            if config.repair and config.method != "qlora":  # which began with it in older commits
                 side.repair = leaf("repair").branches(self.base, config.repair)
-            elif not config.repair:
+            else:
                 for layer in self.base.modules():
                     if isinstance(layer, Linear4bit):
                         layer.branch = None  # remove the branch of an earlier side network
@@ -341,7 +341,7 @@ FLAGS = {
     **sampling.FLAGS,
 }
 BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)
-ANSWER = "questions model_id limit fastchat_temperatures"  # in data/tasks/mt_bench.py
+ANSWER = "questions model_id fastchat_temperatures"  # in data/tasks/mt_bench.py
 COMMANDS = {  # name: (function, its flags); the first is the default
     "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),

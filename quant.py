@@ -456,9 +456,6 @@ class Linear4bit(nn.Module):
             y = self.weight.product(x, bias)
         return y if self.branch is None else self.branch(x).add_(y)
 
-    def extra_repr(self):
-        return f"{self.in_features} -> {self.out_features}, {self.weight.kind}"
-
 
 def main():
     for kind, codebook in CODEBOOKS.items():

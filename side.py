@@ -23,12 +23,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import InputError, leaf
+from data import InputError
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, run_main, setting
 from data.settings.methods import (
-    LST, METHODS, PAPER, RELEASED, heads_of_side, layers_per_side, of_4_bits, of_side,
+    LST, METHODS, PAPER, RELEASED, SIDE_METHODS, heads_of_side, layers_per_side, of_side,
 )
 from model import (
     PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,
@@ -48,8 +48,7 @@ class SideConfig:
     reduction: int = of_side(16, "how many times narrower the side network is", at_least=1)
     rank: int = setting(16, "rank of LoRA and adapter modules, also in downsamplers", at_least=1)
     every: int = of_side(None, "layers per side layer; 0: six side layers or more", at_least=0)
-    heads: int = of_side(None, "attention heads of the side network; 0: as many as the base has; "
-        "default: so many, or fewer, that each has 8 channels or more", at_least=0)
+    heads: int = setting(None, "attention heads; 0: as many as the base", flag=False, at_least=0)
     read_embedding: bool = of_side(None, "start from the embedding; otherwise from zeros")
     downsample: str = of_side(None, "reduction to h_g's width; lst: linear", DOWNSAMPLERS)
     standardize: bool = of_side(None, "standardize each channel of the downsamplers' input")
@@ -60,7 +59,8 @@ class SideConfig:
         "side: without the base", MIXES)
     upsample_bias: bool = of_side(None, "bias of the upsampler")
     final_norm: bool = of_side(None, "norm before the upsampler")
-    repair: int = of_4_bits(0, "rank of a correction of each 4-bit layer; 0: none", at_least=0)
+    repair: int = setting(0, "rank of a correction of each 4-bit layer; 0: none", at_least=0,
+        of=(*SIDE_METHODS, "adapter"))
     n_labels: int = setting(0, "labels of a classifier in place of the LM head", flag=False)
     task: str = setting("", "task of the classifier", flag=False)
     shots: int = setting(0, "few-shot examples before each GLUE question", at_least=0,
@@ -120,7 +120,7 @@ def make_downsample(config, n_in, n_out):
 
 
 def side_model_config(config, reduction, heads):
-    """The base's `ModelConfig` -> the side network's: narrower. heads: see `SideConfig`"""
+    """The base's `ModelConfig` -> the side network's: narrower. heads: see `heads_of_side`"""
     C, pair = config.n_embd, 1 if config.family == "opt" else 2  # rotary positions turn pairs
     fitting = [r for r in range(1, config.n_ffn + 1) if C % (pair * r) == 0]
     if reduction not in fitting:
@@ -287,8 +287,6 @@ class InsertedModules(nn.Module):
                 new = {n: LoRALinear(m, config.rank) for n, m in modules if isinstance(m, kinds)}
             for path, module in new.items():
                 nn.init.zeros_(module.pair.up.weight)
-                if config.method == "qlora" and config.repair:
-                    leaf("repair").start_from_branch(module)  # the pair starts as the branch
                 layer.set_submodule(path, module)
             pairs = {path.split(".")[-1]: module.pair for path, module in new.items()}
             self.layers.append(nn.ModuleDict(pairs))

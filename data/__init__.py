@@ -28,6 +28,7 @@ TASKS = {  # --task
 }
 LEAVES = TASKS | {
     "command": "settings.command",  # what a command prints, and how it ends
+    "charts": "run.charts",  # curves as pictures
     "sweep": "run.sweep",  # --sweep
     "resume": "run.resume",  # --resume
     "muon": "run.muon",  # --optimizer muon

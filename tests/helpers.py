@@ -56,8 +56,7 @@ needs_gpu_or_dry_run = pytest.mark.skipif(not GPU and not DRY, reason="needs a G
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 
-QWEN = dict(n_kv_head=2, attention_bias="qkv", qk_norm=True, no_rope=(2,))  # of three families
-FAMILIES = {"llama": {}, "qwen": QWEN, "opt": dict(family="opt")}
+FAMILIES = {"llama": {}, "qwen3": dict(n_kv_head=2, qk_norm=True), "opt": dict(family="opt")}
 VARIANTS = {  # of the side network, for a reduction of one's own
     "paper": {}, "released": RELEASED, "fast": {k: FAST[k] for k in FAST if k != "reduction"},
     "residual": dict(mix="residual"), "sum": dict(gate="sum"),

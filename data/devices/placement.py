@@ -33,11 +33,10 @@ def places(devices, n_layer, tied):
 
 
 def join(base):
-    """Let the inputs of a base's modules follow them to their devices; returns the base."""
+    """Let the inputs of a base's modules follow them to their devices."""
     for module in (*base.layers, base.norm, base.project_out, base.lm_head):
         if module is not None:
             module.register_forward_pre_hook(move_inputs)
-    return base
 
 
 def follow(model):
@@ -55,7 +54,6 @@ def follow(model):
             side.downsample[side.n_first + i].to(device_of(layer))
     if side.classifier is not None:
         side.classifier.register_forward_pre_hook(move_inputs)
-    return model
 
 
 def move_inputs(module, args):

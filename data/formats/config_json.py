@@ -1,4 +1,4 @@
-"""Translate config.json of a model's folder to the fields of a `ModelConfig`, and back.
+"""Translate config.json of a model's folder to the fields of a `ModelConfig`.
 
 A setting that model.py cannot compute is refused by its name.
 """
@@ -164,25 +164,6 @@ def check_sizes(path, config):
     else:
         return
     raise InputError(f"{path}: {wrong}: download it again.")
-
-
-def to_theirs(config):
-    """Translate a `ModelConfig` to the fields of config.json."""
-    table = FIELDS[config.family].items()
-    written = {theirs: getattr(config, ours) for ours, (theirs, *_) in table} | ONLY[config.family]
-    if config.family == "opt":
-        written["_remove_final_layer_norm"] = config.pre_norm and not config.final_norm
-        return written | dict(model_type="opt", architectures=["OPTForCausalLM"])
-    written |= dict(rope_theta=config.rope_theta, rope_scaling=config.rope_scaling)
-    if config.qk_norm:
-        return written | dict(model_type="qwen3", architectures=["Qwen3ForCausalLM"])
-    if config.attention_bias == "qkv":
-        return written | dict(model_type="qwen2", architectures=["Qwen2ForCausalLM"])
-    if config.no_rope:
-        rotate = [int(i not in config.no_rope) for i in range(1, config.n_layer + 1)]
-        written |= dict(no_rope_layers=rotate, pad_token_id=None)
-        return written | dict(model_type="smollm3", architectures=["SmolLM3ForCausalLM"])
-    return written | dict(model_type="llama", architectures=["LlamaForCausalLM"])
 
 
 def read_dtype(folder):

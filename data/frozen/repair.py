@@ -103,17 +103,3 @@ def mend(base, folder, prompts, rank, kept=None):
         base.hidden(idx, keep)
     if kept:
         write_safetensors(kept, all_branches.state_dict())
-
-
-@torch.no_grad()
-def start_from_branch(module):
-    """Let the pair of a `LoRALinear` start as the branch of its layer, and remove the branch."""
-    linear, branch = module.linear, getattr(module.linear, "branch", None)
-    if branch is None:
-        return
-    rank, most = len(branch.down), len(module.pair.down.weight)
-    if rank > most:
-        raise InputError(f"--repair {rank} is more than --rank {most}, which starts from it.")
-    module.pair.down.weight[:rank] = branch.down
-    module.pair.up.weight[:, :rank] = branch.up / module.scaling
-    linear.branch = None

@@ -79,7 +79,7 @@ def check_sizes(where, config, shapes):
     if side and not up:
         raise InputError(f"{where} lacks upsample.weight: {ADVICE}.")
     sizes = lambda form: {s[0] for name, s in shapes.items() if s and re.fullmatch(form, name)}
-    repair = 0 if config.method == "qlora" else config.repair  # its pairs have started from it
+    repair = 0 if config.method == "qlora" else config.repair  # of older commits
     fits = {"n_labels": sizes("classifier.weight") == {config.n_labels} - {0}}
     fits["repair"] = sizes(r"repair\..*\.down") == {repair} - {0}
     if side:

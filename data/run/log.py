@@ -10,7 +10,6 @@ import torch
 
 from data import leaf
 from data.devices.device import peak_memory, show_bytes
-from data.run.charts import line_chart
 from data.run.report import progress, show_sample, start_name
 
 NAMES = "training", "held out", "alpha", "gate"  # of the curves
@@ -67,10 +66,10 @@ class TrainingLog:
             return
         lines = {name: self.curves[name] for name in NAMES[:2]}
         lines[start_name(self.cfg)] = [(i, self.loss_before) for i in (0, self.iteration)]
-        line_chart(self.out_dir / "loss.svg", "Loss of an answer's token", "iteration", lines)
+        leaf("charts").line_chart(self.out_dir / "loss.svg", "Loss of a token", "iteration", lines)
         if lines := {name: self.curves[name] for name in NAMES[2:] if self.curves[name]}:
             title = "alpha: how much of h_f the LM head reads; gate: how much of h_g a step keeps"
-            line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
+            leaf("charts").line_chart(self.out_dir / "mix.svg", title, "iteration", lines)
 
     def begin(self):
         """Start the clock, unless earlier iterations are still unread."""

@@ -16,7 +16,7 @@ from data.devices import distributed
 from data.devices.device import loss_and_kept, model_bytes, peak_memory, show_bytes
 from data.formats.files import write_json
 from data.run.optim import optimizer_bytes
-from data.settings.methods import LEARNS, SIDE_METHODS
+from data.settings.methods import SIDE_METHODS
 from data.tasks.examples import collate
 from quant import Linear4bit
 
@@ -65,12 +65,11 @@ def print_sizes(folder, runs, examples):
         numel = sum(layer.in_features * layer.out_features for layer in layers)
         bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
     trainable, total = result["trainable_parameters"], result["total_parameters"]
-    what = LEARNS[cfg.method].format(**vars(model.side.config))
     parts = "weights", "optimizer", "activations"
     memory = ", ".join(f"{name} {show_bytes(result[f'{name}_bytes'])}" for name in parts)
     print(f"base        {folder}: {config.family}, {config.n_layer} layers of {config.n_embd}")
     print(f"frozen      {total - trainable:,} weights{bits}")
-    print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %): {what}")
+    print(f"trainable   {trainable:,} ({100 * trainable / total:.2f} %) by {cfg.method}")
     steps = cfg.gradient_accumulation_steps
     print(f"iteration   {steps} x {len(idx)} sequences of at most {idx.shape[1]} tokens")
     print(f"memory      {memory} of such a batch")

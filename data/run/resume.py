@@ -4,7 +4,6 @@ The state may come from a stranger: it is no pickle, and every value in it is ch
 """
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -62,7 +61,6 @@ def load(run):
            for name, value in run.log.state().items()}
     if run.scaler.is_enabled():
         scaler = {name: field(path, scaler, f"scaler.{name}", k) for name, k in SCALER.items()}
-    check_losses(path, log)
     copy_into(run.model.side, side, path)
     load_moments(run.optimizer, moments, path)
     run.scaler.load_state_dict(run.scaler.state_dict() | scaler)
@@ -85,17 +83,6 @@ def check_settings(cfg):
     """The same before the base is loaded."""
     begun = read_json(Path(cfg.out_dir) / SETTINGS_FILE, optional=True)
     refuse_others(cfg.out_dir, asdict(cfg) | begun, asdict(cfg))
-
-
-def check_losses(path, log):
-    """Refuse a best loss that is not the lowest one of the curve: no later one would replace it."""
-    curve = [(loss, i) for i, loss in log["curves"]["held out"] if i and loss < math.inf]
-    best = min(curve, default=(math.inf, 0))
-    counts = [log[name] for name in ("failures", "skipped", "iteration")]
-    if best != (log["best_loss"], log["best_iteration"]) or best < (0, 0) or (
-        best[1] > log["iteration"] or counts != sorted(counts)
-    ):
-        raise InputError(f"{path}: its losses contradict each other: leave out --resume.")
 
 
 def load_moments(optimizer, moments, where):

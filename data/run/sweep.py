@@ -6,9 +6,8 @@ from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
 
-from data import InputError
+from data import InputError, leaf
 from data.formats.files import write_json
-from data.run.charts import line_chart
 from data.run.report import SCORES
 from data.settings.flags import SETTINGS_FILE, true_or_false
 from data.settings.methods import SIDE_METHODS
@@ -97,7 +96,7 @@ def conclude(cfg, runs, results):
     curves = [results[row["settings"]].get("curves", {}).get("held out", []) for row in rows]
     curves = {str(place): curve for place, curve in enumerate(curves, 1)}
     write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(cfg))
-    line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
+    leaf("charts").line_chart(Path(cfg.out_dir) / "sweep.svg", "Held-out loss", "iteration", curves)
     width = max(len(row["settings"]) for row in rows)
     scores = [score for score in SCORES if f"{score}_after" in rows[0]]
     print(f"\n      {'':{width}}  held-out loss", *scores)

@@ -18,15 +18,6 @@ METHODS = {
 }
 SIDE_METHODS = ("qst", "lst")  # the methods that train a side network
 of_side = partial(setting, of=SIDE_METHODS)  # a setting for only these
-of_4_bits = partial(setting, of=(*SIDE_METHODS, "qlora", "adapter"))
-
-LEARNS = dict.fromkeys(
-    SIDE_METHODS, "a side network {reduction} times narrower, {downsample} downsamplers"
-) | {
-    "lora": "low-rank branches of rank {rank}", "qlora": "low-rank branches of rank {rank}",
-    "adapter": "bottlenecks of rank {rank}", "peqa": "the scales of the base's integers",
-    "full": "the base itself",
-}
 
 
 def layers_per_side(every, N):
@@ -41,18 +32,15 @@ def layers_per_side(every, N):
 
 def heads_of_side(heads, most, width, pair):
     """The number of attention heads of a side network with `width` channels, a multiple of `pair`
-    in each: --heads, or 0 for the base's number, `most`. None: as many, or fewer, so that each has
-    an even number of channels, 8 or more, as fused attention needs."""
+    in each: that of its checkpoint, where 0 is the base's, `most`. None: as many as the base has,
+    or fewer, so that each has an even number of channels, 8 or more, as fused attention needs."""
     fitting = [h for h in range(1, width + 1) if width % (pair * h) == 0]
     if heads is None:
         fused = range(8, width + 1, 2)
         return max(h for h in fitting if h == 1 or h <= most and width // h in fused)
-    heads = heads or most
-    if heads not in fitting:
-        into = f"{width} channels into multiples of {pair}"
-        known = ", ".join(map(str, fitting))
-        raise InputError(f"--heads {heads} do not divide {into}: choose one of {known}.")
-    return heads
+    if (heads or most) not in fitting:
+        raise InputError(f"{heads or most} heads do not divide a side network of {width} channels.")
+    return heads or most
 
 
 def check_kind(kind):

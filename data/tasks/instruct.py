@@ -261,9 +261,7 @@ def show(path):
     answers = sum(message["role"] == "assistant" for one in conversations for message in one)
     print(f"{len(conversations)} conversations with {answers} answers. The first:")
     for message in conversations[0]:
-        print(f"\n[{message['role']}]\n{message['content']}")
-        if "input" in message:
-            print(f"[input]\n{message['input']}")
+        print(f"\n[{message['role']}]\n{with_input(message)}")
 
 
 if __name__ == "__main__":

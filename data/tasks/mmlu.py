@@ -172,10 +172,8 @@ def load(cfg, tokenizer):
 def show(folder):
     """Count the test questions of an MMLU folder, and print the first prompt."""
     tests = read(folder, "test")
-    for subject, questions in tests.items():
-        print(f"{len(questions):5} {subject} ({CATEGORY[subject]})")
     total, first = sum(map(len, tests.values())), next(iter(tests))
-    print(f"{total:5} questions in {len(tests)} of the {len(CATEGORY)} subjects\n")
+    print(f"{total} questions in {len(tests)} of the {len(CATEGORY)} subjects\n")
     print(prompt(first, read_shots(folder, [first])[first], tests[first][0]))
 
 

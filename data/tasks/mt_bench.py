@@ -29,9 +29,7 @@ TEMPERATURES = {  # FastChat's, by category
 QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
 FLAGS = {  # of `qst.py answer`
     "questions": dict(required=True, help="a file in the format of mt_bench_question.jsonl"),
-    "model_id": dict(help="the model's name in the answers, to which the first digits of the side"
-        " checkpoint's SHA-256 are added; default: the name of --out, as in FastChat"),
-    "limit": dict(type=int, help="the number of questions to answer, from the first; default: all"),
+    "model_id": dict(help="the model's name in the answers; default: that of --out"),
     "fastchat_temperatures": dict(action="store_true",
         help="use FastChat's temperature for each category, instead of --temperature"),
 }
@@ -90,12 +88,10 @@ def answered(path, model_id):
 
 def answer_file(args, start_talk):
     """Answer the questions that have no answer in --out yet; a crash loses one answer at most."""
-    if args.limit is not None and args.limit < 1:
-        raise InputError(f"--limit {args.limit} must be at least 1.")
     model_id = args.model_id or Path(args.out).stem
     if args.side:  # another training gives another model, whose answers must not be mixed
         model_id += f"-{checksum(Path(args.side) / 'side.safetensors')[:8]}"
-    questions = read_questions(args.questions)[: args.limit]
+    questions = read_questions(args.questions)
     answers = answered(args.out, model_id)
     done = {one["question_id"] for one in answers}
     todo = [question for question in questions if question["question_id"] not in done]

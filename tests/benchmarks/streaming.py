@@ -13,13 +13,13 @@ from account import memory_report, parse_args, settings_of_step
 from benchmarks.common import (
     FREED, alone, forget_peak, medians, print_row, print_table, resident,
 )
-from data.formats import bnb, config_json
+from data.formats import bnb, save
 from data.formats.files import write_json
 from data.formats.safetensors import write_safetensors
 from data.run.optim import make_optimizer
 from data.tasks.examples import Task
 from model import ModelConfig, Transformer, from_pretrained
-from quant import Quantized4bit
+from quant import Linear4bit, Quantized4bit
 from train import make_model
 
 # 192 layers of the size of TinyLlama's, and few words: 5.09 GB of 4-bit weights.
@@ -69,7 +69,7 @@ def write_random(folder, config):
                 weight = drawn(module)
                 tensors |= bnb.weight_fields(f"model.{path}", weight, "float32")
                 packed += weight.nbytes
-            elif path.endswith(("norm", "embed_tokens", "lm_head")):
+            elif hasattr(module, "weight") and not isinstance(module, Linear4bit):
                 name = path if path == "lm_head" else f"model.{path}"
                 normal = 0.02 * torch.randn(module.weight.shape)
                 tensors[f"{name}.weight"] = 1 + normal if "norm" in path else normal
@@ -83,7 +83,7 @@ def write_random(folder, config):
     rest = [(path, m) for path, m in model.named_modules() if not path.startswith("layers")]
     write("model-rest.safetensors", rest)
     write_json(Path(folder) / "model.safetensors.index.json", dict(weight_map=where))
-    about = config_json.to_theirs(config) | dict(torch_dtype="float32")
+    about = save.to_theirs(config) | dict(torch_dtype="float32")
     about["quantization_config"] = bnb.settings("nf4", "float32")
     write_json(Path(folder) / "config.json", about)
     return nbytes

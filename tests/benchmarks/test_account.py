@@ -37,7 +37,6 @@ COMBINATIONS = {
     "16 bits": dict(quant="none", dtype="bf16", checkpoint=False),
     "half": dict(dtype="fp16"),
     "repaired": dict(repair=4, dtype="bf16"),
-    "repaired qlora": dict(method="qlora", repair=4),
     "repaired adapters": dict(method="adapter", quant="nf4", repair=4),
     "lora": dict(method="lora"),
     "qlora": dict(method="qlora"),

@@ -10,8 +10,8 @@ from data.tokens.tokenizer import load_tokenizer
 from model import PRESETS, count_weights, from_pretrained, make_norm, rotary_table
 
 FOLDERS = [FIXTURES / name for name in (
-    "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "qwen2", "qwen3", "smollm3", "opt_pre",
-    "opt_350m",
+    "llama_gqa", "llama_linear_bias_tied", "llama_rope3", "mistral", "qwen2", "qwen3", "smollm3",
+    "opt_pre", "opt_350m",
 )] + sorted((TEST_DATA / "oracle/hf").glob("*"))
 
 

@@ -94,7 +94,7 @@ def nothing(error, rank):
     return torch.zeros(rank, error.shape[1]), torch.zeros(len(error), rank)
 
 
-@pytest.mark.parametrize("method", ["qst", "lst", "adapter", "qlora"])
+@pytest.mark.parametrize("method", ["qst", "lst", "adapter"])
 def test_it_is_kept_with_the_side_checkpoint(method, folder, tmp_path, idx):
     """A fresh 4-bit base with the checkpoint computes what the repaired one did, and generates it;
     the base counts as the same, repaired or not; nothing of the repair learns."""
@@ -111,22 +111,7 @@ def test_it_is_kept_with_the_side_checkpoint(method, folder, tmp_path, idx):
     assert torch.equal(again(idx)[0], model(idx)[0])
     assert torch.equal(again.generate(idx, 5, 0.0), model.generate(idx, 5, 0.0))
     kept = [n for n in read_header(tmp_path / "side/side.safetensors")[0] if "repair" in n]
-    assert len(kept) == (0 if method == "qlora" else 2 * 3 * 7)
-
-
-def test_qlora_starts_from_it(folder, idx):
-    """Its pairs are the branches, which go, and learn from there; merged, they are plain weights;
-    the rest of a wider pair starts as LoRA's does."""
-    base = repaired(folder, 4)
-    expected = base(idx)
-    model = add_trainable(base, SideConfig(method="qlora", rank=8, repair=4))
-    assert torch.allclose(model(idx)[0], expected, atol=2e-5)
-    assert all(m.branch is None for m in base.modules() if isinstance(m, Linear4bit))
-    pair = base.layers[1].mlp.up_proj.pair
-    assert pair.up.weight[:, :4].abs().min() > 0 and pair.up.weight[:, 4:].eq(0).all()
-    assert torch.allclose(model.merge(torch.float32)(idx), expected, atol=1e-4)
-    with pytest.raises(InputError, match="--repair 8 is more than --rank 4, which starts from it"):
-        add_trainable(repaired(folder, 8), SideConfig(method="qlora", rank=4, repair=8))
+    assert len(kept) == 2 * 3 * 7
 
 
 def test_the_settings_decide(folder, idx):
@@ -137,14 +122,14 @@ def test_the_settings_decide(folder, idx):
     assert torch.equal(model(idx)[0], plain) and "repair" not in " ".join(model.side.state_dict())
 
 
-@pytest.mark.parametrize("method", ["qst", "qlora", "adapter"])
+@pytest.mark.parametrize("method", ["qst", "adapter"])
 def test_the_account_counts_it(method):
-    """16 bits a number, of each linear layer rank * (in + out); QLoRA has nothing but its pairs."""
+    """16 bits a number, of each linear layer rank * (in + out)."""
     config = small_config()
     reduction = dict(reduction=4) if method == "qst" else {}
     cfg = dict(method=method, quant="nf4", batch_size=2, sequence_len=9, rank=8) | reduction
     with_it, without = (memory_report(AccountConfig(**cfg, repair=n), config) for n in (8, 0))
-    added = 3 * 8 * (4 * 64 + 3 * 80) * 2 * (method != "qlora")
+    added = 3 * 8 * (4 * 64 + 3 * 80) * 2
     assert with_it["weights_bytes"] - without["weights_bytes"] == added
     assert with_it["trainable_parameters"] == without["trainable_parameters"]
 

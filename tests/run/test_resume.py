@@ -245,23 +245,15 @@ def test_other_settings_are_refused(cfg, monkeypatch):
             train.main(TrainConfig(**cfg | dict(resume=True)))
 
 
-@pytest.mark.parametrize("changes", [
-    dict(best_loss=-1e9), dict(best_loss=float("nan")), dict(best_loss=0.0), dict(best_iteration=0),
-    dict(best_iteration=8), dict(iteration=3), dict(skipped=9), dict(failures=1),
-    dict(seconds=-1.0), dict(seconds=float("inf")),
-    dict(best_loss=-1.0, curve=[[0, 7.0], [4, -1.0]]),
-    dict(best_loss=float("inf"), best_iteration=0),
-], ids=str)
-def test_a_log_that_contradicts_itself(changes, cfg):
-    """A state with the right checksum, whose best loss no later one could replace, is refused."""
+@pytest.mark.parametrize("seconds", [-1.0, float("inf"), "1", None])
+def test_a_number_that_none_can_be(seconds, cfg):
+    """A state with the right checksum is still checked, value by value."""
     out_dir = Path(cfg["out_dir"])
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
     tree, _ = resume.load_state(out_dir)
-    assert tree["log"]["best_iteration"] == tree["log"]["iteration"] == 4
-    tree["log"]["curves"]["held out"] = changes.pop("curve", tree["log"]["curves"]["held out"])
-    tree["log"] |= changes
+    tree["log"]["seconds"] = seconds
     state.save_state(out_dir, tree)
-    with pytest.raises(InputError, match="state.safetensors: .*(contradict|seconds is)"):
+    with pytest.raises(InputError, match="state.safetensors.*log.seconds"):
         train.main(TrainConfig(**cfg | dict(max_iters=8, resume=True)))
 
 

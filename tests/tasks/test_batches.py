@@ -145,7 +145,7 @@ def test_word_ids(tiny_model):
 
 
 @pytest.mark.parametrize("family, quant, side", [
-    ("qwen", "nf4", False), ("opt", "none", False), ("qwen", "nf4", True),
+    ("qwen3", "nf4", False), ("opt", "none", False), ("qwen3", "nf4", True),
     ("opt", "nf4", True),
 ])
 @pytest.mark.parametrize("shared", [0, 1, 17])

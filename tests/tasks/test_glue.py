@@ -147,7 +147,7 @@ def test_ratings_with_label_words(tiny_model, glue_folder, tmp_path, monkeypatch
 def test_a_task_is_learned_and_scored_again(tiny_model, glue_folder, tmp_path, task, head, metric):
     """Training fits two lines, and the saved side network has the score of the run."""
     out = tmp_path / "out"
-    result = glue_run(tiny_model, glue_folder, out, task=task, head=head)
+    result = glue_run(tiny_model, glue_folder, out, task=task, head=head, max_iters=80)
     assert result[f"{metric}_after"] == pytest.approx(1, abs=1e-3) and result["examples"] == 6
     assert (f"{metric}_before" in result) == (head == "lm")
     again = dict(task=task, side=str(out), eval_only=True)

@@ -285,7 +285,7 @@ def test_looking_into_a_file(tmp_path, capsys):
     path.write_text(f'[{json.dumps(add)}, {dialogue(*["user: a", "assistant: b"] * 2)}]')
     instruct.show(path)
     out = capsys.readouterr().out
-    assert out.startswith("2 conversations with 3 answers.") and "Add.\n[input]\n1 2\n" in out
+    assert out.startswith("2 conversations with 3 answers.") and "Add.\n\n1 2\n" in out
     listed = run_script("data/tasks/instruct.py", "--help")
     assert all(name in listed for name in ("Alpaca", "Dolly", "OASST1", "ShareGPT"))
     with pytest.raises(SystemExit, match="^error: no.json is missing"):

@@ -208,7 +208,7 @@ def test_template_files_and_lists(tmp_path, tiny_model):
     path.write_text(json.dumps(dict(chat_template=several)))
     assert chat.load_template(tmp_path).text == CHATML
     path.write_text(json.dumps(dict(chat_template=several[:1])))
-    with pytest.raises(InputError, match="_config.json: its list of chat templates lacks .*'default'"):
+    with pytest.raises(InputError, match="its list of chat templates lacks .*'default'"):
         chat.load_template(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(LLAMA3)
     assert chat.load_template(tmp_path).text == LLAMA3
