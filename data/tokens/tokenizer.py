@@ -1,7 +1,7 @@
 """Encode text as token ids and decode it, with the tokenizer of a model's folder.
 
 The kinds of files, in the order of the search:
-    tokenizer.model            sentencepiece (LLaMA-1 and 2, Mistral, TinyLlama)
+    tokenizer.model            sentencepiece (LLaMA-1 and 2), unless a newer tokenizer.json is there
     tokenizer.json             BPE (LLaMA, Mistral, Qwen2, SmolLM2), see bpe.py
     vocab.json + merges.txt    byte-level BPE without settings (GPT-2, OPT)
 
@@ -141,7 +141,9 @@ def load_tokenizer(folder):
     folder = Path(folder)
     path = folder / "config.json"
     vocab_size = field(path, read_json(path, optional=True), "vocab_size", ID, 1 << 24)
-    if (folder / "tokenizer.model").exists():
+    # Older files say the same as tokenizer.model; newer ones put no space behind a special token.
+    newer = read_json(folder / "tokenizer.json", optional=True).get("pre_tokenizer")
+    if (folder / "tokenizer.model").exists() and not newer:
         tokenizer = SentencePiece(folder / "tokenizer.model", vocab_size)
     elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         tokenizer = leaf("bpe").load(folder)

@@ -113,13 +113,6 @@ def test_a_conversation_has_a_space_only_at_its_start():
     assert ours.decode([id for id, on in zip(ids, inside) if on]) == "self"
 
 
-def test_tokenizer_model_comes_first(tiny_model, tmp_path):
-    """A folder with both files is read as before."""
-    for path in (LLAMA2 / "tokenizer.json", *tiny_model.glob("*token*")):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert load_tokenizer(tmp_path).encode("Tom") == load_tokenizer(tiny_model).encode("Tom")
-
-
 METASPACE = {"type": "Metaspace", "replacement": "▁"}
 
 
@@ -181,3 +174,12 @@ def test_a_text_that_is_a_token(tmp_path):
     ours = changed(tmp_path, change)
     assert ours.encode("b <0x0A>") == [700] and len(ours.encode("b <0x0A>a")) > 2
     assert ours.encode("éé") == [701] and ours.decode([700, 701]) == "b <0x0A>éé"
+
+
+def test_a_newer_file_precedes_tokenizer_model(tmp_path, tiny_model):
+    """As in transformers: an older one, without a pre-tokenizer, says the same as it."""
+    for form, kind in (("prepend", "SentencePiece"), ("first", "Bpe")):
+        folder = copy(LLAMA2, tmp_path / form)
+        (folder / "tokenizer.model").write_bytes((tiny_model / "tokenizer.model").read_bytes())
+        ours = changed(tmp_path / form, lambda spec: spec.update(FORMS[form]["spaces"]))
+        assert type(ours).__name__ == kind
