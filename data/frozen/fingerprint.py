@@ -24,7 +24,8 @@ def fingerprint(base):
     """
     if hasattr(base, "known_fingerprint"):  # only a part of the base is in memory
         return base.known_fingerprint
-    shape = {k: v for k, v in asdict(base.config).items() if k not in ("bos_id", "eos_id")}
+    out = {"bos_id", "eos_id", *(k for k in ("qk_norm", "no_rope") if not getattr(base.config, k))}
+    shape = {k: v for k, v in asdict(base.config).items() if k not in out}
     codes = hashlib.sha256(json.dumps(shape).encode())
     weights, values = codes.copy(), []
     for name, tensor in tensors_of(base):
