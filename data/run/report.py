@@ -59,11 +59,9 @@ def print_sizes(folder, runs, examples):
         kept = loss_and_kept(run.model, idx.to(model.device), targets)[1]  # the graph is freed
         run.result |= dict(optimizer_bytes=optimizer_bytes(run.optimizer), activations_bytes=kept)
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
-    bits = ""
-    if layers:
-        nbytes = sum(layer.weight.nbytes for layer in layers)
-        numel = sum(layer.in_features * layer.out_features for layer in layers)
-        bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})"
+    nbytes = sum(layer.weight.nbytes for layer in layers)
+    numel = sum(layer.in_features * layer.out_features for layer in layers)
+    bits = f", {numel:,} of them at {8 * nbytes / numel:.3f} bits ({cfg.quant})" if layers else ""
     trainable, total = result["trainable_parameters"], result["total_parameters"]
     parts = "weights", "optimizer", "activations"
     memory = ", ".join(f"{name} {show_bytes(result[f'{name}_bytes'])}" for name in parts)
