@@ -51,13 +51,13 @@ def download(url, path, expected, size=None, token="", advice="", pauses=(1, 4, 
         except BROKEN as error:
             at_once = type(error) is URLError or type(error) is OSError and error.errno
             code = getattr(error, "code", 0 if at_once else 500)  # 0: not reached, or a full disk
-            if code == 416:  # nothing is missing
+            if code == 416 and part.exists():  # nothing is missing
                 break
             if pause is None or code < 500 and code != 429:
                 to_do = f"run this again to continue, or put the file at {path} yourself{advice}"
                 raise InputError(f"{url} could not be downloaded ({error}): {to_do}.") from None
             asked = getattr(error, "headers", {}).get("Retry-After", "")
-            time.sleep(min(60, int(asked)) if asked.isdecimal() else pause)
+            time.sleep(min(60, float(asked)) if asked.isdecimal() else pause)
     if (found := hash_of(part, expected)) != expected:
         part.unlink()
         raise InputError(f"{url} has the SHA-256 {found} instead of {expected}: it was not kept.")

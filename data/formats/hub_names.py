@@ -28,17 +28,17 @@ def model_folder(name, weights=True):
     if not re.fullmatch(r"(?!.*\.\.)\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", str(name)):
         raise InputError(f"{name} is not a folder: give one, or ORG/MODEL of huggingface.co.")
     model, revision = f"{name}@main".split("@")[:2]
-    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
-    cache = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
-    root = cache / f"models--{model.replace('/', '--')}"
+    home = os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface"
+    home = os.environ.get("HF_HUB_CACHE", os.environ.get("HF_HOME", home) + "/hub")
+    root = Path(os.path.expandvars(home)).expanduser() / f"models--{model.replace('/', '--')}"
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     advice = f"; if it is gated, accept its terms at {site}/{model} and set HF_TOKEN"
     about, token = {}, os.environ.get("HF_TOKEN", "").strip()
     url = f"{site}/api/models/{model}/revision/{revision.replace('/', '%2F')}?blobs=true"
     try:
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
-            about = parse_json(open_url(url, token, timeout=10).read())
-    except (*BROKEN, ValueError) as error:
+            about = {**parse_json(open_url(url, token, timeout=10).read())}
+    except (*BROKEN, TypeError, ValueError) as error:
         if getattr(error, "code", 500) in (401, 403, 404):
             what = "there is no such folder, and the Hub shows no such model or revision"
             raise InputError(f"{name}: {what} ({error}): check the name{advice}.") from None
@@ -73,6 +73,6 @@ def model_folder(name, weights=True):
         if weights:
             any(get(pattern) for pattern in WEIGHTS)
             hub.find_files(folder)  # refuses a folder that lacks some
-        if about and commit != revision:
+        if about and commit != revision and not (ref.is_file() and ref.read_text() == commit):
             write_atomically(ref, lambda file: file.write(commit.encode()))
     return folder

@@ -22,7 +22,7 @@ def hub(tmp_path, monkeypatch):
     server.hub = hub = Hub(server.server_port, tmp_path / "cache")
     hub.server = server
     monkeypatch.chdir(tmp_path)
-    for name in ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE"):
+    for name in ("HF_HOME", "HF_TOKEN", "HF_HUB_OFFLINE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", hub.url + "/")
     monkeypatch.setenv("HF_HUB_CACHE", str(hub.cache))
@@ -52,7 +52,9 @@ def test_a_model_is_downloaded_once(hub, monkeypatch, capsys):
         assert (folder / name).readlink() == Path("../../blobs") / stated
     assert len(list((hub.root / "blobs").iterdir())) == len(needed)  # no .part is left
     assert (hub.root / "refs" / "main").read_text() == COMMIT
+    ref = (hub.root / "refs" / "main").stat()
     assert find_folder("org/model") == folder and len(hub.asked) == 2 + len(needed)
+    assert (hub.root / "refs" / "main").stat() == ref  # others' cache may not be ours to write to
     stop(hub)
     capsys.readouterr()
     assert find_folder("org/model") == folder and "downloaded before" in capsys.readouterr().err
@@ -135,6 +137,10 @@ def test_a_busy_server_is_asked_again(hub, monkeypatch):
     with pytest.raises(InputError, match="HTTP Error 500.*run this again to continue"):
         find_folder("org/model")
     assert pauses[2:] == [1, 4, 16]
+    hub.answers = [None, (429, {"Retry_After": "9" * 5000}), (416, {})]
+    with pytest.raises(InputError, match="HTTP Error 416.*run this again to continue"):
+        find_folder("org/model")  # there is no part that could be whole
+    assert pauses[5:] == [60]
 
 
 @pytest.mark.parametrize("code", [401, 403, 404])
@@ -167,7 +173,20 @@ def test_lies_are_refused(hub, name, lie, message):
     assert not list(hub.root.glob("blobs/*.part")) and not list(hub.root.glob("refs/*"))
 
 
-def test_answers_that_are_none(hub):
+@pytest.mark.parametrize("name, value, cache", [
+    ("XDG_CACHE_HOME", "x", "x/huggingface/hub"), ("HF_HOME", "x", "x/hub"),
+    ("HF_HUB_CACHE", "$HERE/x", "h/x"), ("HF_HOME", "${HERE}", "h/hub"),
+])
+def test_where_the_cache_is(hub, name, value, cache, monkeypatch):
+    """Where huggingface_hub has it, for all that its documentation names."""
+    monkeypatch.setenv("HERE", "h")
+    monkeypatch.delenv("HF_HUB_CACHE")
+    monkeypatch.setenv(name, value)
+    folder = find_folder("org/model", weights=False)
+    assert folder == Path(cache) / "models--org--model" / "snapshots" / COMMIT and folder.is_dir()
+
+
+def test_answers_that_are_none(hub, monkeypatch):
     """A commit that is no hash becomes no path, and a page of a gateway is no connection."""
     hub.revisions["main"] = "../../x"
     with pytest.raises(InputError, match="must be a hash"):
@@ -175,6 +194,10 @@ def test_answers_that_are_none(hub):
     hub.answers = [(200, {})]
     with pytest.raises(InputError, match="neither a folder nor in"):
         find_folder("org/model")
+    for content in ("[]", "null", '"x"'):
+        monkeypatch.setattr("small_hub.json.dumps", lambda about: content)
+        with pytest.raises(InputError, match="neither a folder nor in"):
+            find_folder("org/model")
 
 
 def test_pickled_weights_only_without_safetensors(hub):
