@@ -43,11 +43,11 @@ class Task:
 
     def marked(self, tokenizer):
         """Yield a line: an example, what is trained in [[ ]]. A classifier has none."""
-        spelled = tokenizer.token_bytes | {i: t.encode() for t, i in tokenizer.special.items()}
+        known = tokenizer.token_bytes | {i: t.encode() for t, i in tokenizer.special.items()}
         for ids, targets in [] if self.n_labels else self.train[:1]:
             trained = [id for id in targets if id != IGNORE_INDEX]
             parts = ids[: targets.index(trained[0]) + 1], trained
-            texts = (b"".join(map(spelled.get, part)).decode("utf-8", "replace") for part in parts)
+            texts = (b"".join(known.get(i, b"") for i in p).decode(errors="replace") for p in parts)
             texts = (t if len(t) < 58 else f"{t[:26]} ... {t[-26:]}" for t in texts)
             before, after = (shown(text)[1:-1] for text in texts)
             yield f"example     {before}[[{after}]]: {len(trained)} of {len(ids)} tokens trained"

@@ -61,6 +61,8 @@ def test_an_example_is_shown_with_what_it_trains(tokenizer):
     end = f": {on} of {len(ids) - 1} tokens trained"
     assert show(ids[:-1], targets) == [f"example     <s> Why?\\n\\x1b[2J[[ So.</s>]]{end}"]
     assert show(ids[:-1], targets, n_labels=2) == [] == [*Task([], []).marked(tokenizer)]
+    lacking = tokenizer.vocab_size  # config.json may name an end that has no token
+    assert show([lacking], [lacking]) == ["example     [[]]: 1 of 1 tokens trained"]
     yes = tokenizer.encode("yes")
     assert f"[[{tokenizer.token_bytes[yes[0]].decode()}]]: 1 of" in show(*label(ids, yes[0]))[0]
     long = tokenizer.encode("Tom went to the woods. " * 20)
