@@ -7,7 +7,6 @@ their signs are hashed, and a few values are stored and compared up to rounding.
 
 import hashlib
 import json
-from dataclasses import asdict
 
 import torch
 
@@ -24,8 +23,8 @@ def fingerprint(base):
     """
     if hasattr(base, "known_fingerprint"):  # only a part of the base is in memory
         return base.known_fingerprint
-    out = {"bos_id", "eos_id", *(k for k in ("qk_norm", "no_rope") if not getattr(base.config, k))}
-    shape = {k: v for k, v in asdict(base.config).items() if k not in out}
+    unused = [k for k in ("qk_norm", "no_rope") if not getattr(base.config, k)]  # not in old files
+    shape = {k: v for k, v in vars(base.config).items() if k not in ("bos_id", "eos_id", *unused)}
     codes = hashlib.sha256(json.dumps(shape).encode())
     weights, values = codes.copy(), []
     for name, tensor in tensors_of(base):

@@ -5,13 +5,13 @@ from dataclasses import fields, make_dataclass
 
 import pytest
 import torch
-from helpers import VARIANTS, shaken, sign_again, small_base, small_config
+from helpers import FIXTURES, VARIANTS, shaken, sign_again, small_base, small_config
 
 from data import InputError
 from data.formats.safetensors import read_header, read_safetensors, write_safetensors
 from data.frozen.fingerprint import alike, differences, fingerprint
 from data.run import checkpoint
-from model import Transformer
+from model import Transformer, from_pretrained
 from qst import QST
 from side import SideConfig
 
@@ -71,6 +71,19 @@ def test_what_tells_two_bases_apart():
     kept = lambda x: x.bfloat16().view(torch.uint8).numpy().tobytes().hex()
     small = torch.logspace(-12, -4, 100)
     assert alike(kept(small), kept(small.half())) and not alike(kept(small), kept(0 * small))
+
+
+@pytest.mark.parametrize("name, codes", [
+    ("llama_gqa", "2469a3c7e20ebcca"), ("mistral", "bdf6570b34cd6594"),
+    ("opt_pre", "470347a4c3770140"),
+])
+def test_a_base_keeps_its_fingerprint(name, codes):
+    """Side checkpoints, states and hidden caches of all earlier commits belong to it; the hashes
+    are of commit e4c4687. Fields of later families count only where they are used."""
+    base = from_pretrained(FIXTURES / name, "nf4", torch.float32)
+    assert fingerprint(base)["codes"] == codes
+    codes = {fingerprint(small_base("none", **more))["codes"] for more in ({}, {"no_rope": (2,)})}
+    assert len(codes) == 2
 
 
 def test_a_changed_file_is_refused(tmp_path):
