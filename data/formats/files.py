@@ -24,7 +24,7 @@ except ImportError:  # Windows
     fcntl = None
 
 NOT_TEXT = {  # how other files begin, and what to do with them
-    b"PAR1": "Parquet: convert it to JSON or text", b"PK\3\4": "a zip file: unpack or convert it",
+    b"PAR1": "Parquet: save it as JSON or CSV", b"PK\3\4": "a zip or .xlsx: save it as JSON or CSV",
     b"\x1f\x8b": "a gzip archive: unpack it", b"\xff\xfe": "UTF-16 text: save it as UTF-8",
 }
 
@@ -110,7 +110,7 @@ def read_json(path, optional=False, advice="give a folder in Hugging Face's layo
 
 def read_records(path, flag="--data"):
     """Read JSON or JSON lines: [(place in the file, for messages; record), ...]."""
-    advice = f"give {flag} a list in JSON, or JSON lines"
+    advice = f"give {flag} a list in JSON, JSON lines{', or a .csv' * (flag == '--data')}"
     text, where, records = read_text(path, advice), "as a whole", []
     try:
         if re.match(r"\s*(\[|\{[^}\n]*\n)", text):  # a list, or an object over several lines

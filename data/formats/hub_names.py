@@ -11,7 +11,7 @@ from data import InputError
 from data.formats import config_json, hub
 from data.formats.download import BROKEN, download, open_url
 from data.formats.fields import TABLE, Kind, field, list_of, whole
-from data.formats.files import locked, parse_json, write_atomically
+from data.formats.files import locked, make_writable_folder, parse_json, write_atomically
 
 SMALL = r"((generation_|tokenizer_)?config|tokenizer|added_tokens|special_tokens_map|vocab)\.json" \
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja"
@@ -33,7 +33,7 @@ def model_folder(name, weights=True):
     root = Path(os.path.expandvars(home)).expanduser() / f"models--{model.replace('/', '--')}"
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     advice = f"; if it is gated, accept its terms at {site}/{model} and set HF_TOKEN"
-    about, token = {}, os.environ.get("HF_TOKEN", "").strip()
+    about, problem, token = {}, "", os.environ.get("HF_TOKEN", "").strip()
     url = f"{site}/api/models/{model}/revision/{revision.replace('/', '%2F')}?blobs=true"
     try:
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):
@@ -42,12 +42,15 @@ def model_folder(name, weights=True):
         if getattr(error, "code", 500) in (401, 403, 404):
             what = "there is no such folder, and the Hub shows no such model or revision"
             raise InputError(f"{name}: {what} ({error}): check the name{advice}.") from None
-        print(f"{url}: {error}. We use what was downloaded before.", file=sys.stderr)
+        problem = f"{url}: {error}"
     ref = root / "refs" / revision
     commit = field(url, about, "sha", HASH, ref.read_text() if ref.is_file() else revision)
     folder, files = root / "snapshots" / commit, field(url, about, "siblings", list_of(TABLE), [])
     if not (about or folder.is_dir()):
-        raise InputError(f"{name} is neither a folder nor in {root}: connect to download it.")
+        why = problem or "HF_HUB_OFFLINE is set"
+        raise InputError(f"{name} is neither a folder nor in {root}: connect to get it ({why}).")
+    if problem:
+        print(f"{problem}. We use what was downloaded before.", file=sys.stderr)
 
     def get(pattern):
         """Download the files whose names match, and return them."""
@@ -66,7 +69,8 @@ def model_folder(name, weights=True):
                     blob.rename(path)
         return found
 
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        make_writable_folder(folder, "HF_HOME or HF_HUB_CACHE:")
     with locked(root):
         get(SMALL)
         config_json.read(folder)  # refuses a model that we cannot load, before its weights come

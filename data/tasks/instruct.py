@@ -36,7 +36,6 @@ from data.tokens.chat import load_template, prompt_that_fits, with_input
 ROLES = {"system": "system"} | dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant")
 NAMES = ("role", "from"), ("content", "value", "text")  # of a message's fields
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # The name of a question, and the names that its answer may have
 ANSWERS = {"instruction": ("output", "response"), "prompt": ["completion"], "question": ["answer"]}
 
@@ -118,15 +117,20 @@ def checked(messages, field, system=None):
     for before, message in pairwise(made):
         if is_answer(message) and before["role"] != "user":
             raise Refused("has an answer that follows no question")
-        if is_answer(message) and not message["content"].strip():
-            raise Refused("has an empty answer")
+        for kind, one in {"question": before, "answer": message}.items():
+            if is_answer(message) and not with_input(one).strip():
+                raise Refused(f"has an empty {kind}")
     return made
 
 
-def csv_rows(path, separator=",", newline=None):
-    """Yield the rows of a CSV file, (its first line, fields). newline: as for `read_text`"""
-    text, line = io.StringIO(read_text(path, newline=newline), newline=""), 1
-    reader = csv.reader(text, delimiter=separator, strict=True)
+def csv_rows(path, separators=",", newline=None):
+    """Yield the rows of a CSV file, (its first line, fields).
+
+    separators: of which the first line has most is the file's; newline: as for `read_text`
+    """
+    text, line = read_text(path, newline=newline), 1
+    separator = max(separators, key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         for row in reader:
             if row:
@@ -136,20 +140,24 @@ def csv_rows(path, separator=",", newline=None):
         raise InputError(f"{path}, line {line} is not CSV ({reason(error)}).") from None
 
 
-def read_table(path, separator):
+def read_table(path):
     """Read CSV whose first row has the names: [(place in the file, record), ...]."""
-    (_, header), *rows = [*csv_rows(path, separator)] or [(1, [])]
+    (_, header), *rows = [*csv_rows(path, ",;\t")] or [(1, [])]
     if not rows:
         raise InputError(f"{path} holds no instructions.")
-    wrong = Refused("has a NUL, or not one field for each name in the first row")
-    fits = lambda row: len(set(header)) == len(header) == len(row) and "\0" not in "".join(row)
-    return [(f"line {line}", dict(zip(header, row)) if fits(row) else wrong) for line, row in rows]
+    n, named = len(header), [*filter(None, header)]  # a spreadsheet adds columns without a name
+    if len(set(named)) < len(named):
+        raise InputError(f"{path} has two columns of one name: rename one.")
+    wrong = Refused("has not one field for each name in the first row, or has a NUL")
+    fits = lambda row: len(row) >= n and not any(row[n:]) and "\0" not in "".join(row)
+    made = lambda row: {name: text for name, text in zip(header, row) if name}
+    return [(f"line {line}", made(row) if fits(row) else wrong) for line, row in rows]
 
 
 def read_instructions(path):
     """Read and check a file: (conversations, notes on the records that were left out)."""
-    separator, made, left_out, notes = SEPARATORS.get(Path(path).suffix.lower()), [], {}, []
-    records = read_table(path, separator) if separator else read_records(path)
+    is_table, made, left_out, notes = Path(path).suffix.lower() in (".csv", ".tsv"), [], {}, []
+    records = read_table(path) if is_table else read_records(path)
     if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
         records = leaf("oasst").grow_trees(records)
     for where, record in records:

@@ -175,7 +175,7 @@ MISTAKES = [  # what a file holds, and how it is refused
     ('{"instruction": 7, "output": "b"}', r'has no text in "instruction" \(line 1: instruction,'),
     ('{\n"version": 1, "data": [' + GOOD + "]}", r"keep only its list \(entry 1: data\)"),
     ('{"a": 1,\n"b": 2,}', "as a whole is not JSON .*line 2 column 8"),
-    ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, or JSON lines"),
+    ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, JSON lines, or a .csv"),
     ('{"instruction": "a", "output": "  "}', r"has an empty answer \(line 1\)"),
     ('{"instruction": "a", "output": "b", "input": 3}', r"context that is not text \(line 1: 3\)"),
     ('{"instruction": "a", "response": 7}', 'no text in "response"'),
@@ -204,7 +204,9 @@ def test_a_file_without_a_good_record_is_refused(text, message, tmp_path):
     with pytest.raises(InputError, match=f"data.jsonl.*{message}"):
         instruct.read_instructions(path)
 
-@pytest.mark.parametrize("name, separator", [("some.csv", ","), ("some.TSV", "\t")])
+@pytest.mark.parametrize("name, separator", [
+    ("some.csv", ","), ("some.TSV", "\t"), ("some.csv", ";"), ("some.csv", "\t"),
+])
 def test_a_table_is_read_as_its_records_in_json(name, separator, tmp_path):
     """Whatever their cells hold; with a BOM, lines of Windows, empty rows, other columns."""
     cells = ['a, b\tc', 'two\n\nlines', 'say "hi"', "é \u2028 ' \\n", "#=1", " x "]
@@ -225,23 +227,24 @@ def test_a_table_is_read_as_its_records_in_json(name, separator, tmp_path):
 def test_rows_that_cannot_be_used_are_counted(tmp_path):
     """With the lines in which they begin; a good row among them is kept."""
     path = tmp_path / "some.csv"
-    path.write_text('question,answer\n"a\nb"\n"c\nd",\ne,f\n1,2,3\ng\0,h\n')
+    path.write_text('question,answer,,\n"a\nb"\n"c\nd",,,\ne,f,,,,\n1,2,,,3\ng\0,h,,\n ,i,,\n')
     found, notes = instruct.read_instructions(path)
-    why = "has a NUL, or not one field for each name in the first row"
+    why = "has not one field for each name in the first row, or has a NUL"
     assert found == [say("user: e", "assistant: f")] and notes == [
-        f"{path}: 3 of 5 records left out: each {why} (line 2, line 7, line 8)",
-        f"{path}: 1 of 5 records left out: each has an empty answer (line 4)",
+        f"{path}: 3 of 6 records left out: each {why} (line 2, line 7, line 8)",
+        f"{path}: 1 of 6 records left out: each has an empty answer (line 4)",
+        f"{path}: 1 of 6 records left out: each has an empty question (line 9)",
     ]
 
 
 @pytest.mark.parametrize("text, message", [
     ("", "holds no instructions"), ("question,answer\n\n", "holds no instructions"),
     ("who,says\n1,2\n", r'no text in "instruction" \(line 2: who, says\)'),
-    ("question;answer\n1;2\n", r"\(line 2: 'question;answer'\)"),
+    ("question|answer\n1|2\n", r"\(line 2: 'question\|answer'\)"),
     ("prompt,chosen,rejected\n1,2,3\n", 'has a "chosen" answer: call it "completion"'),
-    ("question,answer,answer\n1,2,3\n", "not one field for each name"),
+    ("question,answer,answer\n1,2,3\n", "has two columns of one name: rename one"),
     ("question,answer\n1,2\n\"3\n4,5", "line 3 is not CSV .unexpected end of data"),
-    ('question,answer\n"1"2,3\n', "line 2 is not CSV"), ("PAR1", "is Parquet: convert it"),
+    ('question,answer\n"1"2,3\n', "line 2 is not CSV"), ("PAR1", "is Parquet: save it as JSON or CSV"),
     (f"question,answer\n1,{'2' * 200_000}\n", "line 2 is not CSV .field larger than field limit"),
     ("question,answer\n1,2\n".encode("utf-16-le").decode(), "has a NUL"),
 ])
