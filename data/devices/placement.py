@@ -42,18 +42,15 @@ def join(base):
 def follow(model):
     """Put each trained module on the device where it is used."""
     base, side = model.base, model.side
-    last = device_of(base.layers[-1])
     for name, module in side.named_children():
         if name in ("norm", "upsample", "classifier"):
-            module.to(last)
+            module.to(device_of(base.layers[-1])).register_forward_pre_hook(move_inputs)
     every = side.config.every
     for i, layer in enumerate(base.layers[every - 1 :: every]):
         if hasattr(side, "layers"):
             side.layers[i].to(device_of(layer)).register_forward_pre_hook(move_inputs)
         if hasattr(side, "downsample"):
             side.downsample[side.n_first + i].to(device_of(layer))
-    if side.classifier is not None:
-        side.classifier.register_forward_pre_hook(move_inputs)
 
 
 def move_inputs(module, args):

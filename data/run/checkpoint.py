@@ -32,8 +32,7 @@ def write(folder, tensors, config, base):
     """Save a checkpoint. config: a dataclass of settings; base: the base's `fingerprint`"""
     path, about = Path(folder) / WEIGHTS, {"format": 2, "config": asdict(config), "base": base}
     text = json.dumps(about)
-    metadata = {"format": "pt", "side": text, "sha256": digest(text, tensors)}
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, tensors, dict(format="pt", side=text, sha256=digest(text, tensors)))
     write_json(Path(folder) / COPY, about | {"sha256": checksum(path)})
 
 

@@ -28,7 +28,7 @@ def mixing(side):
 class TrainingLog:
     """The files above, the progress bar, the best held-out loss, and the speed of a run.
 
-    out_dir: folder for the files; None in all processes but the first; shown: the progress bar is
+    out_dir: folder for the files; False in all processes but the first; shown: the progress bar is
     """
 
     START = dict(  # what a run that continues needs of the one before it, as it starts
@@ -124,9 +124,8 @@ class TrainingLog:
         """Show the iteration, and write a line if one is due. side: the trained part"""
         rate = self.speed()["tokens_per_second"]
         if self.due:
-            self.curves["training"].append((self.iteration, self.loss))
             new, mixed = self.curves["held out"][-1][0] == self.iteration, mixing(side)
-            for name, value in zip(NAMES[2:], mixed):
+            for name, value in zip(("training", "alpha", "gate"), (self.loss, *mixed)):
                 if value is not None:
                     self.curves[name].append((self.iteration, value))
             self.rows.append([

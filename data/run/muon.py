@@ -16,9 +16,7 @@ class Muon(torch.optim.AdamW):
     """
 
     momentum = 0.95
-
-    def keep(self, state, name, momentum):
-        state[name] = momentum
+    keep = staticmethod(dict.__setitem__)  # (state, name, momentum)
 
     @torch.no_grad()
     def step(self):

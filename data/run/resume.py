@@ -26,10 +26,8 @@ COUNT = whole(0, 1 << 50)
 MOMENT = either(TENSOR, COUNT)
 REAL = Kind("a number", lambda v: type(v) in (int, float))  # also NaN: the loss of a step left out
 POINTS = table_of(list_of(list_of(REAL, 2, 2)))
-CURVES = Kind(
-    f"the curves {', '.join(NAMES)}",
-    lambda v: POINTS.fits(v) and (*v,) == NAMES and v["held out"],
-)
+CURVES = Kind(f"the curves {', '.join(NAMES)}",
+              lambda v: POINTS.fits(v) and (*v,) == NAMES and v["held out"])
 TEXTS = {"prompt", "expected", "answer"}
 SAMPLE = Kind("a table of texts", lambda v: table_of(TEXT).fits(v) and {*v} == TEXTS)
 LOG = {  # what is neither a count nor any number in the log

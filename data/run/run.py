@@ -78,8 +78,7 @@ class Run:
         self.out_dir, self.result = Path(self.cfg.out_dir), result
         self.first = distributed.rank() == 0  # the process that writes
         self.refuse_changes = watch(base_folder)
-        folder = self.out_dir if self.first else None
-        self.log = TrainingLog(folder, self.cfg, self.model.device, shown)
+        self.log = TrainingLog(self.first and self.out_dir, self.cfg, self.model.device, shown)
         examples = examples_fingerprint(task.train + task.held_out)
         # Settings and data, which must be the same when the run continues.
         self.about = asdict(self.cfg) | dict(base=self.model.fingerprint, data=examples)

@@ -74,10 +74,9 @@ def stop_signals():
             with contextlib.suppress(OSError):  # nobody may read it any more
                 os.write(2, STOPPING.encode())  # not print, in which a signal may have come
 
-    try:
+    old = {}
+    with contextlib.suppress(ValueError):  # signals come to the main thread; a run may be in others
         old = {number: signal.signal(number, ask) for number in stops}
-    except ValueError:  # signals come to the main thread, which may have runs in others
-        old = {}
     try:
         yield asked
     finally:

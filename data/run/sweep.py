@@ -14,10 +14,8 @@ from data.settings.methods import SIDE_METHODS
 
 # What --sweep may vary beside the settings of the side network. What changes the base, the batches
 # or when to evaluate may not vary.
-ALSO = (
-    "rank learning_rate alpha_lr_factor lr_schedule warmup_iters weight_decay beta1 beta2"
-    " grad_clip optimizer optimizer_bits checkpoint seed"
-).split()
+ALSO = "rank learning_rate alpha_lr_factor lr_schedule warmup_iters weight_decay grad_clip".split()
+ALSO += "beta1 beta2 optimizer optimizer_bits checkpoint seed".split()
 
 
 def settings_of_runs(given, cfg, resolve):
