@@ -62,13 +62,22 @@ def test_a_model_is_downloaded_once(hub, monkeypatch, capsys):
     assert find_folder("org/model") == folder and capsys.readouterr().err == ""
 
 
-def test_what_is_not_whole_is_refused_without_a_connection(hub, monkeypatch):
+def test_what_is_not_whole_is_refused_without_a_connection(hub, monkeypatch, capsys):
     """A model that was never seen, and one of which a part is missing: one sentence."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(InputError, match="org/model is neither a folder nor in .*: connect"):
+    with pytest.raises(InputError, match="org/model is neither a folder nor in .*: connect .*OFFLINE is set"):
         find_folder("org/model")
     assert not hub.cache.exists() and hub.asked == []
     monkeypatch.delenv("HF_HUB_OFFLINE")
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", "127.0.0.1")
+        with pytest.raises(InputError, match="connect to get it .*127.0.0.1/api.*unknown url type"):
+            find_folder("org/model")
+        assert "downloaded before" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setenv("HF_HUB_CACHE", "/proc/nowhere")
+        with pytest.raises(InputError, match="HF_HUB_CACHE: /proc/nowhere/.* cannot be written to"):
+            find_folder("org/model")
     folder = find_folder("org/model")
     stop(hub)
     (folder / SHARDS[2]).resolve().unlink()

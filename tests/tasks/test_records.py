@@ -244,7 +244,7 @@ def test_rows_that_cannot_be_used_are_counted(tmp_path):
     ("prompt,chosen,rejected\n1,2,3\n", 'has a "chosen" answer: call it "completion"'),
     ("question,answer,answer\n1,2,3\n", "has two columns of one name: rename one"),
     ("question,answer\n1,2\n\"3\n4,5", "line 3 is not CSV .unexpected end of data"),
-    ('question,answer\n"1"2,3\n', "line 2 is not CSV"), ("PAR1", "is Parquet: save it as JSON or CSV"),
+    ('question,answer\n"1"2,3\n', "line 2 is not CSV"), ("PAR1", "is Parquet: save it as JSON"),
     (f"question,answer\n1,{'2' * 200_000}\n", "line 2 is not CSV .field larger than field limit"),
     ("question,answer\n1,2\n".encode("utf-16-le").decode(), "has a NUL"),
 ])
