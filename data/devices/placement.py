@@ -43,7 +43,7 @@ def follow(model):
     """Put each trained module on the device where it is used."""
     base, side = model.base, model.side
     for name, module in side.named_children():
-        if name in ("norm", "upsample", "classifier"):
+        if name in ("norm", "upsample", "classifier") and [*module.parameters()]:
             module.to(device_of(base.layers[-1])).register_forward_pre_hook(move_inputs)
     every = side.config.every
     for i, layer in enumerate(base.layers[every - 1 :: every]):

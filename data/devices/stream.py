@@ -13,6 +13,7 @@ import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -49,7 +50,7 @@ def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
     size = stream.nbytes * distributed.size()
     if stream.copies and size < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
         where = "pinned memory"  # which is had in powers of two: hence 0.6
-        for linear in (linear for linears in stream.layers for linear in linears.values()):
+        for linear in chain(*(linears.values() for linears in stream.layers)):
             pinned = linear.source()._apply(torch.Tensor.pin_memory)
             linear.source = lambda pinned=pinned: pinned
     print(f"stream      {show_bytes(stream.nbytes)} a batch from {where}", flush=True)
@@ -81,6 +82,10 @@ class Stream:
             layer.register_forward_pre_hook(partial(self.before, i))
         empty = lambda weight: copy.deepcopy(weight).to_empty(device=device)
         self.slots = [{name: empty(weight) for name, weight in shapes.items()} for _ in range(2)]
+        for slot in self.slots:
+            for buffer in chain(*(weight.buffers() for weight in slot.values())):
+                if self.copies:  # once freed, it is not reused before the last copy
+                    buffer.record_stream(self.copies)
         for linears in self.layers:
             put(self.slots[0], linears)
         base.embed_tokens.register_forward_pre_hook(lambda own, ids: ids[0].to(own.weight.device))
@@ -115,8 +120,6 @@ class Stream:
                 # What was read from a file may go when `copy_` returns; pinned memory stays.
                 for here, there in zip(slot[name].buffers(), linear.source().buffers()):
                     here.copy_(there, non_blocking=there.is_pinned())
-                    if done:  # once `here` is freed, it is not reused before this copy
-                        here.record_stream(self.copies)
             return self.copies and self.copies.record_event()
 
 

@@ -115,10 +115,8 @@ class TrainingLog:
         if self.failures < 10 and math.isfinite(self.held_out_loss):
             return None
         kept = f"{self.cfg.out_dir} holds the side network of iteration {self.best_iteration}"
-        return (
-            f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or "
-            f"try --dtype bf16 or fp32. {kept if self.best_iteration else 'Nothing is kept'}."
-        )
+        return (f"The loss is not a number at iteration {self.iteration}: lower --learning_rate, or"
+                f" try --dtype bf16 or fp32. {kept if self.best_iteration else 'Nothing is kept'}.")
 
     def write(self, learning_rate, side=None):
         """Show the iteration, and write a line if one is due. side: the trained part"""
@@ -149,7 +147,6 @@ class TrainingLog:
     def speed(self):
         """The tokens per second of all iterations, and the median time of one."""
         return dict(
-            cached_iterations=self.cached_iterations,
             tokens_per_second=self.tokens / (self.seconds or 1),
-            step_ms=statistics.median(self.step_ms or [0.0]),
+            cached_iterations=self.cached_iterations, step_ms=statistics.median(self.step_ms or [0]),
         )
