@@ -34,16 +34,32 @@ def pick_device(name):
     here = dict(cuda=gpus, mps=int(mps), cpu=1)[kind]
     if int(number or 0) >= here:
         raise InputError(f"--device {name}: torch sees {here} such GPUs here; try --device cpu.")
-    if name == "cuda":
-        name = f"cuda:{int(os.environ.get('LOCAL_RANK', torch.cuda.current_device())) % gpus}"
+    if kind == "cuda":
+        name = f"cuda:{number or int(os.environ.get('LOCAL_RANK', 0)) % gpus}"
+        start_cuda(name)
     return torch.device(name)
 
 
+def start_cuda(gpu):
+    """Start CUDA, and refuse an NVIDIA GPU that this torch cannot use."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 cuDNN plans each new length anew
+    try:
+        torch.ones(1, device=gpu)  # computed by a kernel, which torch may not have for this GPU
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        reason = str(error).splitlines()[0].partition(". ")[0]
+        do = "update its driver, or for an older GPU or driver install torch from"
+        do += " https://download.pytorch.org/whl/cu126, or give --device cpu"
+        raise InputError(f"torch {torch.__version__} cannot use {gpu} ({reason}): {do}.") from None
+
+
 def pick_dtype(name, device):
-    """A flag's value -> a torch dtype; "auto" is bf16 on an NVIDIA GPU, and fp32 elsewhere."""
+    """A flag's value -> a dtype; "auto" is bf16 on NVIDIA (fp16 where it is slow), else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name == "auto":
-        return torch.bfloat16 if device.type in ("cuda", "meta") else torch.float32
+        old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+        name = "fp16" if old else "bf16" if device.type in ("cuda", "meta") else "fp32"
     if name not in names:
         raise InputError(f"--dtype {shown(name)} is unknown: choose auto, {', '.join(names)}.")
     if device.type == "mps" and name == "bf16":
@@ -83,11 +99,9 @@ def loss_and_kept(model, idx, targets):
     kept = weakref.WeakValueDictionary()  # a chunk of logits is gone before the end
 
     def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model.loss_of(model.hidden(idx), targets)
-    return loss, sum(storage.nbytes() for storage in kept.values())
+    return loss, sum(storage.nbytes() for key, storage in kept.items() if key not in own)

@@ -20,47 +20,11 @@ from tqdm import tqdm
 
 import train
 from data import InputError
-from data.devices.device import pick_device, pick_dtype
 from data.formats.files import write_json
 from data.run import report
 from data.tasks import tiny
 from model import from_pretrained, quantize_folder
 from train import TrainConfig
-
-
-def test_apples_gpu_is_taken_where_there_is_no_cuda(monkeypatch):
-    """`auto` takes it, in fp32; fp16 works, and bf16, which it lacks, is refused."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    device = pick_device("auto")
-    assert device == pick_device("mps") == torch.device("mps")
-    assert pick_dtype("auto", device) == torch.float32
-    assert pick_dtype("fp16", device) == torch.float16
-    with pytest.raises(InputError, match="--dtype bf16"):
-        pick_dtype("bf16", device)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(InputError, match="--device mps: torch sees 0 such GPUs here"):
-        pick_device("mps")
-
-
-def test_each_process_takes_its_own_gpu(monkeypatch):
-    """torchrun numbers the processes of a machine; a number that is not there is refused."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
-    assert pick_device("cuda:0") == torch.device("cuda:0")
-    with pytest.raises(InputError, match="--device cuda:2: torch sees 2 such GPUs here"):
-        pick_device("cuda:2")
-
-
-@pytest.mark.parametrize("name", ["meta", "xpu", "cpu:3", "tpu", "cuda:x", "a" * 1000])
-def test_other_devices_are_refused(name):
-    """In one short sentence."""
-    message = "is unknown: choose auto, cuda, cuda:1, mps or cpu"
-    with pytest.raises(InputError, match=message) as caught:
-        pick_device(name)
-    assert len(str(caught.value)) < 200
 
 
 def test_without_what_windows_lacks():
