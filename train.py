@@ -72,7 +72,7 @@ class TrainConfig(SideConfig):
         "for GLUE, lm with --shots", ("lm", "classifier"))
     quant: str = setting(None, "storage of the base: nf4, fp4, none; for peqa int4, int3, or "
         "int4-64 in groups of 64; default: by the method, or that of --side", group="model")
-    dtype: str = setting("auto", "fp32, bf16 or fp16; auto: bf16 on NVIDIA, else fp32")
+    dtype: str = setting("auto", "fp32, bf16 or fp16; auto: bf16 on NVIDIA (T4: fp16), else fp32")
     device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: a GPU if there is one")
     devices: str = setting("", "several devices for the base's layers, in order: cuda:0,cuda:1")
     threads: int = setting(0, "CPU threads; 0: torch's default", at_least=0)

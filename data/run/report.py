@@ -4,7 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,18 +25,16 @@ SCORES = ("exact_match", "accuracy", "f1", "matthews", "pearson", "spearman")
 
 def progress(iterations, desc, **more):
     """A progress bar; if the output is no terminal, a line every 15 seconds."""
-    often = 0.1 if sys.stderr.isatty() else 15
-    return tqdm(iterations, desc, unit="it", mininterval=often, **more)
+    return tqdm(iterations, desc, unit="it", mininterval=0.1 if sys.stderr.isatty() else 15, **more)
 
 
 def provenance():
     """The versions, the commit of the code, and the command line."""
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+    commit = ""
+    with suppress(OSError):  # no git here
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        commit = ""
     versions = dict(python=platform.python_version(), torch=torch.__version__)
     return dict(versions=versions, commit=commit, command=shlex.join(sys.argv))
 
@@ -136,6 +134,8 @@ def write_result(cfg, result, device, seconds):
     """Write result.json, unless an error has ended the run."""
     result |= provenance() | dict(config=asdict(cfg), seconds=seconds)
     result["peak_memory_bytes"] = peak_memory(device)
+    if device.type == "cuda":  # with what torch keeps for later: nearly what nvidia-smi shows
+        result["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     if distributed.rank() == 0 and "error" not in result:
         write_json(Path(cfg.out_dir) / "result.json", result)
 
