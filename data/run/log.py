@@ -2,9 +2,9 @@
 
 import csv
 import math
-import statistics
 import time
 from copy import deepcopy
+from statistics import median
 
 import torch
 
@@ -148,5 +148,5 @@ class TrainingLog:
         """The tokens per second of all iterations, and the median time of one."""
         return dict(
             tokens_per_second=self.tokens / (self.seconds or 1),
-            cached_iterations=self.cached_iterations, step_ms=statistics.median(self.step_ms or [0]),
+            cached_iterations=self.cached_iterations, step_ms=median(self.step_ms or [0.0]),
         )
