@@ -18,6 +18,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "load": ("speed", "", "peak memory of `from_pretrained`"),
     "quant": ("speed", "", "speed of quantizing and dequantizing, beside bitsandbytes"),
     "tokens": ("speed", "", "speed of generating from a 4-bit and from an fp32 base"),
+    "kernels": ("kernels", "[all]", "how many kernels a GPU is given for a step, without a GPU"),
     "gpu": ("gpu", "[--help] ...", "all of it on one GPU: kernels, tokens, steps, memory"),
     "account": ("memory", "", "the memory account beside the peak memory of real steps"),
     "stream": ("streaming", "[LAYERS [STEPS]]", "a model four times a hard limit on memory"),
