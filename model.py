@@ -86,8 +86,7 @@ class Linear(nn.Linear):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x):
-        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
 class LayerNorm(nn.LayerNorm):
