@@ -120,12 +120,13 @@ def rotary_table(config, positions, dtype):
     """Cosines and sines that rotate queries and keys; None for a model with learned positions.
 
     positions: (B or 1, T)
-    returns two of (B or 1, 1, T, D), the second half of the channels repeating the first
+    returns two of (B or 1, 1, T, D), the second half of the channels repeating the first, with
+    another sign in the sines
     """
     if config.family == "opt":
         return None
     angles = positions.unsqueeze(-1).float() * rotary_frequencies(config, positions.device)
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+    angles = torch.cat([-angles, angles], dim=-1).unsqueeze(1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -135,7 +136,7 @@ def rotate(x, rope):
         return x
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return x * cos + torch.cat([second, first], dim=-1) * sin
 
 
 class Attention(nn.Module):
