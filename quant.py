@@ -133,7 +133,8 @@ def quantize_blockwise(values, codebook, block_size):
     size = chunk_size(values.device) // (8 if values.is_cpu else 32)
     for start in range(0, n, size):
         chunk = values[start : start + size].float()
-        blocks = F.pad(chunk, (0, -len(chunk) % block_size)).view(-1, block_size)
+        short = -len(chunk) % block_size  # padding by nothing would copy
+        blocks = (F.pad(chunk, (0, short)) if short else chunk).view(-1, block_size)
         peak = blocks.abs().amax(dim=1)
         # Multiply by the reciprocal, as bitsandbytes does: division decides exact ties differently.
         index = nearest((blocks * (1 / peak.clamp(min=1e-38)).unsqueeze(1)).view(-1), codebook)

@@ -18,9 +18,9 @@ def pack_hidden(x, bits):
         return (x,)
     if bits == 4:
         return quantize_blockwise(x, NF4_CODEBOOK, BLOCK_SIZE)
-    x = x.reshape(-1)
-    blocks = F.pad(x, (0, -len(x) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30) / 127
+    short = -x.numel() % BLOCK_SIZE  # padding by nothing would copy x
+    blocks = (F.pad(x.flatten(), (0, short)) if short else x).reshape(-1, BLOCK_SIZE)
+    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30).div_(127)
     return (blocks / steps).round_().to(torch.int8), steps
 
 
