@@ -24,11 +24,13 @@ def levels_on(name, device):
 
 def decode(state, name, like):
     """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
+    kept, absmax = state.get(name), state.get(f"{name}_absmax")
+    if kept is not None and absmax is None:
+        return kept  # in 32 bits
     moment = torch.zeros(like.shape, device=like.device)
-    if f"{name}_absmax" not in state:
-        return state.get(name, moment)  # in 32 bits, or there is none yet
-    levels, absmax = levels_on(name, like.device), state[f"{name}_absmax"]
-    dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
+    if kept is not None:
+        levels = levels_on(name, like.device)
+        dequantize_blockwise(kept, levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
     return moment
 
 

@@ -7,6 +7,8 @@ import torch
 from data.run.adamw8bit import AdamW8bit, decode, encode
 from data.run.optim import must_skip
 
+AT_ONCE = 1 << 24  # weights of one shape that take a step together: a GPU starts fewer kernels
+
 
 class Muon(torch.optim.AdamW):
     """Muon (arXiv 2502.16982 §2) for groups of matrices with `muon=True`, and AdamW for the rest.
@@ -23,19 +25,29 @@ class Muon(torch.optim.AdamW):
         if must_skip(self):
             return
         for group in self.param_groups:
-            for parameter in group["params"] if group["muon"] else ():
-                if parameter.grad is not None:
-                    self.update_matrix(parameter, group["lr"], group["weight_decay"])
-                    parameter.grad = None  # AdamW leaves out what has no gradient
+            alike = {}  # {shape: its matrices}
+            for matrix in group["params"] if group["muon"] else ():
+                if matrix.grad is not None:
+                    alike.setdefault(matrix.shape, []).append(matrix)
+            for shape, matrices in alike.items():
+                n = max(1, AT_ONCE // shape.numel())
+                for i in range(0, len(matrices), n):
+                    self.update_alike(matrices[i : i + n], group["lr"], group["weight_decay"])
         super().step()  # of AdamW, in `Muon8bit` of AdamW8bit
 
-    def update_matrix(self, matrix, lr, weight_decay):
-        grad, state = matrix.grad.float(), self.state[matrix]
-        momentum = decode(state, "momentum", grad).mul_(self.momentum).add_(grad)
-        self.keep(state, "momentum", momentum)
-        direction = orthogonalize(grad + self.momentum * momentum)  # Nesterov's look ahead
-        size = 0.2 * math.sqrt(max(matrix.shape))
-        matrix.mul_(1 - lr * weight_decay).sub_(direction, alpha=lr * size)
+    def update_alike(self, matrices, lr, weight_decay):
+        """Take the step of several matrices of one shape."""
+        grads = [matrix.grad.float() for matrix in matrices]
+        momenta = [decode(self.state[m], "momentum", grad) for m, grad in zip(matrices, grads)]
+        torch._foreach_mul_(momenta, self.momentum)
+        torch._foreach_add_(momenta, grads)
+        ahead = torch.stack(grads).add_(torch.stack(momenta), alpha=self.momentum)  # Nesterov's
+        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        torch._foreach_sub_(matrices, orthogonalize(ahead).unbind(), alpha=lr * size)
+        for matrix, momentum in zip(matrices, momenta):
+            self.keep(self.state[matrix], "momentum", momentum)
+            matrix.grad = None  # AdamW leaves out what has no gradient
 
 
 class Muon8bit(Muon, AdamW8bit):
@@ -44,11 +56,14 @@ class Muon8bit(Muon, AdamW8bit):
     keep = staticmethod(encode)
 
 
-def orthogonalize(matrix, steps=5):
-    """Set the singular values of a matrix to 0.7 to 1.2, by Muon's Newton-Schulz iterations."""
-    x = matrix / (matrix.norm() + 1e-7)
-    x = x.T if len(matrix) > matrix.shape[1] else x
+def orthogonalize(matrices, steps=5):
+    """Set the singular values of matrices (k, m, n) to 0.7 to 1.2, by Muon's Newton-Schulz
+    iterations; as its authors do, in bf16 on a GPU."""
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
+    x = x.mT if x.shape[1] > x.shape[2] else x
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return (x.mT if matrices.shape[1] > matrices.shape[2] else x).float()
