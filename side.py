@@ -215,8 +215,7 @@ class SideNetwork(nn.Module):
         if self.gamma is None:
             mixed = z + h_g
         else:
-            beta = torch.sigmoid(self.gamma[i - 1]).to(z.device)
-            mixed = (1 - beta).to(z.dtype) * z + beta.to(z.dtype) * h_g
+            mixed = torch.lerp(z, h_g, torch.sigmoid(self.gamma[i - 1]).to(z))
         return self.layers[i - 1](mixed, mask, rope, cache)
 
     def mix(self, h_f, h_g):
