@@ -136,7 +136,7 @@ def rotate(x, rope):
         return x
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, torch.cat([second, first], dim=-1), sin)
 
 
 class Attention(nn.Module):
