@@ -120,8 +120,7 @@ def rotary_table(config, positions, dtype):
     """Cosines and sines that rotate queries and keys; None for a model with learned positions.
 
     positions: (B or 1, T)
-    returns two of (B or 1, 1, T, D), the second half of the channels repeating the first, with
-    another sign in the sines
+    returns two of (B or 1, 1, T, D); both halves of the channels are equal, but the sines' signs
     """
     if config.family == "opt":
         return None

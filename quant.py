@@ -77,9 +77,9 @@ DYNAMIC_CODEBOOK = dynamic_codebook()
 
 
 @cache
-def codebook_on(kind, device):
-    """A code book on a device: "nf4", "fp4", or "dynamic", that of absmax values."""
-    return (DYNAMIC_CODEBOOK if kind == "dynamic" else CODEBOOKS[kind]).to(device)
+def codebook_on(codebook, device):
+    """A code book on a device, copied there once."""
+    return codebook.to(device)
 
 
 @cache
@@ -270,7 +270,7 @@ def quantize_4bit(weight, kind="nf4", double_quant=True, name="the weight"):
 def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
     """Unpack a weight into `out`, (n,): first its scales, then the weight, by one function."""
     if nested_absmax is not None:
-        table, scales = codebook_on("dynamic", codes.device), torch.empty_like(absmax).float()
+        table, scales = codebook_on(DYNAMIC_CODEBOOK, out.device), torch.empty_like(absmax).float()
         dequantize_blockwise(absmax, table, nested_absmax, ABSMAX_BLOCK_SIZE, scales)
         absmax = scales.add_(offset)
     dequantize_blockwise(codes, byte_table(kind, codes.device), absmax, BLOCK_SIZE, out)
@@ -377,7 +377,7 @@ if triton:
 
     def on_device(codes, absmax, nested_absmax, offset, kind):
         """The first arguments of both kernels."""
-        codebooks = codebook_on(kind, codes.device), codebook_on("dynamic", codes.device)
+        codebooks = [codebook_on(c, codes.device) for c in (CODEBOOKS[kind], DYNAMIC_CODEBOOK)]
         return codes, absmax, nested_absmax, offset, *codebooks, len(codes)
 
     def launch_dequantize(*weight_and_out):

@@ -1,12 +1,13 @@
 """--optimizer_bits 8: AdamW with two moments in 8 bits, and how a moment is kept in 8 bits."""
 
 import math
-from functools import cache
 
 import torch
 
 from data.run.optim import must_skip
-from quant import ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, dequantize_blockwise, quantize_blockwise
+from quant import (
+    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
+)
 
 LEVELS = {  # of each moment
     "mean": DYNAMIC_CODEBOOK,
@@ -17,20 +18,13 @@ LEVELS = {  # of each moment
 }
 
 
-@cache
-def levels_on(name, device):
-    return LEVELS[name].to(device)
-
-
 def decode(state, name, like):
     """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
-    kept, absmax = state.get(name), state.get(f"{name}_absmax")
-    if kept is not None and absmax is None:
-        return kept  # in 32 bits
-    moment = torch.zeros(like.shape, device=like.device)
-    if kept is not None:
-        levels = levels_on(name, like.device)
-        dequantize_blockwise(kept, levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
+    if f"{name}_absmax" not in state:  # in 32 bits, or there is none yet
+        return state[name] if name in state else torch.zeros(like.shape, device=like.device)
+    moment = torch.empty(like.shape, device=like.device)
+    levels, absmax = codebook_on(LEVELS[name], like.device), state[f"{name}_absmax"]
+    dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
     return moment
 
 

@@ -1,13 +1,9 @@
 """Muon, an optimizer for matrices: --optimizer muon, also with --optimizer_bits 8."""
 
-import math
-
 import torch
 
 from data.run.adamw8bit import AdamW8bit, decode, encode
 from data.run.optim import must_skip
-
-AT_ONCE = 1 << 24  # weights of one shape that take a step together: a GPU starts fewer kernels
 
 
 class Muon(torch.optim.AdamW):
@@ -18,35 +14,31 @@ class Muon(torch.optim.AdamW):
     """
 
     momentum = 0.95
-    keep = staticmethod(dict.__setitem__)  # (state, name, momentum)
+    keep = staticmethod(dict.__setitem__)  # of the arguments state, "momentum", momentum
 
     @torch.no_grad()
     def step(self):
         if must_skip(self):
             return
         for group in self.param_groups:
-            alike = {}  # {shape: its matrices}
-            for matrix in group["params"] if group["muon"] else ():
+            alike = {}  # {(shape, part of 2^26 weights): matrices}: fewer kernels on a GPU
+            for i, matrix in enumerate(group["params"] if group["muon"] else ()):
                 if matrix.grad is not None:
-                    alike.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in alike.items():
-                n = max(1, AT_ONCE // shape.numel())
-                for i in range(0, len(matrices), n):
-                    self.update_alike(matrices[i : i + n], group["lr"], group["weight_decay"])
+                    alike.setdefault((matrix.shape, i * matrix.numel() >> 26), []).append(matrix)
+            for matrices in alike.values():
+                self.update_alike(matrices, group["lr"], group["weight_decay"])
         super().step()  # of AdamW, in `Muon8bit` of AdamW8bit
 
     def update_alike(self, matrices, lr, weight_decay):
         """Take the step of several matrices of one shape."""
-        grads = [matrix.grad.float() for matrix in matrices]
-        momenta = [decode(self.state[m], "momentum", grad) for m, grad in zip(matrices, grads)]
-        torch._foreach_mul_(momenta, self.momentum)
-        torch._foreach_add_(momenta, grads)
-        ahead = torch.stack(grads).add_(torch.stack(momenta), alpha=self.momentum)  # Nesterov's
-        size = 0.2 * math.sqrt(max(matrices[0].shape))
+        grad = torch.stack([matrix.grad for matrix in matrices]).float()
+        momentum = torch.stack([decode(self.state[m], "momentum", m) for m in matrices])
+        momentum.mul_(self.momentum).add_(grad)
+        direction = orthogonalize(grad.add(momentum, alpha=self.momentum))  # Nesterov's look ahead
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_sub_(matrices, orthogonalize(ahead).unbind(), alpha=lr * size)
-        for matrix, momentum in zip(matrices, momenta):
-            self.keep(self.state[matrix], "momentum", momentum)
+        torch._foreach_sub_(matrices, direction.unbind(), alpha=0.2 * lr * max(grad.shape[1:]) ** 0.5)
+        for matrix, own in zip(matrices, momentum):
+            self.keep(self.state[matrix], "momentum", own)
             matrix.grad = None  # AdamW leaves out what has no gradient
 
 
@@ -57,10 +49,9 @@ class Muon8bit(Muon, AdamW8bit):
 
 
 def orthogonalize(matrices, steps=5):
-    """Set the singular values of matrices (k, m, n) to 0.7 to 1.2, by Muon's Newton-Schulz
-    iterations; as its authors do, in bf16 on a GPU."""
+    """Set the singular values of k matrices, (k, m, n), to 0.7 to 1.2, by Newton-Schulz."""
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
-    x = x.bfloat16() if x.is_cuda else x
+    x = x.bfloat16() if x.is_cuda else x  # as Muon's authors do
     x = x.mT if x.shape[1] > x.shape[2] else x
     for _ in range(steps):
         gram = x @ x.mT

@@ -4,10 +4,11 @@ import importlib
 import json
 import re
 import subprocess
+from dataclasses import replace
 
 import bench
 import pytest
-from benchmarks import learning, memory, methods, paper, speed, step, streaming
+from benchmarks import kernels, learning, memory, methods, paper, speed, step, streaming
 from benchmarks.common import write_model
 from helpers import run_forked
 
@@ -170,3 +171,13 @@ def test_a_run_that_fails_is_reported(tmp_path, monkeypatch, capsys):
     assert "--max_iters 0 must be at least 1" in capsys.readouterr().err
     with pytest.raises(InputError, match="holds no run"):
         learning.read_runs(tmp_path)
+
+
+@pytest.mark.parametrize("flags, layers, most", [
+    ("", 4, 790), ("--variant fast", 12, 1350), ("--optimizer_bits 8", 2, 860), (None, 4, 255),
+])
+def test_the_kernels_of_a_step(flags, layers, most, monkeypatch):
+    """A GPU is given no more kernels than today for a step, or with None for a token."""
+    monkeypatch.setattr(kernels, "SHAPE", replace(kernels.SHAPE, n_layer=layers))
+    counted = kernels.of_a_token(True) if flags is None else kernels.of_a_step(flags)
+    assert 0.95 * most < counted.parts.total() <= most, counted.parts
