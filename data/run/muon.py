@@ -34,9 +34,9 @@ class Muon(torch.optim.AdamW):
         grad = torch.stack([matrix.grad for matrix in matrices]).float()
         momentum = torch.stack([decode(self.state[m], "momentum", m) for m in matrices])
         momentum.mul_(self.momentum).add_(grad)
-        direction = orthogonalize(grad.add(momentum, alpha=self.momentum))  # Nesterov's look ahead
+        update = orthogonalize(grad.add(momentum, alpha=self.momentum))  # Nesterov's look ahead
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_sub_(matrices, direction.unbind(), alpha=0.2 * lr * max(grad.shape[1:]) ** 0.5)
+        torch._foreach_sub_(matrices, update.unbind(), alpha=0.2 * lr * max(grad.shape[1:]) ** 0.5)
         for matrix, own in zip(matrices, momentum):
             self.keep(self.state[matrix], "momentum", own)
             matrix.grad = None  # AdamW leaves out what has no gradient
