@@ -54,14 +54,6 @@ def oasst_tree():
     return {"message_tree_id": tree["message_id"], "tree_state": "ready_for_export", "prompt": tree}
 
 
-def flat_tree(node, parent=None):
-    """The messages of a tree in OASST1's other form."""
-    mine = {k: v for k, v in node.items() if k != "replies"}
-    yield mine | {"parent_id": parent, "tree_state": "ready_for_export"}
-    for reply in node["replies"]:
-        yield from flat_tree(reply, node["message_id"])
-
-
 def released_state(base, reduction, rank, seed=0):
     """Random tensors under the names, and in the files, of the released code."""
     torch.manual_seed(seed)

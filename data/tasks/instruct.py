@@ -6,7 +6,7 @@ A file is a JSON list, JSON lines, or a .csv or .tsv with a row of names, in one
     messages    {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
     ShareGPT    {"conversations": [{"from": "system" | "human" | "gpt", "value": ...}, ...]}
     pairs       {"prompt": ..., "completion": ...} or {"question": ..., "answer": ...}
-    OASST1      trees or messages: see oasst.py
+    OASST1      trees: see oasst.py
 
 Each record becomes a conversation, a list of {"role": "system" | "user" | "assistant",
 "content": ...} that ends with an answer. An Alpaca question keeps its "input" beside "content".
@@ -42,7 +42,7 @@ ANSWERS = {"instruction": ("output", "response"), "prompt": ["completion"], "que
 
 def conversation(record):
     """Turn a record into a conversation. `Refused` gives the reason if it is not possible."""
-    if isinstance(record, Refused):  # a message of OASST1
+    if isinstance(record, Refused):  # a row of a table
         raise record
     if not isinstance(record, dict):
         raise Refused("is not an object")
@@ -80,6 +80,8 @@ def lacks(name, record):
         return Refused(f'has a "chosen" answer: call it "{new}"')
     if name in record or name != "instruction" or not (lists or "text" in record):
         return Refused(f'has no text in "{name}"', first_few([*record]) or "empty")
+    if "message_id" in record:
+        return Refused("is one message of OASST1: give its file of trees")
     if lists:
         return Refused("is an object in place of a list: keep only its list", first_few(lists))
     return Refused('has a "text" and no question: write all texts to a file for --task text')
@@ -158,8 +160,6 @@ def read_instructions(path):
     """Read and check a file: (conversations, notes on the records that were left out)."""
     is_table, made, left_out, notes = Path(path).suffix.lower() in (".csv", ".tsv"), [], {}, []
     records = read_table(path) if is_table else read_records(path)
-    if isinstance(records[0][1], dict) and "message_id" in records[0][1]:
-        records = leaf("oasst").grow_trees(records)
     for where, record in records:
         try:
             made.append(conversation(record))

@@ -1,7 +1,7 @@
 """OASST1's trees of messages (arXiv 2304.07327), one conversation from each.
 
-A file has one tree per line, {"prompt": {"role", "text", "rank", "replies": [...]}}, or one message
-per line, {"message_id", "parent_id", "role", "text", "rank", ...}.
+A file has one tree per line, {"prompt": {"role", "text", "rank", "replies": [...]}}. OASST1's other
+form, one message per line, is not read: the trees hold the same.
 """
 
 import math
@@ -11,7 +11,7 @@ from data.formats.fields import TABLE, TEXT, TRUE_OR_FALSE, list_of, number, sho
 
 FIELDS = {  # of a message: their kinds, if they are neither missing nor null
     "rank": number(0, 1 << 30), "deleted": TRUE_OR_FALSE, "review_result": TRUE_OR_FALSE,
-    "message_id": TEXT, "parent_id": TEXT, "tree_state": TEXT,
+    "tree_state": TEXT,
 }
 
 
@@ -29,8 +29,6 @@ def best_path(tree):
     check_message(tree)
     if tree.get("tree_state") not in (None, "ready_for_export"):
         raise Refused("is a tree that is not ready for export", shown(tree["tree_state"]))
-    if tree["prompt"].get("parent_id") is not None:
-        raise Refused("answers a message that cannot be used, or does not stand before it")
     path, questions = [], [tree["prompt"]]
     while question := next(filter(replies, questions), None):
         answer = replies(question)[0]
@@ -48,28 +46,3 @@ def replies(node):
         check_message(one)
     valid = [n for n in nodes if not n.get("deleted") and n.get("review_result") is not False]
     return sorted(valid, key=lambda n: math.inf if n.get("rank") is None else n["rank"])
-
-
-def grow_trees(records):
-    """Join flat messages into trees: [(place of the prompt, tree or its `Refused`), ...].
-
-    A reply stands behind its message, as in OASST1's files, which go through each tree in depth.
-    """
-    nodes, trees = {}, []
-    for where, message in records:
-        try:
-            if not isinstance(message, dict) or not {"message_id", "parent_id"} <= message.keys():
-                raise Refused('has no "message_id" and "parent_id", as the others have')
-            check_message(message)
-            id = message["message_id"]
-            if id is None or id in nodes:
-                raise Refused('has the "message_id" of another, or none', shown(id))
-            parent, nodes[id] = nodes.get(message["parent_id"]), {**message, "replies": []}
-            if parent:
-                parent["replies"].append(nodes[id])
-            else:  # a prompt, or a reply, which `best_path` refuses
-                tree = {"prompt": nodes[id], "tree_state": message.get("tree_state")}
-                trees.append((where, tree))
-        except Refused as error:
-            trees.append((where, error))
-    return trees

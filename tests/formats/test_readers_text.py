@@ -119,10 +119,6 @@ def test_mrpc_without_examples(corpus, ids, tmp_path):
     assert not list(tmp_path.glob("*dev.tsv")) and not list(tmp_path.glob("train.tsv"))
 
 
-def message(id, parent, role="assistant", **more):
-    return dict(message_id=id, parent_id=parent, role=role, text="t") | more
-
-
 def tree(**reply):
     reply = dict(role="assistant", text="a") | reply
     return {"prompt": {"role": "prompter", "text": "q", "replies": [reply]}}
@@ -136,17 +132,6 @@ RECORDS = {
     '"deleted" that is not true or false (line 1: \'no\')': [tree(deleted="no")],
     '"replies"': [{"prompt": {"role": "prompter", "text": "q", "replies": {"a": 1}}}],
     '"tree_state"': [{"prompt": {"role": "prompter", "text": "q"}, "tree_state": ["x"]}],
-    '"message_id" that is not a text (line 1: [1])': [message([1], None)],
-    '"parent_id" that is not a text (line 1: {})': [message("a", {})],
-    "the \"message_id\" of another, or none (line 3: 'b')": [
-        message("a", None), message("b", "a"), message("b", "a")
-    ],
-    "answers a message that cannot be used, or does not stand before it (line 1)": [
-        message("b", "a")
-    ],
-    "does not stand before it (line 2)": [
-        message("a", None), message("b", "c"), message("c", "b")
-    ],
 }
 
 

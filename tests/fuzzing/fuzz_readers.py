@@ -8,7 +8,7 @@ import json
 
 import torch
 from helpers import FIXTURES, small_base
-from samples import GLUE_LINES, MMLU_ROW, flat_tree, oasst_tree, released_state
+from samples import GLUE_LINES, MMLU_ROW, oasst_tree, released_state
 from fuzz_state import read_state, states
 
 from data import Refused
@@ -228,7 +228,7 @@ def instructions(work):
     return [
         lines(alpaca, alpaca), lines({"instruction": "q", "context": "c", "response": "a"}),
         lines({"messages": said}, {"messages": said[1:]}), lines({"conversations": human}),
-        lines(tree), lines(*flat_tree(tree["prompt"])),
+        lines(tree),
         {"data.jsonl": json.dumps([alpaca] * 2).encode()},
     ]
 

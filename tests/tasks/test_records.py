@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from chat_templates import LLAMA2
 from helpers import TEST_DATA, needs_test_data, run_script, say
-from samples import flat_tree, oasst_tree
+from samples import oasst_tree
 
 import train
 from data import InputError
@@ -139,30 +139,17 @@ def test_a_run_says_what_it_leaves_out(tiny_model, tmp_path, capsys):
 
 
 def test_oasst1_gives_the_best_path(tmp_path):
-    """Of a tree the best answers, the first answered questions, up to an answer; in both forms."""
+    """Of a tree the best answers, the first answered questions, up to an answer."""
     tree = oasst_tree()
     best = [say("user: q", "assistant: a1", "user: q2", "assistant: a3")]
     other = tree | {"tree_state": "growing"}
     alone = {"prompt": {"role": "prompter", "text": "q", "replies": []}}
     assert read(tmp_path, tree, other, alone) == best
-    messages = list(flat_tree(tree["prompt"]))
-    assert read(tmp_path, *messages) == best
-    with pytest.raises(InputError, match="9 of 9 .* does not stand before it"):
-        read(tmp_path, *reversed(messages[1:10]))
     with pytest.raises(InputError, match="not ready for export .*: 'growing'.*question with an a"):
         read(tmp_path, other, alone)
-    # A wrong message takes only its replies with it, and another of the same name nothing.
-    wrong = [m | {"rank": [1]} if m["text"] == "a3" else m for m in messages]
-    path = tmp_path / "some.jsonl"
-    path.write_text("\n".join(map(json.dumps, [*wrong, messages[0], 7])))
-    found, notes = instruct.read_instructions(path)
-    assert found == [say("user: q", "assistant: a1", "user: q3", "assistant: a4")]
-    assert [note.partition("left out: each ")[2].partition(" (")[0] for note in notes] == [
-        'has a "rank" that is not a number from 0 to 1.07374e+09',
-        "answers a message that cannot be used, or does not stand before it",
-        'has the "message_id" of another, or none',
-        'has no "message_id" and "parent_id", as the others have',
-    ]
+    message = {"message_id": "1", "parent_id": None, "role": "prompter", "text": "q"}
+    with pytest.raises(InputError, match="is one message of OASST1: give its file of trees"):
+        read(tmp_path, message)
 
 
 MISTAKES = [  # what a file holds, and how it is refused
