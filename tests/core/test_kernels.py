@@ -124,8 +124,9 @@ class NoGPU:
     """What Triton asks of a GPU's driver when it compiles for one."""
 
     def __init__(self, arch):
+        target = ("hip", arch, 64) if isinstance(arch, str) else ("cuda", arch, 32)
         self.get_current_device = lambda: arch  # compiled kernels are kept by device
-        self.get_current_target = lambda: GPUTarget("cuda", arch, 32)
+        self.get_current_target = lambda: GPUTarget(*target)
         self.get_current_stream = lambda device: 0
 
 
@@ -155,16 +156,21 @@ def stack_bytes(binary, folder):
     """Bytes of local memory that a thread uses: arrays and spilled registers.
 
     `cuobjdump` counts them as STACK: what it calls LOCAL is 0 for a kernel that spills, and the
-    PTX has no `.local`, as registers are assigned after it.
+    PTX has no `.local`, as registers are assigned after it. AMD's assembly has the number.
     """
+    if "amdgcn" in binary.asm:
+        return int(re.search(r"private_segment_fixed_size: +(\d+)", binary.asm["amdgcn"])[1])
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
     command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
     return int(re.search(r"STACK:(\d+)", subprocess.check_output(command, text=True))[1])
 
 
-@pytest.mark.parametrize("arch", [75, 80, 90, 100])
-@pytest.mark.parametrize("dtype", DTYPES)
+IN_ALL_DTYPES = [(dtype, arch) for dtype in DTYPES for arch in (75, 80, 90, 100)]
+IN_BF16 = [("bf16", arch) for arch in (86, 89, 120, "gfx90a", "gfx942")]
+
+
+@pytest.mark.parametrize("dtype, arch", IN_ALL_DTYPES + IN_BF16)
 @pytest.mark.parametrize("name", ["dequantize", "matvec"])
 def test_compiles_without_spilling(name, dtype, arch, tmp_path):
     """Everything a thread holds fits in registers, on each generation of GPUs."""
@@ -173,10 +179,11 @@ def test_compiles_without_spilling(name, dtype, arch, tmp_path):
             assert stack_bytes(compiled(name, dtype, arch, double_quant, rows), tmp_path) == 0
 
 
-def test_spills_are_seen(tmp_path, monkeypatch):
-    """A tile four times as large does not fit in registers, and the check above notices."""
-    monkeypatch.setattr(quant, "tile_blocks", lambda dtype: 32)
-    assert stack_bytes(compiled("matvec", "fp32"), tmp_path) > 0
+@pytest.mark.parametrize("arch, blocks", [(80, 32), ("gfx942", 128)])
+def test_spills_are_seen(arch, blocks, tmp_path, monkeypatch):
+    """A tile many times as large does not fit in registers, and the check above notices."""
+    monkeypatch.setattr(quant, "tile_blocks", lambda dtype: blocks)
+    assert stack_bytes(compiled("matvec", "fp32", arch), tmp_path) > 0
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
