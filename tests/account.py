@@ -3,6 +3,7 @@
     python tests/account.py                                  every method, also recomputing
     python tests/account.py --preset llama-2-70b --savings   each saving of QST, one after the other
     python tests/account.py --base FOLDER --method qlora     one method, on the shape of a folder
+    python tests/account.py --preset llama-3-8b --fit 24     which batch and length fit into 24 GB
 
 Without --preset and --base it is of the embedded default, on a CPU, as train.py runs it.
 
@@ -27,6 +28,7 @@ from data.devices.stream import Stream  # noqa: E402
 from data.formats.files import write_json  # noqa: E402
 from data.frozen.hidden import pack_hidden  # noqa: E402
 from benchmarks.charts import bar_chart  # noqa: E402
+from benchmarks.fit import print_fits  # noqa: E402
 from data.run.optim import make_optimizer, optimizer_bytes  # noqa: E402
 from data.run.sweep import settings_of_runs  # noqa: E402
 from data.settings.flags import Parser, parse_settings, run_main, setting  # noqa: E402
@@ -45,6 +47,7 @@ class AccountConfig(TrainConfig):
     method: str = setting(None, "only this method; default: all of them", tuple(METHODS))
     preset: str = setting("", f"the model's shape, in place of --base: {', '.join(PRESETS)}")
     savings: bool = setting(False, "what each saving saves, one after the other", of=SIDE_METHODS)
+    fit: float = setting(0.0, "GB of a GPU: the largest batch and length that fit", at_least=0)
     gb_per_s: float = setting(25.0, "of --stream: from the host's memory, or disk", above=0)
     tflops: float = setting(150.0, "of --stream: what the GPU computes, 10^12 a second", above=0)
 
@@ -246,12 +249,13 @@ def transfer(report, cfg):
 
 
 def main(cfg):
-    """Print the account of a step, and leave it in out_dir: plan.json, a list of reports, and a
-    picture.
+    """Print the account of a step, or what fits. Leave plan.json, a list of reports, and a picture.
 
     cfg: an `AccountConfig`
     """
     config, out_dir, (cfg, name) = config_of(cfg), Path(cfg.out_dir or "out"), about(cfg)
+    if cfg.fit:
+        return print_fits(cfg, config, name, rows(cfg), memory_report)
     cfg = replace(cfg, method=cfg.method or "qst") if cfg.stream else cfg
     step = settings_of_step(replace(cfg, method=cfg.method or "qst"))
     unit, power = ("GB", 9) if count_weights(config) > 1e9 else ("MB", 6)
