@@ -107,6 +107,7 @@ def test_the_dtype_of_a_gpu(monkeypatch):
     gpus = {"V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "4090": (8, 9), "B200": (10, 0)}
     devices = [torch.device(f"cuda:{i}") for i in range(len(gpus))]
     sizes = dict(zip(devices, gpus.values()))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", sizes.get)
     found = [pick_dtype("auto", device) for device in devices]
     assert found == 2 * [torch.float16] + 3 * [torch.bfloat16]

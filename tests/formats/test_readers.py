@@ -145,7 +145,7 @@ def test_a_name_that_occurs_twice_is_found_in_no_time(tmp_path):
 
 
 @pytest.mark.parametrize("content, told", [
-    (b"PAR1\x15\x04", "is Parquet: convert it to JSON or text"), (b"PK\3\4", "unpack or"),
+    (b"PAR1\x15\x04", "is Parquet: save it as JSON or CSV"), (b"PK\3\4", "a zip or .xlsx"),
     (b"\x1f\x8b\x08", "a gzip archive: unpack it"), ("[]".encode("utf-16"), "save it as UTF-8"),
     (b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"),
     (b'{"a": 1}\n\n{"a": 1},\n', "line 3 is not JSON (Extra data: column 9 (char 8))"),
