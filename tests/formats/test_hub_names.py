@@ -266,8 +266,7 @@ def test_a_full_disk(hub, monkeypatch):
 
 def test_two_at_once(hub):
     """One downloads while the other waits."""
-    with ThreadPoolExecutor(4) as pool:
-        folders = set(pool.map(find_folder, ["org/model"] * 4))
+    folders = set(ThreadPoolExecutor(4).map(find_folder, ["org/model"] * 4))
     assert folders == {hub.snapshot()} and len(hub.asked) == 4 + 8
 
 
