@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional as F
 
 from data import IGNORE_INDEX, InputError
-from data.devices.device import device_of
+from data.devices.device import device_of, to_device
 from data.formats.fields import TABLE, field, one_of, whole
 from data.formats.files import read_json, write_json
 from data.frozen.fingerprint import fingerprint
@@ -172,7 +172,7 @@ class HiddenCache:
             yield self.read_state(i, batch[1], x.shape, x.dtype, device)
         rows, at = batch[2]
         h = x.new_zeros(x.shape, device=device)  # where there is no target
-        last = torch.from_numpy(self.last[rows]).to(device).view(self.half)
+        last = to_device(torch.from_numpy(self.last[rows]), device).view(self.half)
         h.view(-1, x.shape[-1])[at.to(device)] = last.to(x.dtype)
         yield h
 
@@ -200,7 +200,7 @@ class HiddenCache:
         """The i-th state that is stored, (B, T, C), with zeros where a row is padded."""
         (rows, at), (B, T, C), packed = tokens, shape, []
         for name, (kind, form) in zip(self.tokens.dtype.names, self.forms):
-            part = torch.from_numpy(self.tokens[name][rows, i]).to(device)
+            part = to_device(torch.from_numpy(self.tokens[name][rows, i]), device)
             padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
             packed.append(padded.view(kind).reshape(-1, *form))
         width = self.width + self.fill
