@@ -48,7 +48,7 @@ class Task:
             trained = [id for id in targets if id != IGNORE_INDEX]
             parts = ids[: targets.index(trained[0]) + 1], trained
             texts = (b"".join(known.get(i, b"") for i in p).decode(errors="replace") for p in parts)
-            texts = (t if len(t) < 58 else f"{t[:26]} ... {t[-26:]}" for t in texts)
+            texts = (t if len(t) < 58 else f"{t[:12]} ... {t[-40:]}" for t in texts)
             before, after = (shown(text)[1:-1] for text in texts)
             yield f"example     {before}[[{after}]]: {len(trained)} of {len(ids)} tokens trained"
 
