@@ -33,7 +33,7 @@ def model_folder(name, weights=True):
     root = Path(os.path.expandvars(home)).expanduser() / f"models--{model.replace('/', '--')}"
     site = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     advice = f"; if it is gated, accept its terms at {site}/{model} and set HF_TOKEN"
-    about, problem, token = {}, "", os.environ.get("HF_TOKEN", "").strip()
+    about, problem, token = {}, "", "".join(os.environ.get("HF_TOKEN", "").split())
     url = f"{site}/api/models/{model}/revision/{revision.replace('/', '%2F')}?blobs=true"
     try:
         if os.environ.get("HF_HUB_OFFLINE", "0").upper() not in ("1", "ON", "YES", "TRUE"):

@@ -109,7 +109,7 @@ def test_only_the_settings(hub):
 
 def test_the_token_stays_with_its_host(hub, monkeypatch):
     """A redirect to another host is followed without it, and one to the same host with it."""
-    monkeypatch.setenv("HF_TOKEN", "secret\n")
+    monkeypatch.setenv("HF_TOKEN", "sec\nret\n")
     hub.elsewhere = hub.other_host
     find_folder("org/model")
     here, there = hub.url.partition("//")[2], hub.other_host.partition("//")[2]
