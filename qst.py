@@ -88,7 +88,7 @@ class FinetunedModel(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            if config.repair and config.method != "qlora":  # which began with it in older commits
+            if config.repair and config.method != "qlora":  # older commits began QLoRA from it
                 side.repair = leaf("repair").branches(self.base, config.repair)
             else:
                 for layer in self.base.modules():

@@ -121,7 +121,7 @@ def make_downsample(config, n_in, n_out):
 
 def side_model_config(config, reduction, heads):
     """The base's `ModelConfig` -> the side network's: narrower. heads: see `heads_of_side`"""
-    C, pair = config.n_embd, 1 if config.family == "opt" else 2  # rotary positions turn pairs
+    C, pair = config.n_embd, 1 if config.family == "opt" else 2  # rotary: pairs of channels
     fitting = [r for r in range(1, config.n_ffn + 1) if C % (pair * r) == 0]
     if reduction not in fitting:
         message = f"--reduction {reduction} does not divide n_embd = {C} into a multiple of {pair}"

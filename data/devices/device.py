@@ -55,10 +55,10 @@ def start_cuda(gpu):
 
 
 def pick_dtype(name, device):
-    """A flag's value -> a dtype; "auto" is bf16 on NVIDIA (fp16 where it is slow), else fp32."""
+    """A flag's value -> a dtype; "auto": bf16 on NVIDIA, fp16 on cards without it, else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if name == "auto":
-        there = device.type == "cuda" and torch.cuda.is_available()  # tests/account.py has none
+        there = device.type == "cuda" and torch.cuda.is_available()  # the account has none
         old = there and torch.cuda.get_device_capability(device) < (8, 0)
         name = "fp16" if old else "bf16" if device.type in ("cuda", "meta") else "fp32"
     if name not in names:

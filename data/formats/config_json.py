@@ -50,7 +50,7 @@ ONLY = {  # the only values that model.py computes, and the values of missing fi
     "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
     "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
 }
-ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # also
+ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # for both
 MISSING = {  # transformers' values of missing fields; null is another value
     "llama": {"bos_token_id": 1}, "opt": {"bos_token_id": 2},
     "mistral": dict(

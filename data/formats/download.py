@@ -41,7 +41,7 @@ def download(url, path, expected, size=None, token="", advice="", pauses=(1, 4, 
     part = path.with_name(path.name + ".part")
     if path.exists():
         if (found := hash_of(path, expected)) != expected:
-            raise InputError(f"{path} has the SHA-256 {found} instead of {expected}: remove it.")
+            raise InputError(f"{path} has the hash {found} instead of {expected}: remove it.")
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     for pause in (*pauses, None):
@@ -60,7 +60,7 @@ def download(url, path, expected, size=None, token="", advice="", pauses=(1, 4, 
             time.sleep(min(60, float(asked)) if asked.isdecimal() else pause)
     if (found := hash_of(part, expected)) != expected:
         part.unlink()
-        raise InputError(f"{url} has the SHA-256 {found} instead of {expected}: it was not kept.")
+        raise InputError(f"{url} has the hash {found} instead of {expected}: it was not kept.")
     return part.rename(path)
 
 

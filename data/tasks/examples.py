@@ -42,7 +42,7 @@ class Task:
         return replace(cfg, preamble=self.preamble, epochs=None, max_iters=n or cfg.max_iters)
 
     def marked(self, tokenizer):
-        """Yield a line: an example, what is trained in [[ ]]. A classifier has none."""
+        """Yield a line with an example, its trained tokens in [[ ]]. A classifier has none."""
         known = tokenizer.token_bytes | {i: t.encode() for t, i in tokenizer.special.items()}
         for ids, targets in [] if self.n_labels else self.train[:1]:
             trained = [id for id in targets if id != IGNORE_INDEX]
