@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import IGNORE_INDEX, InputError, find_folder, leaf
 from data.devices.device import model_bytes, to_device
+from data.devices.few_kernels import is_cast, product
 from data.formats import config_json, hub, presets
 from data.formats.safetensors import check_values
 from data.generate import sampling
@@ -143,21 +144,27 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         C, D, bias = config.n_embd, config.head_dim, bool(config.attention_bias)
         self.q_proj = Linear(C, self.n_head * D, bias=bias)
         self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.v_proj = Linear(C, self.n_kv_head * D, bias=bias)
         self.o_proj = Linear(self.n_head * D, C, bias=config.attention_bias is True)
-        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(D, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x, mask, rope, cache):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)  # (B, heads, T, D)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
-        q, k = rotate(self.q_norm(q), rope), rotate(self.k_norm(k), rope)
+        H, G, D = self.n_head, self.n_kv_head, self.head_dim
+        if is_cast(self.q_proj):
+            qkv = product(x, self.q_proj, self.k_proj, self.v_proj)
+            qk, v = qkv.split([(H + G) * D, G * D], dim=-1)
+        else:
+            qk, v = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
+        qk, v = (y.view(B, T, -1, D).transpose(1, 2) for y in (qk, v))  # (B, heads, T, D)
+        if self.q_norm is not None:
+            qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], dim=1)
+        q, k = rotate(qk, rope).split([H, G], dim=1)
         if cache is not None:
             k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(
@@ -182,6 +189,9 @@ class MLP(nn.Module):
         inplace = not torch.is_grad_enabled()
         if self.gate_proj is None:
             return self.down_proj(F.relu(self.up_proj(x), inplace))
+        if is_cast(self.up_proj):
+            gate, up = product(x, self.gate_proj, self.up_proj).chunk(2, dim=-1)
+            return self.down_proj(F.silu(gate) * up)
         gate = F.silu(self.gate_proj(x), inplace)
         return self.down_proj(gate.mul_(self.up_proj(x)) if inplace else gate * self.up_proj(x))
 
@@ -422,7 +432,9 @@ class Transformer(LanguageModel):
                 delattr(module, name)
             weight, linear = tensors.get("weight"), isinstance(module, Linear)
             if quant != "none" and linear and module is not self.lm_head:
-                weight = quantize(weight, quant, f"{where}{path}.weight")
+                is_integer = quant.startswith("int")  # data/frozen/integers.py
+                quantize = leaf("integers").quantize_kind if is_integer else quantize_4bit
+                weight = quantize(weight, quant, name=f"{where}{path}.weight")
             if isinstance(weight, Quantized):
                 bias = tensors["bias"].to(dtype) if "bias" in tensors else None
                 self.set_submodule(path, Linear4bit(weight, bias))
@@ -432,13 +444,6 @@ class Transformer(LanguageModel):
         if self.config.tied:
             self.lm_head.register_buffer("weight", self.embed_tokens.weight)
         return self.eval()
-
-
-def quantize(weight, kind, name="the weight"):
-    """Quantize a matrix, with double quantization, or to integers (data/frozen/integers.py)."""
-    if kind.startswith("int"):
-        return leaf("integers").quantize_kind(weight, kind, name)
-    return quantize_4bit(weight, kind, name=name)
 
 
 # --------------------------------------------------------------------------------------

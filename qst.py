@@ -44,7 +44,7 @@ def forward(base, side, idx, keep=None, cache=None):
     # It yields the embedding h_f_0, each layer's output h_f_1 ... h_f_N, and last the normed h_f_N.
     states = without_graph(base.states(idx, keep, of_base, side.every))
     h_f = next(states)
-    rope = side.rotary_table(positions, h_f.dtype)
+    rope, side = side.rotary_table(positions, h_f.dtype), side.cast(h_f.dtype)
     h_g = side.start(h_f)
     for i in range(1, side.n_layer + 1):
         h_f = next(states)
@@ -203,23 +203,18 @@ class SharedBase:
     """
 
     def __init__(self, models, compiled=False):
-        self.models, self.compiled, first = models, compiled, models[0]
-        self.config, self.device, self.several = first.config, first.device, len(models) > 1
-        if self.several:
-            self.base = first.base
-            self.side = leaf("sweep").SideNetworks([model.side for model in models])
+        self.models, self.compiled, self.config = models, compiled, models[0].config
+        self.as_one = leaf("sweep").as_one(models) if len(models) > 1 else models[0]
+        self.device = models[0].device
         self.compute = torch.compile(self.hidden, dynamic=True) if compiled else self.hidden
 
     def hidden(self, idx, keep=None, cache=None):
         """The hidden state of each model."""
-        if self.several:
-            return forward(self.base.source or self.base, self.side, idx, keep, cache)
-        return [self.models[0].hidden(idx, keep, cache)]
+        h = self.as_one.hidden(idx, keep, cache)
+        return h if isinstance(h, list) else [h]
 
     def new_cache(self, max_len):
-        if self.several:
-            return self.base.new_cache(max_len) + self.side.new_cache(max_len)
-        return self.models[0].new_cache(max_len)
+        return self.as_one.new_cache(max_len)
 
 
 def check_mergeable(method):
@@ -274,6 +269,8 @@ def load_model(args):
     model = QST.from_side(base, args.side) if args.side else base
     if args.side and model.side.classifier is not None:
         raise InputError(f"--side {args.side} is a classifier: score it with train.py --eval_only.")
+    for part in model.side.children() if isinstance(model, QST) else ():
+        part.to(base.embed_tokens.weight.dtype)  # once, and not for each token
     return model, tokenizer
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import InputError
+from data.devices.few_kernels import cast_weights
 from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, run_main, setting
@@ -142,6 +143,8 @@ class SideNetwork(nn.Module):
     """
 
     checkpoint = False
+    beta = None  # of all layers, if `cast` has computed them
+    cast = cast_weights
 
     def __init__(self, base_config, config):
         super().__init__()
@@ -202,20 +205,18 @@ class SideNetwork(nn.Module):
         """
         reads_h_f, *rest = self.downsample[self.n_first + i - 1]
         z = reads_h_f(self.standardized(i, h_f)).contiguous()  # a view would keep all of h_f
-        args = i, rest, z, h_g, mask, rope, caches and caches[i - 1]
+        beta = None if self.gamma is None else (self.beta or torch.sigmoid(self.gamma))[i - 1]
+        args = i, rest, beta, z, h_g, mask, rope, caches and caches[i - 1]
         if self.checkpoint and torch.is_grad_enabled():
             return recomputed(self._gate_and_layer, *args, **RECOMPUTE)
         return self._gate_and_layer(*args)
 
-    def _gate_and_layer(self, i, rest, z, h_g, mask, rope, cache):
+    def _gate_and_layer(self, i, rest, beta, z, h_g, mask, rope, cache):
         """The rest of a step, in which every tensor is as narrow as the side network."""
         for module in rest:
             z = module(z)
         h_g = h_g.to(z.device)  # the layer before may stand on another device
-        if self.gamma is None:
-            mixed = z + h_g
-        else:
-            mixed = torch.lerp(z, h_g, torch.sigmoid(self.gamma[i - 1]).to(z))
+        mixed = z + h_g if beta is None else torch.lerp(z, h_g, beta.to(z))
         return self.layers[i - 1](mixed, mask, rope, cache)
 
     def mix(self, h_f, h_g):

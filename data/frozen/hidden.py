@@ -20,7 +20,8 @@ def pack_hidden(x, bits):
         return quantize_blockwise(x, NF4_CODEBOOK, BLOCK_SIZE)
     short = -x.numel() % BLOCK_SIZE  # padding by nothing would copy x
     blocks = (F.pad(x.flatten(), (0, short)) if short else x).reshape(-1, BLOCK_SIZE)
-    steps = blocks.abs().amax(dim=1, keepdim=True).float().clamp_(min=1e-30).div_(127)
+    largest = torch.linalg.vector_norm(blocks, torch.inf, 1, keepdim=True, dtype=torch.float32)
+    steps = torch.rsub(largest, 1e-30, alpha=-1 / 127)  # a 127th, and never 0, by one kernel
     return (blocks / steps).round_().to(torch.int8), steps
 
 
@@ -42,7 +43,8 @@ def unpack_hidden(packed, shape, bits, dtype):
     codes, scales = packed
     if bits == 4:
         return Quantized4bit(codes, scales, None, None, shape).dequantize(dtype)
-    return (codes * scales).view(-1)[: shape.numel()].view(shape).to(dtype)
+    values = torch.mul(codes, scales, out=torch.empty_like(codes, dtype=dtype))
+    return values.view(-1)[: shape.numel()].view(shape)
 
 
 class PackedInputFunction(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """--sweep: train several side networks with one pass of the frozen base."""
 
+import copy
 import itertools
 import math
 from dataclasses import asdict, fields, replace
@@ -60,6 +61,9 @@ class SideNetworks:
     def rotary_table(self, positions, dtype):
         return [side.rotary_table(positions, dtype) for side in self.sides]
 
+    def cast(self, dtype):
+        return SideNetworks([side.cast(dtype) for side in self.sides])
+
     def start(self, h_f):
         return [side.start(h_f) for side in self.sides]
 
@@ -73,6 +77,14 @@ class SideNetworks:
 
     def mix(self, h_f, h_g):
         return [side.mix(h_f, h) for side, h in zip(self.sides, h_g)]
+
+
+def as_one(models):
+    """Models with one base as one model, whose side network is the `SideNetworks` of all."""
+    new = copy.copy(models[0])
+    new._modules = {"base": new.base}
+    new.side = SideNetworks([model.side for model in models])
+    return new
 
 
 def conclude(cfg, runs, results):

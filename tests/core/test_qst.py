@@ -7,7 +7,7 @@ from helpers import FAMILIES, VARIANTS, each_family, shaken, small_base, small_c
 from data import IGNORE_INDEX
 from model import Transformer
 from qst import QST
-from side import DOWNSAMPLERS, SideConfig
+from side import DOWNSAMPLERS, SideConfig, SideNetwork
 
 STARTS = VARIANTS | {kind: dict(downsample=kind) for kind in DOWNSAMPLERS}
 
@@ -83,3 +83,33 @@ def test_master_weights_stay_in_fp32(dtype, idx):
     loss.backward()
     assert logits.dtype == dtype and loss.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("shape, config", [
+    ({}, {}), (dict(attention_bias="qkv"), dict(gate="channel", share_first=True)),
+    (dict(family="opt", attention_bias=True, mlp_bias=True), dict(gate="sum")),
+    (dict(qk_norm=True), dict(downsample_norm=True)),
+])
+def test_few_kernels_compute_the_same(shape, config, idx, monkeypatch):
+    """In 16 bits all weights are cast at once, and one product has several weights: the logits and
+    the gradients are those of a cast and a product for each use, up to rounding."""
+    torch.manual_seed(0)
+    base = Transformer(small_config(**shape)).freeze("nf4", torch.bfloat16)
+    model = shaken(QST(base, SideConfig(reduction=4, **config)))
+    model.side.save_memory(True, 8)
+
+    def run():
+        model.zero_grad()
+        logits, loss = model(idx, idx)
+        loss.backward()
+        return {"logits": logits.detach()} | {n: p.grad for n, p in model.side.named_parameters()}
+
+    found = run()
+    monkeypatch.setattr(SideNetwork, "cast", lambda side, dtype: side)
+    expected = run()
+    assert found.keys() == expected.keys() and not torch.equal(found["logits"], base(idx))
+    norm = {name: value.float().norm() for name, value in expected.items()}
+    largest = max(n for name, n in norm.items() if name != "logits")
+    for name, value in expected.items():  # the bias of the keys has hardly any gradient
+        error = (found[name] - value).float().norm()
+        assert error < 0.03 * norm[name] + 1e-3 * largest, (name, error, norm[name])

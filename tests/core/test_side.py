@@ -72,7 +72,7 @@ def test_backward_keeps_little_of_h_f(kind, checkpoint, norm, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
             out = run()
         assert out.untyped_storage().nbytes() == out.nbytes
-    assert max(kept) < h_f.nbytes / 2
+    assert max(kept) <= h_f.nbytes / 2  # queries and keys of the narrow layer are one tensor
 
 
 def test_a_rank_above_the_base_is_refused(base):

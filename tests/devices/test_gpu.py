@@ -10,8 +10,9 @@ import quant
 from helpers import DEVICE, DRY, GPU, each_dtype, needs_gpu, needs_gpu_or_dry_run, small_base
 from data.formats.save import save_pretrained
 from data.frozen import prefix_cache
+from data.frozen.integers import quantize_kind
 from data.tasks.examples import collate
-from model import from_pretrained, quantize
+from model import from_pretrained
 from qst import QST
 from quant import BLOCK_SIZE, CODEBOOKS, Quantized4bit, plain_dequantize, quantize_4bit
 from side import SideConfig
@@ -111,6 +112,7 @@ def test_quantized_on_the_gpu():
     """Quantizing there stores the bytes that quantizing on the CPU does."""
     weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
     for kind in (*CODEBOOKS, "int4", "int3-50"):
+        quantize = quantize_kind if kind.startswith("int") else quantize_4bit
         here, there = quantize(weight, kind), quantize(weight.to(DEVICE), kind)
         for one, two in zip(here.buffers(), there.buffers()):
             assert torch.equal(one, two.cpu())

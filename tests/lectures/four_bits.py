@@ -11,9 +11,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.formats.files import make_writable_folder  # noqa: E402
+from data.frozen.integers import quantize_kind  # noqa: E402
 from data.run.charts import line_chart  # noqa: E402
 from data.settings.flags import Parser, run_main  # noqa: E402
-from model import quantize  # noqa: E402
 from quant import BLOCK_SIZE, CODEBOOKS, nearest, quantize_4bit  # noqa: E402
 from tests.benchmarks.charts import histogram  # noqa: E402
 
@@ -52,7 +52,7 @@ def kinds(weight):
     """The error and the bits of each kind of quantization."""
     rows = {kind: quantize_4bit(weight, kind, double_quant=False) for kind in CODEBOOKS}
     rows |= {f"{kind}, double quantization": quantize_4bit(weight, kind) for kind in CODEBOOKS}
-    rows |= {kind: quantize(weight, kind) for kind in ("int4", "int4-64", "int3-64")}
+    rows |= {kind: quantize_kind(weight, kind) for kind in ("int4", "int4-64", "int3-64")}
     print("\n2048 x 2048 weights, N(0, 1)       mean |error|   bits per weight")
     for label, q in rows.items():
         error = (q.dequantize() - weight).abs().mean()
