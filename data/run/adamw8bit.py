@@ -1,12 +1,17 @@
-"""--optimizer_bits 8: AdamW with two moments in 8 bits, and how a moment is kept in 8 bits."""
+"""--optimizer_bits 8: AdamW with two moments in 8 bits, and how moments are kept in 8 bits.
+
+Many parameters are computed at once, so that a GPU starts few kernels: in rows of 256 values, which
+share an absmax. Each parameter begins a row, and so has the codes that it would have alone.
+"""
 
 import math
 
 import torch
 
-from data.run.optim import must_skip
+from data.run.optim import must_skip, together
 from quant import (
-    ABSMAX_BLOCK_SIZE, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise, quantize_blockwise,
+    ABSMAX_BLOCK_SIZE as ROW, DYNAMIC_CODEBOOK, codebook_on, dequantize_blockwise,
+    quantize_blockwise,
 )
 
 LEVELS = {  # of each moment
@@ -16,23 +21,49 @@ LEVELS = {  # of each moment
     "unsigned_root": (torch.arange(256) / 255) ** 2,
     "momentum": torch.arange(-128, 128) / 127,  # Muon's, evenly spaced: arXiv 2509.23106
 }
+PART = 1 << 24  # values at once: their 0.5 GB is less than backward has freed
 
 
-def decode(state, name, like):
-    """A moment in fp32; zeros before the first step. like: a tensor of its shape"""
-    if f"{name}_absmax" not in state:  # in 32 bits, or there is none yet
-        return state[name] if name in state else torch.zeros(like.shape, device=like.device)
-    moment = torch.empty(like.shape, device=like.device)
-    levels, absmax = codebook_on(LEVELS[name], like.device), state[f"{name}_absmax"]
-    dequantize_blockwise(state[name], levels, absmax, ABSMAX_BLOCK_SIZE, moment.view(-1))
-    return moment
+def in_rows(tensors, rest=0):
+    """Tensors one behind the other, (rows, 256). Where one ends within a row, `rest` follows."""
+    rest = tensors[0].new_full((ROW,), rest)
+    parts = [part for t in tensors for part in (t.flatten(), rest[: -t.numel() % ROW])]
+    return torch.cat(parts).view(-1, ROW)
 
 
-def encode(state, name, moment):
-    codes, absmax = quantize_blockwise(moment, LEVELS[name], ABSMAX_BLOCK_SIZE)
+def out_of(rows, like):
+    """Undo `in_rows`: flat views of what belongs to each of the tensors `like`."""
+    parts = rows.split([-(-tensor.numel() // ROW) for tensor in like])
+    return [part.flatten()[: tensor.numel()] for part, tensor in zip(parts, like)]
+
+
+def kept(states, name, like):
+    """A moment of the parameters `like`, at first zeros: codes (rows, 256), and absmax (rows,)."""
+    zero = LEVELS[name].abs().argmin().item()
+    if name not in states[0]:
+        rows = in_rows(like)
+        return torch.full_like(rows, zero, dtype=torch.uint8), torch.zeros_like(rows[:, 0]).float()
+    absmax = torch.cat([state[f"{name}_absmax"] for state in states])
+    return in_rows([state[name] for state in states], zero), absmax
+
+
+def decode(states, name, like):
+    """The moment in fp32, (rows, 256)."""
+    codes, absmax = kept(states, name, like)
+    moment = torch.empty(codes.shape, device=codes.device)
+    levels = codebook_on(LEVELS[name], codes.device)
+    return dequantize_blockwise(codes.view(-1), levels, absmax, ROW, moment.view(-1)).view_as(codes)
+
+
+def encode(states, name, like, moment, skip):
+    """Keep a moment in 8 bits. skip: bool (), whether the earlier one stays"""
+    codes, absmax = quantize_blockwise(moment, LEVELS[name], ROW)
     if name == "unsigned_root":
         codes.clamp_(min=1)  # never 0: it is the divisor
-    state[name], state[f"{name}_absmax"] = codes, absmax
+    old, new = kept(states, name, like), (codes.view_as(moment), absmax)
+    for key, *both in zip((name, f"{name}_absmax"), old, new):
+        for state, own in zip(states, out_of(torch.where(skip, *both), like)):
+            state[key] = own
 
 
 class AdamW8bit(torch.optim.AdamW):
@@ -42,21 +73,26 @@ class AdamW8bit(torch.optim.AdamW):
     as many decades.
     """
 
+    _step_supports_amp_scaling = True  # it looks at `found_inf` itself
+
     @torch.no_grad()
     def step(self):
-        for group in () if must_skip(self) else self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], **group)
+        for group in self.param_groups:
+            for parameters in together(self, group, PART):
+                self.update(parameters, [self.state[p] for p in parameters], **group)
 
-    def update(self, parameter, state, lr, betas, eps, weight_decay, **_):
-        grad = parameter.grad.float()
-        t = state["step"] = state.get("step", 0) + 1
-        mean, root = decode(state, "mean", grad), decode(state, "unsigned_root", grad)
+    def update(self, parameters, states, lr, betas, eps, weight_decay, **_):
+        grad, skip = in_rows([p.grad for p in parameters]).float(), must_skip(self, parameters[0])
+        t = states[0].get("step", 0) + 1  # also of a step left out: only the device knows that
+        mean, root = (decode(states, name, parameters) for name in ("mean", "unsigned_root"))
         mean.lerp_(grad, 1 - betas[0])
         root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
-        encode(state, "mean", mean)
-        encode(state, "unsigned_root", root)
+        encode(states, "mean", parameters, mean, skip)
+        encode(states, "unsigned_root", parameters, root, skip)
         root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)
         step = mean.div_(root).mul_(lr / (1 - betas[0] ** t))
-        parameter.copy_(parameter.float() * (1 - lr * weight_decay) - step)
+        old = in_rows(parameters).float()
+        new = out_of(torch.where(skip, old, old * (1 - lr * weight_decay) - step), parameters)
+        torch._foreach_copy_(parameters, [own.view_as(p) for own, p in zip(new, parameters)])
+        for state in states:
+            state["step"] = t

@@ -2,8 +2,8 @@
 
 import torch
 
-from data.run.adamw8bit import AdamW8bit, decode, encode
-from data.run.optim import must_skip
+from data.run.adamw8bit import AdamW8bit, decode, encode, in_rows
+from data.run.optim import must_skip, together
 
 
 class Muon(torch.optim.AdamW):
@@ -14,38 +14,51 @@ class Muon(torch.optim.AdamW):
     """
 
     momentum = 0.95
-    keep = staticmethod(dict.__setitem__)  # of the arguments state, "momentum", momentum
 
     @torch.no_grad()
     def step(self):
-        if must_skip(self):
-            return
         for group in self.param_groups:
-            alike = {}  # {(shape, part of 2^26 weights): matrices}: fewer kernels on a GPU
-            for i, matrix in enumerate(group["params"] if group["muon"] else ()):
-                if matrix.grad is not None:
-                    alike.setdefault((matrix.shape, i * matrix.numel() >> 26), []).append(matrix)
-            for matrices in alike.values():
-                self.update_alike(matrices, group["lr"], group["weight_decay"])
+            if group["muon"]:
+                for matrices in together(self, group, 1 << 26, lambda matrix: matrix.shape):
+                    self.update_alike(matrices, group["lr"], group["weight_decay"])
         super().step()  # of AdamW, in `Muon8bit` of AdamW8bit
 
     def update_alike(self, matrices, lr, weight_decay):
         """Take the step of several matrices of one shape."""
+        states, skip = [self.state[matrix] for matrix in matrices], must_skip(self, matrices[0])
         grad = torch.stack([matrix.grad for matrix in matrices]).float()
-        momentum = torch.stack([decode(self.state[m], "momentum", m) for m in matrices])
-        momentum.mul_(self.momentum).add_(grad)
+        old = self.read(states, grad)
+        momentum = old.mul(self.momentum).add_(grad)
+        self.keep(states, old, momentum, skip)
         update = orthogonalize(grad.add(momentum, alpha=self.momentum))  # Nesterov's look ahead
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
-        torch._foreach_sub_(matrices, update.unbind(), alpha=0.2 * lr * max(grad.shape[1:]) ** 0.5)
-        for matrix, own in zip(matrices, momentum):
-            self.keep(self.state[matrix], "momentum", own)
+        size = 0.2 * max(grad.shape[1:]) ** 0.5
+        if weight_decay:
+            update = update.add(torch.stack(matrices), alpha=weight_decay / size)
+        update.masked_fill_(skip, 0)
+        torch._foreach_sub_(matrices, update.unbind(), alpha=lr * size)
+        for matrix in matrices:
             matrix.grad = None  # AdamW leaves out what has no gradient
+
+    def read(self, states, grad):
+        """The momentum of k matrices, (k, m, n) in fp32; zeros before the first step."""
+        if not states[0]:
+            return torch.zeros_like(grad)
+        return torch.stack([state["momentum"] for state in states])
+
+    def keep(self, states, old, new, skip):
+        for state, own in zip(states, torch.where(skip, old, new)):
+            state["momentum"] = own
 
 
 class Muon8bit(Muon, AdamW8bit):
     """Muon with a momentum and an AdamW in 8 bits. The momentum has evenly spaced levels."""
 
-    keep = staticmethod(encode)
+    def read(self, states, grad):
+        rows = decode(states, "momentum", grad).view(len(grad), -1)
+        return rows[:, : grad[0].numel()].unflatten(1, grad[0].shape)
+
+    def keep(self, states, old, new, skip):
+        encode(states, "momentum", new, in_rows(new), skip)
 
 
 def orthogonalize(matrices, steps=5):

@@ -40,10 +40,23 @@ def make_optimizer(model, cfg):
     return optimizer(groups, fused=parameter.device.type != "meta", **common)
 
 
-def must_skip(optimizer):
-    """Whether to leave out this step. torch's fused optimizers look it up in the same attribute."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and found_inf.item() > 0
+def together(optimizer, group, size, kind=lambda p: None):
+    """Lists of a group's parameters that take a step at once: with a gradient, on one device, of
+    one `kind`, with as many steps behind them, and of about `size` values."""
+    found, n = {}, 0
+    for p in group["params"]:
+        if p.grad is not None:
+            state = optimizer.state[p]
+            key = p.device, kind(p), len(state), state.get("step"), n // size
+            found.setdefault(key, []).append(p)
+            n += p.numel()
+    return found.values()
+
+
+def must_skip(optimizer, like):
+    """Whether to leave out this step: bool () on a tensor's device, where nobody waits for it.
+    torch's fused optimizers look it up in the same attribute."""
+    return getattr(optimizer, "found_inf", like.new_zeros(())).to(like.device) > 0
 
 
 def kept_state(optimizer, group, p):

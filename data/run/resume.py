@@ -104,7 +104,8 @@ def load_moments(optimizer, moments, where):
             own[name] = own[name].to(p.device, expected[name].dtype, copy=True)
         if "root" in own:
             in_8_bits = leaf("adamw8bit")
-            in_8_bits.encode(own, "unsigned_root", in_8_bits.decode(own, "root", p))
+            root = in_8_bits.decode([own], "root", [p])
+            in_8_bits.encode([own], "unsigned_root", [p], root, p.new_zeros(()) > 0)
             del own["root"], own["root_absmax"]
         optimizer.state[p] = own
 

@@ -89,8 +89,7 @@ def as_on_a_gpu():
     files = ExitStack()
     files.enter_context(attention_of("cuda"))
     for name, stand_in in {
-        "torch.nn.functional.rms_norm": norm, "data.run.muon.must_skip": lambda optimizer: False,
-        "data.run.adamw8bit.must_skip": lambda optimizer: False,
+        "torch.nn.functional.rms_norm": norm,
         "torch.optim.adam._device_dtype_check_for_fused": lambda *args, **kwargs: None,
         "torch.nn.utils.clip_grad._has_foreach_support": lambda *args: True,
     }.items():

@@ -1,4 +1,4 @@
-"""The optimizer: learning rates, groups, accumulated gradients, and AdamW in 8 bits."""
+"""The optimizer: learning rates, groups, accumulated gradients, and Muon."""
 
 from dataclasses import replace
 from functools import partial
@@ -9,11 +9,9 @@ import torch
 from helpers import small_base
 
 import train
-from data import InputError
-from data.run.adamw8bit import AdamW8bit, decode, encode
+from data.run.adamw8bit import AdamW8bit
 from data.run.muon import Muon, Muon8bit, orthogonalize
 from data.run.optim import make_optimizer
-from data.run.resume import load_moments
 from data.run.run import Run
 from qst import QST, add_trainable
 from side import SideConfig
@@ -123,117 +121,6 @@ def test_a_step_needs_a_finite_loss_and_a_finite_gradient(loss_of):
         models, run = run_of(lambda *_: loss(p), optimizer, scaler, cfg, 0.1)
         ((_, taken),) = train.train_step([run], [(x, x, 1.0)], 1, models)
         assert bool(taken) == good and p.ne(0).all() == good and p.grad is None
-
-
-def test_adamw_in_8_bits():
-    """Its steps are AdamW's within a few percent, decay and the groups' learning rates included."""
-    torch.manual_seed(0)
-    target, start = torch.randn(40, 30), torch.randn(40, 30)
-    values = []
-    for make in (torch.optim.AdamW, AdamW8bit):
-        p = torch.nn.Parameter(start.clone())
-        optimizer = make([dict(params=[p], weight_decay=0.1)], lr=0.02)
-        for _ in range(60):
-            optimizer.zero_grad()
-            ((p - target) ** 2 * torch.linspace(1e-2, 1, 30)).sum().backward()
-            optimizer.step()
-        values.append(p.detach() - start)
-    assert values[0].abs().mean() > 0.5
-    assert (values[1] - values[0]).norm() < 0.05 * values[0].norm()
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_adamw_in_8_bits_is_near_adamw(seed):
-    """On a regression it ends 0.15 to 0.17 from AdamW's weights. With bitsandbytes' AdamW8bit it is
-    0.21 to 0.23, with the root in a signed code book 0.32 to 0.38."""
-    torch.manual_seed(0)
-    inputs, right, ends = torch.randn(512, 64), torch.randn(64, 32), []
-    for make in (torch.optim.AdamW, AdamW8bit):
-        torch.manual_seed(seed)
-        p = torch.nn.Parameter(0.1 * torch.randn(64, 32))
-        optimizer, draw = make([dict(params=[p], weight_decay=0.0)], lr=1e-3), torch.Generator()
-        draw.manual_seed(seed)
-        for _ in range(300):
-            some = inputs[torch.randint(0, 512, (32,), generator=draw)]
-            p.grad = None
-            (some @ p - some @ right).square().mean().backward()
-            optimizer.step()
-        ends.append(p.detach())
-    assert (ends[1] - ends[0]).norm() < 0.19
-
-
-def test_the_8_bit_moments_never_divide_by_zero():
-    """A gradient a millionth of its block's largest takes a step as AdamW's, and not a leap."""
-    p = torch.nn.Parameter(torch.zeros(256))
-    optimizer = AdamW8bit([dict(params=[p])], lr=0.01)
-    for i in range(20):
-        p.grad = torch.full((256,), 1e-9)
-        p.grad[0] = 1.0 if i % 2 else -0.9
-        optimizer.step()
-    assert p.isfinite().all() and p.abs().max() < 20 * 0.01 * 1.1
-    assert (optimizer.state[p]["unsigned_root"] > 0).all()
-
-
-def test_8_bit_moments_are_loaded_as_such():
-    """torch's own load_state_dict would make fp32 of them, four times as large."""
-    made = []
-    for _ in range(2):
-        p = torch.nn.Parameter(torch.ones(300))
-        made.append((p, AdamW8bit([dict(params=[p])], lr=0.01)))
-    (p, optimizer), (again, loaded) = made
-    p.grad = torch.randn(300)
-    optimizer.step()
-    load_moments(loaded, {"0": optimizer.state_dict()["state"][0]}, "state")
-    for name, moment in optimizer.state[p].items():
-        kept = loaded.state[again][name]
-        assert kept == moment if name == "step" else torch.equal(kept, moment)
-    assert loaded.state[again]["mean"].dtype == torch.uint8
-
-
-def test_an_earlier_root_is_loaded():
-    """It had a signed code book and another name. It is the same root in today's code book."""
-    root, p = torch.rand(10, 30).add_(0.01), torch.nn.Parameter(torch.ones(10, 30))
-    state = {"step": 7}
-    encode(state, "mean", root - 0.5)
-    encode(state, "root", root)
-    assert set(state) == {"step", "mean", "mean_absmax", "root", "root_absmax"}
-    optimizer = AdamW8bit([dict(params=[p])], lr=0.01)
-    load_moments(optimizer, {"0": state}, "state")
-    loaded = optimizer.state[p]
-    assert torch.equal(loaded["mean"], state["mean"]) and loaded["step"] == 7
-    assert set(loaded) == {"step", "mean", "mean_absmax", "unsigned_root", "unsigned_root_absmax"}
-    earlier = decode(state, "root", p)
-    assert torch.allclose(earlier, root, atol=0.008)
-    assert torch.allclose(decode(loaded, "unsigned_root", p), earlier, atol=0.004)
-    with pytest.raises(InputError, match="the moments of parameter 0 are not of this optimizer"):
-        load_moments(optimizer, {"0": state | {"root": state["root"][1:]}}, "state")
-
-
-def test_the_levels_of_a_moment():
-    """Muon's momentum has even steps, of which one is 0; a root is never 0, the divisor."""
-    state, momentum = {}, torch.tensor([-127.0, -64.2, 0, 0.9, 127])
-    encode(state, "momentum", momentum)
-    assert torch.allclose(decode(state, "momentum", momentum), momentum.round())
-    assert state["momentum"].tolist() == [1, 64, 128, 129, 255]
-    root = torch.tensor([0.0, 0.3, 1, 100, 255]) ** 2
-    encode(state, "unsigned_root", root)
-    expected = torch.tensor([1.0, 1, 1, 100, 255]) ** 2
-    assert torch.allclose(decode(state, "unsigned_root", root), expected)
-
-
-@pytest.mark.parametrize("make", [AdamW8bit, Muon8bit])
-def test_moments_in_8_bits_on_meta_tensors(make):
-    """Without values, a step keeps what it keeps with them."""
-    kept = []
-    for device in ("cpu", "meta"):
-        matrix, vector = (torch.nn.Parameter(torch.ones(n, device=device)) for n in ((40, 9), (5,)))
-        optimizer = make([dict(params=[matrix], muon=True), dict(params=[vector], muon=False)], 0.1)
-        for _ in range(2):
-            matrix.grad, vector.grad = torch.ones_like(matrix), torch.ones_like(vector)
-            optimizer.step()
-        kept.append([(name, value.shape, value.dtype) for p in (matrix, vector)
-                     for name, value in optimizer.state[p].items() if name != "step"])
-    assert kept[0] == kept[1] and len(kept[0]) == (8 if make is AdamW8bit else 6)
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
