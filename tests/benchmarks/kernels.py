@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.run.run import Run
 from model import PRESETS
-from quant import unpack_buffers
+from quant import chunk_size, quantize_blockwise, unpack_buffers
 from train import share_base, train_step
 
 SHAPE = PRESETS["llama-2-7b"]
@@ -71,7 +71,9 @@ class Kernels(TorchDispatchMode):
 
 def launches(name, args):
     """Kernels of an operator. One over lists of tensors is started for as many at a time as torch's
-    multi_tensor_apply passes: of 1 to 5 lists, and 320 chunks of 65,536 elements."""
+    multi_tensor_apply passes: of 1 to 5 lists, and 320 chunks of 65,536 elements; `cat` for 128."""
+    if name == "cat":
+        return -(-len(args[0]) // 128)
     lists = [arg for arg in args if isinstance(arg, (list, tuple)) and arg]
     lists = [some for some in lists if isinstance(some[0], torch.Tensor)]
     if not name.startswith(("_foreach", "_fused_adam")) or not lists:
@@ -82,6 +84,13 @@ def launches(name, args):
     return n + (name == "_foreach_norm")  # which ends with one that adds up
 
 
+def quantize_on_a_gpu(values, *args):
+    """`quantize_blockwise` starts nine kernels for each 2^21 values, and none on meta tensors."""
+    for part in values.view(-1).split(chunk_size(values.device) // 32) * 9:
+        part.abs()
+    return quantize_blockwise(values, *args)
+
+
 def as_on_a_gpu():
     """On a GPU the attention, RMSNorm and AdamW are fused, and no meta tensor has a value to ask
     for. `layer_norm` stands for `rms_norm`: one kernel each way."""
@@ -90,6 +99,7 @@ def as_on_a_gpu():
     files.enter_context(attention_of("cuda"))
     for name, stand_in in {
         "torch.nn.functional.rms_norm": norm,
+        "data.run.adamw8bit.quantize_blockwise": quantize_on_a_gpu,
         "torch.optim.adam._device_dtype_check_for_fused": lambda *args, **kwargs: None,
         "torch.nn.utils.clip_grad._has_foreach_support": lambda *args: True,
     }.items():
