@@ -226,13 +226,13 @@ class DecoderLayer(nn.Module):
 # The model
 
 
-def positions_and_mask(idx, keep=None, past=0):
+def positions_and_mask(x, keep=None, past=0):
     """The position of each token, (B or 1, T), and a mask for `DecoderLayer`.
 
-    idx: (B, T) ids; past: number of tokens in the cache
+    x: (B, T, ...), on the device; past: number of tokens in the cache
     keep: (B, past + T) 1 for a token and 0 for padding, on either side; None: no padding
     """
-    T, device = idx.shape[1], idx.device
+    T, device = x.shape[1], x.device
     positions = torch.arange(past, past + T, device=device).unsqueeze(0)
     if keep is None and (past == 0 or T == 1):  # one new token may see everything
         return positions, None
@@ -350,15 +350,11 @@ class Transformer(LanguageModel):
         if config.tied:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def embed(self, idx, positions):
-        """The first hidden state: (B, T) -> (B, T, C)."""
-        sampling.check_length(self.config, positions.shape[1], "shorten it (--sequence_len)")
-        x = self.embed_tokens(idx)
-        if self.project_in is not None:
-            x = self.project_in(x)
-        if self.embed_positions is not None:
-            x = x + self.embed_positions(positions + 2)
-        return x
+    def embed(self, idx):
+        """The tokens' embeddings, without positions: (B, T), on the host too, -> (B, T, C)."""
+        sampling.check_length(self.config, idx.shape[1], "shorten it (--sequence_len)")
+        x = self.embed_tokens(to_device(idx, self.embed_tokens.weight.device))
+        return x if self.project_in is None else self.project_in(x)
 
     def final(self, x):
         """Apply the final norm, if the model has one; the LM head reads the result."""
@@ -384,8 +380,10 @@ class Transformer(LanguageModel):
         """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
-        positions, mask = positions_and_mask(idx, keep, past)
-        x = self.embed(idx, positions)
+        x = self.embed(idx)
+        positions, mask = positions_and_mask(x, keep, past)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions + 2)
         table = rotary_table(self.config, positions, x.dtype)
         yield x
         for i, (layer, layer_cache) in enumerate(zip(self.layers, cache), 1):

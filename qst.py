@@ -40,10 +40,10 @@ def forward(base, side, idx, keep=None, cache=None):
     """
     N = side.n_layer * side.every  # layers of the base; `every` is 1 in the paper, and n_layer N
     of_base, of_side = (cache[:N], cache[N:]) if cache else (None, None)
-    positions, mask = positions_and_mask(idx, keep, past=cache[0].length if cache else 0)
     # It yields the embedding h_f_0, each layer's output h_f_1 ... h_f_N, and last the normed h_f_N.
     states = without_graph(base.states(idx, keep, of_base, side.every))
     h_f = next(states)
+    positions, mask = positions_and_mask(h_f, keep, past=cache[0].length if cache else 0)
     rope, side = side.rotary_table(positions, h_f.dtype), side.cast(h_f.dtype)
     h_g = side.start(h_f)
     for i in range(1, side.n_layer + 1):

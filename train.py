@@ -187,7 +187,7 @@ def train_step(runs, batches, iteration, models=None):
     """
     models = models or share_base(runs)
     for idx, targets, share in batches:
-        states = models.compute(to_device(idx, models.device))
+        states = models.compute(to_device(idx, models.device) if models.compiled else idx)
         losses = (run.loss(states.pop(0), targets, share) for run in runs)
         if models.compiled:  # then all runs have one graph
             torch.autograd.backward(list(losses))

@@ -88,7 +88,6 @@ class Stream:
                     buffer.record_stream(self.copies)
         for linears in self.layers:
             put(self.slots[0], linears)
-        base.embed_tokens.register_forward_pre_hook(lambda own, ids: ids[0].to(own.weight.device))
         base.embed_tokens.register_forward_hook(lambda own, ids, rows: to_device(rows, device))
         base.stream = self
 

@@ -77,7 +77,7 @@ def channel_statistics(base, prompts, every=1, skip=1):
         rows = prompts[start : start + 4]
         idx, _ = collate([(list(ids), []) for ids in rows])
         counts = torch.tensor([[skip <= i < len(ids) for i in range(idx.shape[1])] for ids in rows])
-        states = (base.source or base).states(idx.to(base.device), None, None, every)
+        states = (base.source or base).states(idx, None, None, every)
         for i, h in zip(range(n), states):  # not the last, which is normed
             exact = torch.float32 if h.device.type == "mps" else torch.float64
             h = h[counts.to(h.device)].to(exact)

@@ -173,7 +173,7 @@ class HiddenCache:
         rows, at = batch[2]
         h = x.new_zeros(x.shape, device=device)  # where there is no target
         last = to_device(torch.from_numpy(self.last[rows]), device).view(self.half)
-        h.view(-1, x.shape[-1])[at.to(device)] = last.to(x.dtype)
+        h.view(-1, x.shape[-1])[to_device(at, device)] = last.to(x.dtype)
         yield h
 
     def written(self, batch, idx, step):
@@ -198,10 +198,11 @@ class HiddenCache:
 
     def read_state(self, i, tokens, shape, dtype, device):
         """The i-th state that is stored, (B, T, C), with zeros where a row is padded."""
-        (rows, at), (B, T, C), packed = tokens, shape, []
+        rows, at = tokens[0], to_device(tokens[1], device)
+        (B, T, C), packed = shape, []
         for name, (kind, form) in zip(self.tokens.dtype.names, self.forms):
             part = to_device(torch.from_numpy(self.tokens[name][rows, i]), device)
-            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at.to(device), part)
+            padded = part.new_zeros(B * T, part.shape[1]).index_copy_(0, at, part)
             packed.append(padded.view(kind).reshape(-1, *form))
         width = self.width + self.fill
         h = unpack_hidden(packed, torch.Size([B * T, width]), self.bits, dtype)[:, : self.width]
@@ -227,7 +228,7 @@ def places(rows, at, idx):
     """All rows of a file that a batch idx (B, T) needs, and their places in the flat batch: (n,)
     each. rows, at: for each row of the batch its rows of the file, and their positions in it"""
     at = [i * idx.shape[1] + np.array(some, int) for i, some in enumerate(at)]
-    return np.concatenate(rows).astype(int), torch.tensor(np.concatenate(at), device=idx.device)
+    return np.concatenate(rows).astype(int), torch.tensor(np.concatenate(at))
 
 
 def as_bytes(tensor):

@@ -27,11 +27,11 @@ class PrefixCache:
     kept = past = None  # of the first call, when a base is repaired: of one row, the states, caches
 
     def __init__(self, base, ids):
-        self.base, self.ids = base, torch.tensor(ids, device=base.device)
+        self.base, self.ids = base, torch.tensor(ids)
 
     def states(self, idx, keep=None, cache=None, every=1):
         n, (B, T) = len(self.ids), idx.shape
-        if keep is not None or cache or T <= n or not bool((idx[:, :n] == self.ids).all()):
+        if keep is not None or cache or T <= n or not bool((idx[:, :n].cpu() == self.ids).all()):
             yield from self.base.states(idx, keep, cache, every)
             return
         if self.kept is None:

@@ -21,7 +21,7 @@ LEVELS = {  # of each moment
     "unsigned_root": (torch.arange(256) / 255) ** 2,
     "momentum": torch.arange(-128, 128) / 127,  # Muon's, evenly spaced: arXiv 2509.23106
 }
-PART = 1 << 24  # values at once: their 0.5 GB is less than backward has freed
+PART = 1 << 24  # values at once: their 0.4 GB is less than backward has freed
 
 
 def in_rows(tensors, rest=0):
@@ -92,7 +92,7 @@ class AdamW8bit(torch.optim.AdamW):
         root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)
         step = mean.div_(root).mul_(lr / (1 - betas[0] ** t))
         old = in_rows(parameters).float()
-        new = out_of(torch.where(skip, old, old * (1 - lr * weight_decay) - step), parameters)
+        new = out_of(torch.where(skip, old, (old * (1 - lr * weight_decay)).sub_(step)), parameters)
         torch._foreach_copy_(parameters, [own.view_as(p) for own, p in zip(new, parameters)])
         for state in states:
             state["step"] = t

@@ -54,7 +54,7 @@ def print_sizes(folder, runs, examples):
     longest = sorted(examples, key=lambda example: len(example[0]))[-cfg.batch_size :]
     idx, targets = collate(longest)
     for run in runs:
-        kept = loss_and_kept(run.model, idx.to(model.device), targets)[1]  # the graph is freed
+        kept = loss_and_kept(run.model, idx, targets)[1]  # the graph is freed
         run.result |= dict(optimizer_bytes=optimizer_bytes(run.optimizer), activations_bytes=kept)
     config, layers = model.config, [m for m in model.modules() if isinstance(m, Linear4bit)]
     nbytes = sum(layer.weight.nbytes for layer in layers)

@@ -20,7 +20,7 @@ def mean_loss(models, examples, batch_size, desc=None):
     sums = []  # per batch: the number of targets, and each model's summed loss
     for start in tqdm(starts, desc, unit="batch", leave=False, delay=2, disable=not desc):
         idx, targets = collate(examples[start : start + batch_size])
-        n, states = count_targets(targets), models.hidden(idx.to(models.device))
+        n, states = count_targets(targets), models.hidden(idx)
         losses = [model.loss_of(h, targets) for model, h in zip(models.models, states)]
         sums.append((n, [n * loss.item() for loss in losses]))
     counts, losses = zip(*distributed.join(sums))
@@ -40,14 +40,14 @@ def choice_logits(models, prompts, choices=None, batch_size=8, desc=""):
     prefix = commonprefix(prompts)[: len(prompts[order[0]]) - 1]  # each keeps at least one id
     cache = models.new_cache(len(prefix))
     if prefix:
-        models.hidden(torch.tensor([prefix], device=models.device), cache=cache)
+        models.hidden(torch.tensor([prefix]), cache=cache)
     parts = []
     starts = distributed.split(range(0, len(order), batch_size))
     for start in tqdm(starts, desc, unit="batch", leave=False):
         rows = order[start : start + batch_size]
         idx, _ = collate([(prompts[i][len(prefix) :], []) for i in rows])
         past = [layer.repeated(*idx.shape) for layer in cache] if prefix else None
-        states = models.hidden(idx.to(models.device), cache=past)
+        states = models.hidden(idx, cache=past)
         at = range(len(rows)), [len(prompts[i]) - len(prefix) - 1 for i in rows]
         logits = [model.head(h[at]).float().cpu() for model, h in zip(models.models, states)]
         parts.append([each if choices is None else each[:, choices] for each in logits])

@@ -15,6 +15,7 @@ from helpers import (
 
 import train
 from data.devices.device import to_device
+from data.frozen.prefix_cache import share_prefix
 from data.run.log import TrainingLog
 from data.run.run import Run
 from data.tasks.examples import collate
@@ -29,6 +30,9 @@ METHODS = {
     "qst": {}, "qst, few bits": dict(h_f_bits=4, checkpoint=True), "qst, 8 bits": dict(h_f_bits=8),
     "qlora": dict(method="qlora", reduction=None), "lst": dict(method="lst"),
     "peqa": dict(method="peqa", reduction=None), "full": dict(method="full", reduction=None),
+    "prefix": dict(prefix=12), "muon": dict(optimizer="muon"),
+    "8-bit AdamW": dict(optimizer_bits=8),
+    "8-bit Muon": dict(optimizer="muon", optimizer_bits=8, weight_decay=0.1),
 }
 
 
@@ -49,8 +53,9 @@ def no_waiting():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def small_step(changes, dtype):
-    """A model on the device, and a function that makes a step of train.py with it."""
+def small_step(changes, dtype, prefix=0):
+    """A model on the device, and a function that makes a step of train.py with it. prefix: number
+    of tokens with which all rows begin"""
     settings = dict(base="any", data="any", reduction=4, rank=4, sequence_len=24, batch_size=4)
     cfg = train.resolve(TrainConfig(**settings | dict(learning_rate=1e-2) | changes))
     base = small_base(cfg.quant).to(DEVICE)
@@ -64,6 +69,10 @@ def small_step(changes, dtype):
     run.scaler = torch.amp.GradScaler(DEVICE.type, init_scale=16.0, enabled=enabled)
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(3, 61, (4, 24), generator=generator)
+    if prefix:
+        idx[:, :prefix] = idx[0, :prefix]
+        share_prefix(base, [(row.tolist(), []) for row in idx])
+        assert len(base.source.ids) >= prefix
     targets = idx.masked_fill(idx % 5 == 0, -100)
     step = lambda: train.train_step([run], [(idx, targets, 1.0)], 1)[0]
     return model, step
@@ -75,7 +84,9 @@ def test_a_step_does_not_wait(changes, dtype):
     """From the batch on the CPU to the optimizer's step the host never waits for the GPU."""
     if changes.get("method") == "full" and dtype == torch.float16:
         pytest.skip("weights in 16 bits cannot learn in fp16")
-    model, step = small_step(changes, dtype)
+    prefix = changes.get("prefix", 0)
+    changes = {name: value for name, value in changes.items() if name != "prefix"}
+    model, step = small_step(changes, dtype, prefix)
     step()  # kernels are compiled, and memory is allocated
     with no_waiting() if GPU else contextlib.nullcontext():
         results = [step() for _ in range(3)]

@@ -61,7 +61,7 @@ def released_logits(base, files, idx):
         return F.layer_norm(y, y.shape[-1:], weight, bias)
 
     positions = torch.arange(T)[None]
-    h = base.embed(idx, positions)
+    h = next(base.states(idx))
     q = down(h, 0)
     for i in range(N):
         h = base.layers[i](h, None, rotary_table(base.config, positions, torch.float32))
