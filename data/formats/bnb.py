@@ -67,10 +67,8 @@ def read_weight(where, codes, mine, quant):
 
 def read_state(where, tensor, table):
     """Read JSON that is stored as a tensor of bytes: {field: value} for the fields of a table."""
-    try:
-        state = {"state": parse_json(bytes(tensor_bytes(tensor)))}
-    except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}): download the folder again.") from None
+    text, advice = bytes(tensor_bytes(tensor)), ": download the folder again"
+    state = {"state": parse_json(text, f"{where} is not JSON", advice)}
     state = field(where, state, "state", TABLE)
     return {name: field(where, state, name, *kind) for name, kind in table.items()}
 

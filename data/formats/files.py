@@ -69,8 +69,11 @@ def read_text(path, advice="give a file of UTF-8 text", newline=None):
         raise InputError(f"{path} is not UTF-8 text ({reason(error)}): save it as UTF-8.") from None
 
 
-def parse_json(text):
-    """Read strict JSON, str or UTF-8: only finite numbers, no name twice; else a ValueError."""
+def parse_json(text, wrong="", advice=""):
+    """Read strict JSON, str or UTF-8: only finite numbers, no name twice; else a ValueError.
+
+    wrong, advice: make it an `InputError`, in which they stand before and behind the reason
+    """
 
     def finite(digits):
         if not math.isfinite(value := float(digits)):
@@ -89,20 +92,17 @@ def parse_json(text):
         text = text if isinstance(text, str) else text.decode()
         return json.loads(text, parse_constant=finite, parse_float=finite, object_pairs_hook=table)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        why = "it is nested too deep"
     except ValueError as error:
-        raise ValueError(reason(error).replace("line 1 column", "column")) from None
+        why = reason(error).replace("line 1 column", "column")
+    raise InputError(f"{wrong} ({why}){advice}.") if wrong else ValueError(why)
 
 
 def read_json(path, optional=False, advice="give a folder in Hugging Face's layout"):
     """Read a file with one JSON object; return {} if it is optional and missing."""
     if optional and not os.path.exists(path):
         return {}
-    content = read_bytes(path, advice)
-    try:
-        content = parse_json(content)
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as JSON ({error}).") from None
+    content = parse_json(read_bytes(path, advice), f"{path} cannot be read as JSON")
     if not isinstance(content, dict):
         raise InputError(f"{path} is not a JSON object.")
     return content
@@ -111,19 +111,15 @@ def read_json(path, optional=False, advice="give a folder in Hugging Face's layo
 def read_records(path, flag="--data"):
     """Read JSON or JSON lines: [(place in the file, for messages; record), ...]."""
     advice = f"give {flag} a list in JSON, JSON lines{', or a .csv' * (flag == '--data')}"
-    text, where, records = read_text(path, advice), "as a whole", []
-    try:
-        if re.match(r"\s*(\[|\{[^}\n]*\n)", text):  # a list, or an object over several lines
-            whole = parse_json(text)
-            entries = enumerate(whole if isinstance(whole, list) else [whole], 1)
-            records = [(f"entry {i}", record) for i, record in entries]
-        else:
-            for i, line in enumerate(text.split("\n"), 1):
-                where = f"line {i}"
-                if line.strip():
-                    records.append((where, parse_json(line)))
-    except ValueError as error:
-        raise InputError(f"{path}, {where} is not JSON ({error}): {advice}.") from None
+    text = read_text(path, advice)
+    parse = lambda part, where: parse_json(part, f"{path}, {where} is not JSON", f": {advice}")
+    if re.match(r"\s*(\[|\{[^}\n]*\n)", text):  # a list, or an object over several lines
+        whole = parse(text, "as a whole")
+        entries = enumerate(whole if isinstance(whole, list) else [whole], 1)
+        records = [(f"entry {i}", record) for i, record in entries]
+    else:
+        lines = ((f"line {i}", line) for i, line in enumerate(text.split("\n"), 1))
+        records = [(where, parse(line, where)) for where, line in lines if line.strip()]
     if not records:
         raise InputError(f"{path} holds no {'instructions' if flag == '--data' else 'questions'}.")
     return records

@@ -34,15 +34,14 @@ ENTRY = {  # the fields of a tensor
 def read_header(path):
     """Check a header: {name: (dtype, shape, begin in the file, end)} and its metadata."""
     advice = "give a safetensors file"
-    bad = lambda why: InputError(f"{path} is damaged or not a safetensors file: {why}.")
+    damaged = f"{path} is damaged or not a safetensors file"
+    bad = lambda why: InputError(f"{damaged}: {why}.")
     size = file_size(path, advice)
     length = int.from_bytes(read_bytes(path, advice, 8), "little")
     if size < 8 or length > min(size - 8, LARGEST_HEADER):
         raise bad("the header is longer than the file, or than a model's header can be")
-    try:
-        header = {"header": parse_json(read_bytes(path, advice, 8 + length)[8:])}
-    except ValueError as error:
-        raise bad(f"the header is not JSON ({error})") from None
+    text = read_bytes(path, advice, 8 + length)[8:]
+    header = {"header": parse_json(text, f"{damaged}: the header is not JSON")}
     header = field(path, header, "header", table_of(TABLE))
     metadata = field(path, header, "__metadata__", table_of(TEXT), {})
     header.pop("__metadata__", None)

@@ -55,10 +55,8 @@ def read(folder, kind):
             advice = f"{folder} is of a sweep: give the folder of one of its runs"
         raise InputError(f"{weights} is missing: {advice}.")
     entries, metadata = read_header(weights)
-    try:
-        about = parse_json(metadata.get("side", "null"))
-    except ValueError as error:
-        raise InputError(f"{weights}: its settings are no JSON ({error}): {ADVICE}.") from None
+    wrong = f"{weights}: its settings are no JSON"
+    about = parse_json(metadata.get("side", "null"), wrong, f": {ADVICE}")
     if not TABLE.fits(about):
         raise InputError(f"{weights} has no table of settings: {ADVICE}.")
     copy = read_json(Path(folder) / COPY, optional=True)
