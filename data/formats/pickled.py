@@ -34,11 +34,33 @@ def read_tensors(path, advice=ADVICE, alone=False):
     """Check a file of names and tensors, or of a tensor alone, called "its tensor": {name: function
     that returns the tensor}."""
     refuse = lambda why: InputError(f"{path} {why}: {advice}.")
-    content, *about = load(path, refuse)
+    content, version, start, sizes = load(path, refuse)
     content = {"its tensor": content} if alone else content
     if not isinstance(content, dict):
         raise refuse("holds no table of names and tensors")
-    return checked(path, dict.items(content), *about, refuse)  # a pickle can hide its own `items`
+    found, storages, total = {}, {}, 0
+    for name, tensor in dict.items(content):  # a pickle can hide its own `items`
+        if not TEXT.fits(name):
+            raise refuse("has a name that is no text")
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_neg():
+            raise refuse(f"has {shown(name)}, which is no tensor of a kind that we read")
+        total += tensor.numel() * tensor.itemsize
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        found[name] = tensor.detach()
+    places = sorted(place for place, size in storages.items() if size)
+    if [storages[place] for place in places] != sizes:  # torch.load does not see where one ends
+        raise refuse("has fewer or more bytes than its tensors")
+    if total > 2 * file_size(path, ADVICE):  # a tied head is there twice
+        raise refuse("has many tensors of the same bytes")
+    start -= min(places, default=0)  # from a place in the map to one in the file
+
+    def read(x):
+        storage = x.untyped_storage()
+        n, at = storage.nbytes() // x.itemsize, start + storage.data_ptr()
+        whole = read_part(path, version, x.dtype, (n,), at)
+        return whole.as_strided(x.shape, x.stride(), x.storage_offset()).contiguous()
+
+    return {name: partial(read, x) for name, x in found.items()}
 
 
 def load(path, refuse):
@@ -80,33 +102,3 @@ def check(program):
             raise ValueError(f"it wants {name} {shown(argument)}")
         if tuples > MOST_TUPLES:
             raise ValueError("its pickle has too many tuples")
-
-
-def checked(path, tensors, version, start, sizes, refuse):
-    """Check pairs of a name and a tensor: {name: function that returns the tensor}.
-
-    version, start, sizes: of `load`; torch.load does not see where a storage ends
-    """
-    found, storages, total = {}, {}, 0
-    for name, tensor in tensors:
-        if not TEXT.fits(name):
-            raise refuse("has a name that is no text")
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_neg():
-            raise refuse(f"has {shown(name)}, which is no tensor of a kind that we read")
-        total += tensor.numel() * tensor.itemsize
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        found[name] = tensor.detach()
-    places = sorted(place for place, size in storages.items() if size)
-    if [storages[place] for place in places] != sizes:
-        raise refuse("has fewer or more bytes than its tensors")
-    if total > 2 * file_size(path, ADVICE):  # a tied head is there twice
-        raise refuse("has many tensors of the same bytes")
-    start -= min(places, default=0)  # from a place in the map to one in the file
-
-    def read(x):
-        storage = x.untyped_storage()
-        n, at = storage.nbytes() // x.itemsize, start + storage.data_ptr()
-        whole = read_part(path, version, x.dtype, (n,), at)
-        return whole.as_strided(x.shape, x.stride(), x.storage_offset()).contiguous()
-
-    return {name: partial(read, x) for name, x in found.items()}
