@@ -53,13 +53,6 @@ class Bpe(Tokenizer):
         return self.pairs.encode(text)
 
 
-def load(folder):
-    """Load the tokenizer of a folder with either kind of files."""
-    if (folder / "tokenizer.json").exists():
-        return read_tokenizer_json(folder)
-    return read_vocab_and_merges(folder)
-
-
 def read_vocab_and_merges(folder):
     """Read GPT-2's and OPT's files. A token that no merge makes, such as "</s>", is special."""
     path = folder / "tokenizer_config.json"

@@ -145,8 +145,10 @@ def load_tokenizer(folder):
     newer = read_json(folder / "tokenizer.json", optional=True).get("pre_tokenizer")
     if (folder / "tokenizer.model").exists() and not newer:
         tokenizer = SentencePiece(folder / "tokenizer.model", vocab_size)
-    elif any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        tokenizer = leaf("bpe").load(folder)
+    elif (folder / "tokenizer.json").exists():
+        tokenizer = leaf("bpe").read_tokenizer_json(folder)
+    elif (folder / "vocab.json").exists():
+        tokenizer = leaf("bpe").read_vocab_and_merges(folder)
     else:
         raise InputError(f"{folder} has no tokenizer: copy all small files of the model there.")
     largest = max(tokenizer.vocab_size - 1, tokenizer.bos_id, *tokenizer.eos_ids)
