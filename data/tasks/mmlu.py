@@ -14,6 +14,7 @@ A prompt that is too long loses shots from the end, as in the authors' code. If 
 without shots, its question loses the beginning. Both cases are counted.
 """
 
+import json
 import random
 import sys
 from collections import namedtuple
@@ -31,23 +32,8 @@ from data.tasks import instruct
 from data.tasks.examples import Task
 from data.tasks.scoring import choice_logits, word_ids
 
-CATEGORIES = {
-    "STEM": """abstract_algebra astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics
-        electrical_engineering elementary_mathematics high_school_biology high_school_chemistry
-        high_school_computer_science high_school_mathematics high_school_physics
-        high_school_statistics machine_learning""",
-    "humanities": """formal_logic high_school_european_history high_school_us_history
-        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
-        moral_scenarios philosophy prehistory professional_law world_religions""",
-    "social sciences": """econometrics high_school_geography high_school_government_and_politics
-        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
-        professional_psychology public_relations security_studies sociology us_foreign_policy""",
-    "other": """anatomy business_ethics clinical_knowledge college_medicine global_facts human_aging
-        management marketing medical_genetics miscellaneous nutrition professional_accounting
-        professional_medicine virology""",
-}
-CATEGORY = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects.split()}
+CATEGORIES = json.loads(Path(__file__).with_name("mmlu.json").read_text())  # {name: its subjects}
+CATEGORY = {subject: name for name, subjects in CATEGORIES.items() for subject in subjects}
 LETTERS = "ABCD"
 SHOTS = 5
 Question = namedtuple("Question", "text choices answer")  # four choices; answer: an index
