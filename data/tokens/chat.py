@@ -139,12 +139,8 @@ def frame(instruction, input=""):
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
-WRITTEN_OUT = (  # the plain format as a template, which transformers renders to the same text
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
-    "### Instruction:\n{{ message.content }}\n\n### Response:\n"
-    "{% elif message.role == 'assistant' %}{{ message.content }}{{ eos_token }}"
-    "{% else %}{{ message.content }}\n\n{% endif %}{% endfor %}"
-)
+# The plain format as a template, which transformers renders to the same text
+WRITTEN_OUT = Path(__file__).with_name("plain.jinja").read_text().strip()
 
 
 def load_template(folder):
