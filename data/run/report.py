@@ -71,8 +71,10 @@ def print_sizes(folder, runs, examples):
     print(f"memory      {memory} of such a batch")
 
 
-def out_of_memory(cfg):
-    """Advise the first saving that is not on yet."""
+@contextmanager
+def memory_advice(cfg):
+    """End with a sentence if the GPU or the machine has no more memory. It advises the first saving
+    that is not on yet."""
     side = dict(h_f_bits=4) if cfg.method in SIDE_METHODS else {}
     savings = dict(checkpoint=True, chunk_loss=True, **side, optimizer_bits=8)
     flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
@@ -80,18 +82,13 @@ def out_of_memory(cfg):
     half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"
     flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
     account = "`python tests/account.py` with the flags of this run prints the memory of a step"
-    return f"There is no more memory: give {flags[0].lower()}. {account}."
-
-
-@contextmanager
-def memory_advice(cfg):
-    """End with a sentence if the GPU or the machine has no more memory."""
     try:
         yield
     except Exception as error:
         if not leaf("command").exhausted(error):
             raise
-        raise InputError(out_of_memory(cfg)) from None
+        advice = f"give {flags[0].lower()}. {account}"
+        raise InputError(f"There is no more memory: {advice}.") from None
 
 
 @contextmanager

@@ -68,9 +68,11 @@ def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
     }
     for flag, settings in advice.items():
         cfg = train.resolve(TrainConfig(**settings))
-        assert f"give {flag}." in report.out_of_memory(cfg)
+        with pytest.raises(InputError, match=f"give {flag}\\."), report.memory_advice(cfg):
+            raise MemoryError
     cfg = train.resolve(TrainConfig(method="qlora", checkpoint=True, optimizer="muon"))
-    assert "--optimizer_bits 8" in report.out_of_memory(cfg)
+    with pytest.raises(InputError, match="--optimizer_bits 8"), report.memory_advice(cfg):
+        raise MemoryError
 
 
 def short_recipe(monkeypatch, folder):
