@@ -8,6 +8,7 @@ its hidden states already, so that there is something for a side network to read
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -32,57 +33,12 @@ BASE_RUN = dict(
     optimizer="muon", beta2=0.99, weight_decay=0.1, seed=0,
 )
 
-NAMES = ["Tom", "Max", "Leo", "Sam", "Ben", "Paul", "Hugo", "Oscar"]
-
-PLACES = [
-    ("garden", "jardin"), ("market", "marché"), ("park", "parc"), ("lake", "lac"),
-    ("woods", "bois"), ("castle", "château"), ("mill", "moulin"), ("museum", "musée"),
-]
-
+# The words and sentences of the language, each in English and in French
+WORLD = json.loads(Path(__file__).with_name("tiny.json").read_text(encoding="utf-8"))
+NAMES, PLACES, FILLERS = WORLD["names"], WORLD["places"], WORLD["fillers"]
+TELL, ASK = WORLD["tell"], WORLD["ask"]
 # A mood is never told in a story, only what brings it about.
-MOODS = {
-    ("happy", "content"): [
-        ("He found a red ball", "Il a trouvé une balle rouge"),
-        ("A friend gave him a cake", "Un ami lui a donné un gâteau"),
-        ("His mother sang for him", "Sa mère a chanté pour lui"),
-    ],
-    ("sad", "triste"): [
-        ("He lost his little dog", "Il a perdu son petit chien"),
-        ("His best friend went away", "Son meilleur ami est parti"),
-        ("The old horse was very ill", "Le vieux cheval était très malade"),
-    ],
-    ("scared", "effrayé"): [
-        ("He heard a big bear", "Il a entendu un gros ours"),
-        ("All the lights went out", "Toutes les lampes se sont éteintes"),
-        ("A snake came out of the grass", "Un serpent est sorti de l'herbe"),
-    ],
-    ("tired", "fatigué"): [
-        ("He ran all day long", "Il a couru toute la journée"),
-        ("He carried heavy stones", "Il a porté de lourdes pierres"),
-        ("He did not sleep at night", "Il n'a pas dormi la nuit"),
-    ],
-    ("angry", "fâché"): [
-        ("Someone broke his new toy", "Quelqu'un a cassé son nouveau jouet"),
-        ("A boy took his hat", "Un garçon a pris son chapeau"),
-        ("The rain spoiled his drawing", "La pluie a gâché son dessin"),
-    ],
-    ("proud", "fier"): [
-        ("He won the race", "Il a gagné la course"),
-        ("He built a tall tower", "Il a bâti une haute tour"),
-        ("He learned to swim", "Il a appris à nager"),
-    ],
-}
-
-FILLERS = [
-    ("The sky was blue", "Le ciel était bleu"),
-    ("A cat sat near a tree", "Un chat était près d'un arbre"),
-    ("It was a long day", "C'était une longue journée"),
-    ("The birds sang", "Les oiseaux chantaient"),
-    ("The wind was cold", "Le vent était froid"), ("It was late", "Il était tard"),
-]
-
-TELL = ("{name} went to the {place}.", "{name} est allé au {place}.")
-ASK = ("How did {name} feel, and where?", "Comment allait {name}, et où ?")
+MOODS = {tuple(mood): events for *mood, events in WORLD["moods"]}
 ENGLISH, FRENCH = 0, 1
 EXAMPLE = "Leo went to the mill. He won the race. The birds sang. How did Leo feel, and where?"
 
@@ -132,7 +88,8 @@ def base_folder(make=make_in_child):
 
     make: function of the folder, which calls `train.make_tiny_base` in this process or in another
     """
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+    own = Path(__file__).read_bytes() + Path(__file__).with_name("tiny.json").read_bytes()
+    recipe = hashlib.sha256(own).hexdigest()[:8]
     folder = Path(os.environ.get("QST_CACHE") or CACHE) / f"tiny-{recipe}"
     if not folder.is_dir():
         make_writable_folder(folder.parent, "QST_CACHE (the folder of the built-in base)")
