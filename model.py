@@ -144,7 +144,7 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
         C, D, bias = config.n_embd, config.head_dim, bool(config.attention_bias)
         self.q_proj = Linear(C, self.n_head * D, bias=bias)
         self.k_proj = Linear(C, self.n_kv_head * D, bias=bias)
@@ -155,13 +155,14 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, rope, cache):
         B, T, _ = x.shape
-        H, G, D = self.n_head, self.n_kv_head, self.head_dim
+        H, G = self.n_head, self.n_kv_head
         if is_cast(self.q_proj):
-            qkv = product(x, self.q_proj, self.k_proj, self.v_proj)
-            qk, v = qkv.split([(H + G) * D, G * D], dim=-1)
+            qkv = product(x, self.q_proj, self.k_proj, self.v_proj).view(B, T, H + 2 * G, -1)
+            qk, v = qkv.split([H + G, G], dim=2)
         else:
-            qk, v = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1), self.v_proj(x)
-        qk, v = (y.view(B, T, -1, D).transpose(1, 2) for y in (qk, v))  # (B, heads, T, D)
+            qk = torch.cat([self.q_proj(x), self.k_proj(x)], dim=-1).view(B, T, H + G, -1)
+            v = self.v_proj(x).view(B, T, G, -1)
+        qk, v = qk.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], dim=1)
         q, k = rotate(qk, rope).split([H, G], dim=1)
