@@ -279,7 +279,7 @@ def plain_dequantize(codes, absmax, nested_absmax, offset, kind, out):
 def plain_matvec(x, codes, absmax, nested_absmax, offset, kind, out_features):
     """x (rows, in_features) -> x @ W.T (rows, out_features)."""
     weight = unpack_buffer(out_features * x.shape[1], x.dtype, x.device)
-    plain_dequantize(codes, absmax, nested_absmax, offset, kind, weight)
+    torch.ops.qst.dequantize(codes, absmax, nested_absmax, offset, kind, weight)
     return x @ weight.view(out_features, -1).T
 
 
@@ -299,44 +299,40 @@ torch.library.register_fake(
 # --------------------------------------------------------------------------------------
 # The same two as CUDA kernels, where there is Triton (it comes with torch on Linux)
 #
-# With many rows of x, `F.linear` uses tensor cores, and unpacking takes little of its time. When a
-# token is generated, x has one row, and the time is that of reading the weight: 4 bits are faster.
+# With many rows of x, unpacking takes little of a product's time. When a token is generated, x has
+# one row, and the time is that of reading the weight: 4 bits are faster.
 
 try:
     import triton
     import triton.language as tl
+    from triton.language.target_info import current_target, is_hip
 except ImportError:
     triton = None
 
-MAX_ROWS = 8  # of x, for matvec
-# No fused multiply-add: a scale's product and sum are rounded one by one, as in the plain version,
-# so that `dequantize` has the same bits on every device.
-LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
-
-
-def tile_blocks(dtype):
-    """Blocks of 64 per tile: 128 threads (4 warps) store 16 bytes each, the widest access. A larger
-    tile goes through shared memory, and eight rows of x need too many registers."""
-    return 32 // dtype.itemsize
-
+MAX_ROWS = 16  # of x, for matvec
+TILE = {"FEATURES": 16, "BLOCKS": 8}  # of the weight, for the 256 threads of matvec
 
 if triton:
     BLOCK, HALF = tl.constexpr(BLOCK_SIZE), tl.constexpr(BLOCK_SIZE // 2)
-    NESTED = tl.constexpr(ABSMAX_BLOCK_SIZE)
+    NESTED, LARGEST = tl.constexpr(ABSMAX_BLOCK_SIZE), tl.constexpr(torch.finfo(torch.float32).max)
 
     @triton.jit
     def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block):
-        """Decode the blocks with the numbers `block`, int64 (m,), of a weight: fp32 (m, 64)."""
+        """Decode the blocks with the numbers `block`, int64 (m,), of a weight, fp32 (m, 64); zeros
+        past its end."""
         at = block[:, None] * HALF + tl.arange(0, HALF)
         byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (m, 32)
-        # Each thread looks up both levels of a byte, so that it stores neighbours.
-        level = tl.join(tl.load(codebook + (byte >> 4)), tl.load(codebook + (byte & 15)))
+        # Each thread has both codes of a byte, so that it stores neighbours.
+        code = tl.join(byte >> 4, byte & 15).ravel()
+        level = tl.gather(tl.load(codebook + tl.arange(0, 16)), code, 0)
         there = block * HALF < nbytes
         scale = tl.load(absmax + block, mask=there, other=0)  # (m,)
         if nested_absmax is not None:  # decided at compile time
             nested = tl.load(nested_absmax + block // NESTED, mask=there, other=0)
             scale = tl.load(dynamic + scale.to(tl.int32)) * nested + tl.load(offset)
-        return level.reshape(block.shape[0], BLOCK) * scale[:, None]
+        weight = level.reshape(block.shape[0], BLOCK) * tl.where(there, scale, 0.0)[:, None]
+        # AMD's GPUs would multiply and round to fp16 in one step, which gives other bits.
+        return tl.minimum(weight, LARGEST) if is_hip() else weight
 
     @triton.jit
     def dequantize_kernel(
@@ -353,52 +349,56 @@ if triton:
     @triton.jit
     def matvec_kernel(
         codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, x, y, rows,
-        in_features, out_features, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+        in_features, out_features, ROWS: tl.constexpr, FEATURES: tl.constexpr, BLOCKS: tl.constexpr,
     ):
-        """One feature of y for all rows of x: decode a tile and multiply it with x. A row of the
-        matrix may begin and end inside of a block; the block's other values are masked."""
-        feature = tl.program_id(0).to(tl.int64)
-        start, stop = feature * in_features, (feature + 1) * in_features  # in the flat weight
-        row = tl.arange(0, ROWS).to(tl.int64)
-        total = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
-        for first in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK, BLOCKS):
-            block = first + tl.arange(0, BLOCKS)
+        """Some features of y for some rows of x. Each warp multiplies every eighth block of their
+        weights, on tensor cores where there are any; then the warps' sums are added."""
+        feature = tl.program_id(0).to(tl.int64) * FEATURES + tl.arange(0, FEATURES)
+        row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        total, n_blocks = tl.zeros((BLOCKS, FEATURES, ROWS), tl.float32), in_features // BLOCK
+        for first in range(0, n_blocks, BLOCKS):
+            part = first + tl.arange(0, BLOCKS).to(tl.int64)[:, None]
+            # Past the end of a feature's weights both factors are zeros: inf * 0 is NaN.
+            block = tl.where(part < n_blocks, feature * n_blocks + part, nbytes).ravel()
             weight = decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block)
-            weight = weight.to(x.dtype.element_ty).reshape(1, BLOCKS * BLOCK)
-            column = first * BLOCK - start + tl.arange(0, BLOCKS * BLOCK)[None, :]
-            inside = (column >= 0) & (column < in_features)
-            # Mask both factors: values outside of the row may be infinite, and 0 * inf is NaN.
-            weight = tl.where(inside, weight, 0.0).to(tl.float32)
-            at = row[:, None] * in_features + column
-            value = tl.load(x + at, mask=inside & (row[:, None] < rows), other=0)
-            total = tl.fma(value.to(tl.float32), weight, total)
-        y_row = tl.sum(total, axis=1).to(y.dtype.element_ty)
-        tl.store(y + row * out_features + feature, y_row, mask=row < rows)
+            weight = weight.to(x.dtype.element_ty).reshape(BLOCKS, FEATURES, BLOCK)
+            at = row[:, None] * in_features + part[:, None] * BLOCK + tl.arange(0, BLOCK)
+            there = (part < n_blocks)[:, None] & (row < rows)[:, None]
+            value = tl.load(x + at, mask=there, other=0).trans(0, 2, 1)  # (BLOCKS, 64, ROWS)
+            total = tl.dot(weight, value, total, input_precision="ieee")
+        there = (row < rows) & (feature < out_features)[:, None]
+        y_row = tl.sum(total, axis=0).to(y.dtype.element_ty)
+        tl.store(y + row * out_features + feature[:, None], y_row, mask=there)
 
-    def on_device(codes, absmax, nested_absmax, offset, kind):
-        """The first arguments of both kernels."""
+    def launch(kernel, grid, threads, weight, *arguments, **constants):
+        """Launch a kernel on the weight's device; Triton alone would take the current one."""
+        codes, absmax, nested_absmax, offset, kind = weight
         codebooks = [codebook_on(c, codes.device) for c in (CODEBOOKS[kind], DYNAMIC_CODEBOOK)]
-        return codes, absmax, nested_absmax, offset, *codebooks, len(codes)
+        with torch.cuda.device_of(codes):
+            # No fused multiply-add: a scale's product and sum are rounded one by one, as in the
+            # plain version, so that `dequantize` has the same bits on every device.
+            kernel[grid](
+                codes, absmax, nested_absmax, offset, *codebooks, len(codes), *arguments,
+                num_warps=threads // current_target().warp_size, enable_fp_fusion=False, **constants
+            )
 
     def launch_dequantize(*weight_and_out):
         *weight, out = weight_and_out
-        n, tile = out.numel(), tile_blocks(out.dtype)
-        with torch.cuda.device_of(out):  # Triton launches on the current device, not on a tensor's
-            grid = (triton.cdiv(n, tile * BLOCK_SIZE),)
-            dequantize_kernel[grid](*on_device(*weight), out, n, BLOCKS=tile, **LAUNCH)
+        n, blocks = out.numel(), 32 // out.itemsize  # a thread stores 16 bytes, the widest access
+        grid = (triton.cdiv(n, blocks * BLOCK_SIZE),)
+        launch(dequantize_kernel, grid, 128, weight, out, n, BLOCKS=blocks)
         # Tell autograd that the buffer has changed: Triton writes to it behind torch's back.
         torch.autograd.graph.increment_version(out)
 
     def launch_matvec(x, *weight_and_features):
         *weight, out_features = weight_and_features
-        rows, in_features = x.shape
-        y = x.new_empty(rows, out_features)
-        tiles = dict(ROWS=triton.next_power_of_2(rows), BLOCKS=tile_blocks(x.dtype))
-        with torch.cuda.device_of(x):
-            matvec_kernel[(out_features,)](
-                *on_device(*weight), x.contiguous(), y, rows, in_features, out_features,
-                **tiles, **LAUNCH,
-            )
+        if x.shape[1] % BLOCK_SIZE:  # a row of the matrix begins inside of a block
+            return plain_matvec(x, *weight_and_features)
+        # Matrix units of AMD take 16 rows; elsewhere more than 16 bytes need too many registers.
+        at_once = 16 if is_hip() else min(triton.next_power_of_2(len(x)), 16 // x.itemsize)
+        grid = triton.cdiv(out_features, TILE["FEATURES"]), triton.cdiv(len(x), at_once)
+        x, y = x.contiguous(), x.new_empty(len(x), out_features)
+        launch(matvec_kernel, grid, 256, weight, x, y, *x.shape, out_features, ROWS=at_once, **TILE)
         return y
 
     library.impl("dequantize", launch_dequantize, "CUDA")

@@ -5,11 +5,11 @@ Triton decides when it is imported whether it interprets. So the tests called `i
 in a second process, which `test_interpreted` starts.
 """
 
-import json
 import os
 import re
 import subprocess
 import sys
+from itertools import product
 from unittest import mock
 
 import pytest
@@ -26,6 +26,8 @@ from triton.runtime import JITFunction, driver
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Rows that begin inside of a byte, of a block, of a nested block; more than one tile to a row.
 SHAPES = [(1, 1), (3, 130), (7, 33), (5, 64), (9, 1901), (3, 2500)]
+# Rows of whole blocks: of one, of as many as a tile has, of a few more; one tile of features, more.
+WHOLE = [(5, 64), (16, 512), (33, 576)]
 
 
 def make(shape, kind="nf4", double_quant=True, seed=0):
@@ -39,8 +41,10 @@ def make(shape, kind="nf4", double_quant=True, seed=0):
 
 
 @pytest.fixture
-def round_to_even(monkeypatch):
-    """Have the interpreter round to bf16 as the compiled kernel does: by itself it truncates."""
+def as_compiled(monkeypatch):
+    """Have the interpreter round to bf16 as the compiled kernel does: by itself it truncates. Nor
+    does it multiply bf16, but their bits."""
+    from triton import language as tl
     from triton.runtime import interpreter
 
     dtypes = {name: dtype for name, dtype in DTYPES.items() if name != "fp16"}
@@ -51,13 +55,28 @@ def round_to_even(monkeypatch):
         bits = torch.uint16 if target.name == "bf16" else torch.float32
         return values.view(bits).numpy().reshape(data.shape)
 
+    def dot(self, *arguments):
+        a, b = arguments[:2]
+        if a.dtype == tl.bfloat16:
+            data = (convert(factor.data, tl.bfloat16, tl.float32, None) for factor in (a, b))
+            a, b = (interpreter.TensorHandle(part, tl.float32) for part in data)
+        return exact(self, a, b, *arguments[2:])
+
+    exact = interpreter.InterpreterBuilder.create_dot
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture(params=[80, "gfx942"])
+def gpu(request, monkeypatch):
+    """Launch as for a GPU of NVIDIA or of AMD."""
+    monkeypatch.setattr(driver, "_active", NoGPU(request.param))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", CODEBOOKS)
-def interpreted_dequantize(kind, double_quant, dtype, round_to_even):
+def interpreted_dequantize(kind, double_quant, dtype, as_compiled, gpu):
     """The kernel writes the bits of the plain version, and nothing after the last value."""
     for shape in SHAPES:
         q = make(shape, kind, double_quant)
@@ -75,14 +94,14 @@ def interpreted_dequantize(kind, double_quant, dtype, round_to_even):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("kind", CODEBOOKS)
-def interpreted_matvec(kind, double_quant, dtype, round_to_even):
+def interpreted_matvec(kind, double_quant, dtype, as_compiled, gpu):
     """The product is within the rounding of an fp32 sum, in any order, and of the result.
 
     |error| <= n u / (1 - n u) sum |x_i w_i| + u' |y|, with n terms, u = 2^-24 and u' that of the
     dtype (Higham, Accuracy and Stability of Numerical Algorithms, Eq. 3.5), and the weights of
     the plain version: those that are not rounded to the dtype exceed it.
     """
-    for rows, shape in enumerate(SHAPES + [(2, 100), (9, 127)], start=1):
+    for rows, shape in [*product((1, 2, 7, 16), WHOLE), (3, (3, 130)), (16, (7, 33))]:
         q = make(shape, kind, double_quant)
         x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
         y = quant.launch_matvec(x, *q.op_args, shape[0])
@@ -92,18 +111,22 @@ def interpreted_matvec(kind, double_quant, dtype, round_to_even):
         bound = nu / (1 - nu) * size
         bound += (exact.abs() + bound) * torch.finfo(dtype).eps / 2
         assert y.shape == (rows, shape[0]) and y.dtype == dtype
-        assert ((y.double() - exact).abs() <= bound).all(), shape
+        # Rows that begin inside of a block are the CPU's product, which may be summed in 16 bits.
+        atol = 0 if shape in WHOLE else 0.1
+        assert ((y.double() - exact).abs() <= bound + atol).all(), shape
 
 
-def interpreted_matvec_neighbour(round_to_even):
-    """A row does not see what shares a block with it: its neighbour's weight is infinite in fp16,
-    its neighbour's x is NaN."""
-    weight = torch.ones(2, 100)
-    weight[1, 0] = 1e6
-    q = quantize_4bit(weight, double_quant=False)
-    x = torch.tensor([[1.0], [torch.nan]], dtype=torch.float16).expand(2, 100)
-    y = quant.launch_matvec(x, *q.op_args, 2)
-    assert y[0].isfinite()[0] and y[0, 1].isinf() and y[1].isnan().all()
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("width", [100, 576])
+def interpreted_matvec_neighbour(width, double_quant, as_compiled, gpu):
+    """A row does not see what shares a block or a tile with it: its neighbour's weight is infinite
+    in fp16, as is the mean of the scales; its neighbour's x is NaN."""
+    weight = torch.ones(3, width)
+    weight[1] = 1e6
+    q = quantize_4bit(weight[:2] if width == 100 else weight, double_quant=double_quant)
+    x = torch.tensor([[2**-10], [torch.nan]], dtype=torch.float16).expand(2, width)
+    y = quant.launch_matvec(x, *q.op_args, q.shape[0])
+    assert y[0, 0].isfinite() and y[0, 1].isinf() and y[1].isnan().all()
 
 
 def test_interpreted():
@@ -130,8 +153,11 @@ class NoGPU:
         self.get_current_stream = lambda device: 0
 
 
-def compiled(name, dtype, arch=80, double_quant=True, rows=8, shape=(64, 1024)):
-    """Compile a kernel by launching it just short of running it, on tensors without data."""
+def compiled(name, dtype, arch=80, double_quant=True, rows=8, shape=(64, 1024), **other):
+    """Compile a kernel by launching it just short of running it, on tensors without data.
+
+    other: options of Triton in place of those that the launch has
+    """
     empty = lambda size, dtype: torch.empty(size, dtype=dtype, device="meta")
     blocks = -(-shape[0] * shape[1] // BLOCK_SIZE)
     weight = [
@@ -142,7 +168,8 @@ def compiled(name, dtype, arch=80, double_quant=True, rows=8, shape=(64, 1024)):
         "nf4",
     ]
     run, result = JITFunction.run, []
-    warmup = lambda *args, **options: result.append(run(*args, **options | {"warmup": True}))
+    other["warmup"] = True
+    warmup = lambda *args, **options: result.append(run(*args, **options | other))
     with mock.patch.object(driver, "_active", NoGPU(arch)):
         with mock.patch.object(JITFunction, "run", warmup):
             if name == "dequantize":
@@ -166,31 +193,33 @@ def stack_bytes(binary, folder):
     return int(re.search(r"STACK:(\d+)", subprocess.check_output(command, text=True))[1])
 
 
-IN_ALL_DTYPES = [(dtype, arch) for dtype in DTYPES for arch in (75, 80, 90, 100)]
-IN_BF16 = [("bf16", arch) for arch in (86, 89, 120, "gfx90a", "gfx942")]
+CASES = [(dtype, arch) for dtype in DTYPES for arch in (75, 80, 90, 100, 120, "gfx942")]
+CASES += [("bf16", arch) for arch in (86, 89, "gfx90a")]
 
 
-@pytest.mark.parametrize("dtype, arch", IN_ALL_DTYPES + IN_BF16)
+@pytest.mark.parametrize("dtype, arch", CASES)
 @pytest.mark.parametrize("name", ["dequantize", "matvec"])
 def test_compiles_without_spilling(name, dtype, arch, tmp_path):
-    """Everything a thread holds fits in registers, on each generation of GPUs."""
+    """Everything a thread holds fits in registers, on each generation of GPUs, and everything that
+    threads share in its shared memory: KB of the smallest of each generation."""
+    most = 64 if arch == 75 or isinstance(arch, str) else 99
     for double_quant in (True, False):
         for rows in (1, 8) if name == "matvec" else (1,):
-            assert stack_bytes(compiled(name, dtype, arch, double_quant, rows), tmp_path) == 0
+            binary = compiled(name, dtype, arch, double_quant, rows)
+            assert stack_bytes(binary, tmp_path) == 0 and binary.metadata.shared <= most << 10
 
 
-@pytest.mark.parametrize("arch, blocks", [(80, 32), ("gfx942", 128)])
-def test_spills_are_seen(arch, blocks, tmp_path, monkeypatch):
-    """A tile many times as large does not fit in registers, and the check above notices."""
-    monkeypatch.setattr(quant, "tile_blocks", lambda dtype: blocks)
-    assert stack_bytes(compiled("matvec", "fp32", arch), tmp_path) > 0
+@pytest.mark.parametrize("arch, features", [(80, 32), ("gfx942", 64)])
+def test_spills_are_seen(arch, features, tmp_path, monkeypatch):
+    """A larger tile does not fit in the registers of one warp, and the check above notices."""
+    monkeypatch.setitem(quant.TILE, "FEATURES", features)
+    assert stack_bytes(compiled("matvec", "fp32", arch, num_warps=1), tmp_path) > 0
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_scale_is_rounded_twice(arch):
     """The compiler joins no product with a sum, as it does unless it is told not to."""
-    with mock.patch.dict(quant.LAUNCH, enable_fp_fusion=True):
-        assert "fma" in compiled("dequantize", "bf16", arch).asm["ptx"]
+    assert "fma" in compiled("dequantize", "bf16", arch, enable_fp_fusion=True).asm["ptx"]
     ptx = compiled("dequantize", "bf16", arch).asm["ptx"]
     assert "fma" not in ptx and ".ftz" not in ptx and len(re.findall(r"add\.rn\.f32\b", ptx)) == 1
     # Without `.rn`, the assembler could still join them.
@@ -199,16 +228,30 @@ def test_scale_is_rounded_twice(arch):
     assert "cvt.rn.bf16x2.f32" in ptx
     ptx = compiled("matvec", "bf16", arch).asm["ptx"]
     assert not re.search(r"(mul|add|sub)\.(ftz\.)?f32", ptx)
+    assert "mma.sync" in ptx  # on tensor cores
 
 
-@pytest.mark.parametrize("name", ["dequantize", "matvec"])
-def test_memory_accesses_are_wide(name):
-    """16 bytes of weights are stored, or of x loaded, at once; and all four bytes of codes."""
-    ptx = compiled(name, "bf16", rows=1).asm["ptx"]
-    wide = "st.global.v4.b32" if name == "dequantize" else "ld.global.v4.b32"
-    assert ptx.count(wide) == 1
-    # Codes, 8 levels, an absmax code, its level, its scale, the offset.
-    assert len(re.findall(r"ld\.global", ptx)) == 13 + (name == "matvec")
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+def test_on_amd(arch):
+    """With warps of 64 a thread stores 16 bytes, too; no product is rounded to fp16 at once; and
+    the products of matvec are the matrix units'."""
+    binary = compiled("dequantize", "fp16", arch)
+    assembly = binary.asm["amdgcn"]
+    assert binary.metadata.num_warps == 2 and "buffer_store_dwordx4" in assembly
+    assert "v_fma_mix" not in assembly and "v_mad_mix" not in assembly
+    assembly = compiled("matvec", "fp16", arch, rows=1).asm["amdgcn"]
+    assert "v_mfma" in assembly and "v_fma_mix" not in assembly
+
+
+def test_memory_accesses_are_wide():
+    """16 bytes of weights are stored at once; of x and of codes, they are loaded into shared memory
+    while others are multiplied."""
+    ptx = compiled("dequantize", "bf16").asm["ptx"]
+    assert ptx.count("st.global.v4.b32") == 1
+    # Codes, the code book, an absmax code, its level, its scale, the offset.
+    assert len(re.findall(r"ld\.global", ptx)) == 6
+    copies = re.findall(r"cp\.async\S+ .*?(0x\w+)", compiled("matvec", "bf16").asm["ptx"])
+    assert set(copies) == {"0x10", "0x4"}, copies
 
 
 def narrow(ttir):
@@ -216,7 +259,7 @@ def narrow(ttir):
     ttir = re.sub(r" loc\(.*", "", ttir)
     tables = re.findall(r"(%\S+) = tt\.splat %(?:codebook|dynamic) :", ttir)
     offsets = re.findall(r"tt\.addptr (%\S+), .*, (\S+)$", ttir, re.M)
-    assert len(offsets) >= 7  # codes, absmax, nested_absmax, 2 levels, a scale, what is written
+    assert len(offsets) >= 6  # codes, absmax, nested_absmax, the levels, a scale, what is written
     narrow_offsets = [o for o in offsets if "i64" not in o[1] and o[0] not in tables]
     return narrow_offsets + re.findall(r"arith\.muli.*i32>?$", ttir, re.M)
 
@@ -224,66 +267,5 @@ def narrow(ttir):
 @pytest.mark.parametrize("name", ["dequantize", "matvec"])
 def test_offsets_are_64_bits(name):
     """No weight is too large: its offsets are not computed in 32 bits."""
-    for shape in ((64, 1024), (3, 130), (2**17, 2**16)):
+    for shape in ((64, 1024), (3, 192), (2**17, 2**16)):
         assert not narrow(compiled(name, "bf16", shape=shape).asm["ttir"])
-
-
-# --------------------------------------------------------------------------------------
-# The operators
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_operators(double_quant):
-    """They are what they declare to be: what they write to, shapes, dtypes, aliases."""
-    q = make((8, 128), double_quant=double_quant)
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    out = torch.empty(8 * 128, dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.qst.dequantize, (*q.op_args, out), test_utils=tests)
-    x = torch.ones(2, 128)
-    torch.library.opcheck(torch.ops.qst.matvec, (x, *q.op_args, 8), test_utils=tests)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_operators_on_cpu(shape):
-    """Without a GPU they are the plain version."""
-    q, x = make(shape), torch.ones(2, shape[1])
-    out = torch.empty(q.shape.numel())
-    torch.ops.qst.dequantize(*q.op_args, out)
-    weight = q.dequantize()
-    assert torch.equal(out.view(shape), weight)
-    y = torch.ops.qst.matvec(x, *q.op_args, shape[0])
-    assert torch.equal(y, torch.nn.functional.linear(x, weight))
-
-
-def test_operators_in_compile_and_on_meta():
-    """`torch.compile` takes both without a graph break, and a meta tensor goes through."""
-    q = make((8, 128))
-
-    def both(x, out):
-        torch.ops.qst.dequantize(*q.op_args, out)
-        return x @ out.view(8, 128).T + torch.ops.qst.matvec(x, *q.op_args, 8)
-
-    x, out = torch.ones(2, 128), torch.empty(8 * 128)
-    fast = torch.compile(both, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(fast(x, torch.zeros_like(out)), both(x, out))
-    meta = [p.to("meta") if isinstance(p, torch.Tensor) else p for p in q.op_args]
-    assert torch.ops.qst.dequantize(*meta, out.to("meta")) is None
-    assert torch.ops.qst.matvec(x.to("meta"), *meta, 8).shape == (2, 8)
-
-
-def test_without_triton():
-    """Where Triton is missing, the operators are the plain version on any device; and so are, on
-    Windows, modules that test_without_what_windows_lacks has a look at."""
-    code = (
-        "import json, sys\nsys.path[:0] = sys.argv[1:]\n"
-        "lacking = 'triton', 'resource', 'fcntl', 'readline', 'pwd', 'termios'\n"
-        "sys.modules |= dict.fromkeys(lacking)\n"
-        "import torch\n"
-        "import quant; has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
-        "table = torch._C._dispatch_dump_table('qst::matvec')\n"
-        "print(json.dumps([has('qst::matvec', 'CUDA'), table]))"
-    )
-    folders = [os.path.dirname(quant.__file__)]
-    printed = subprocess.check_output([sys.executable, "-c", code, *folders], text=True)
-    registered, table = json.loads(printed)
-    assert not registered and re.search(r"^CUDA: .*\[default backend kernel\]", table, re.M)
