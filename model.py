@@ -276,7 +276,7 @@ class LanguageModel(nn.Module):
         h = h.flatten(0, 1).index_select(0, at)
         if self.head_is_trainable or not self.chunk_loss:
             return token_loss(self.head(h), targets)
-        return _ChunkedLoss.apply(h, targets, self.head)
+        return _ChunkedLoss.apply(h, targets, self.head, CHUNK_LOGITS // self.config.vocab_size)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """The prompts with the new tokens of `sampling.stream`: (B, T + new)."""
@@ -285,7 +285,8 @@ class LanguageModel(nn.Module):
 
 
 RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # a layer has no random numbers
-CHUNK = 128  # positions whose logits are held at a time
+# So many positions at most are held at a time: from 256 on, a GPU computes longer than it reads.
+CHUNK, CHUNK_LOGITS = 256, 25_000_000  # and so many logits, 100 MB in fp32
 
 
 def token_loss(logits, targets, reduction="mean"):
@@ -307,11 +308,11 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, targets, head):
-        learns, total = ctx.needs_input_grad[0], torch.zeros((), device=h.device)
-        grad = torch.empty_like(h) if learns else None
-        for start in range(0, len(h), CHUNK):
-            rows = slice(start, start + CHUNK)
+    def forward(ctx, h, targets, head, most=CHUNK):
+        learns, size = ctx.needs_input_grad[0], min(most, CHUNK)
+        grad, total = torch.empty_like(h) if learns else None, torch.zeros((), device=h.device)
+        for start in range(0, len(h), size):
+            rows = slice(start, start + size)
             with torch.set_grad_enabled(learns):
                 part = h[rows].detach().requires_grad_(learns)
                 loss = token_loss(head(part), targets[rows], "sum")
@@ -324,7 +325,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (grad_of_sum,) = ctx.saved_tensors
-        return grad_of_sum.mul_(grad / len(grad_of_sum)), None, None
+        return grad_of_sum.mul_(grad / len(grad_of_sum)), None, None, None
 
 
 class Transformer(LanguageModel):

@@ -318,8 +318,7 @@ if triton:
 
     @triton.jit
     def decode(codes, absmax, nested_absmax, offset, codebook, dynamic, nbytes, block):
-        """Decode the blocks with the numbers `block`, int64 (m,), of a weight, fp32 (m, 64); zeros
-        past its end."""
+        """Decode blocks by their numbers, int64 (m,): fp32 (m, 64), zeros past the weight's end."""
         at = block[:, None] * HALF + tl.arange(0, HALF)
         byte = tl.load(codes + at, mask=at < nbytes, other=0).to(tl.int32)  # (m, 32)
         # Each thread has both codes of a byte, so that it stores neighbours.
