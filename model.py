@@ -276,7 +276,7 @@ class LanguageModel(nn.Module):
         h = h.flatten(0, 1).index_select(0, at)
         if self.head_is_trainable or not self.chunk_loss:
             return token_loss(self.head(h), targets)
-        return _ChunkedLoss.apply(h, targets, self.head, CHUNK_LOGITS // self.config.vocab_size)
+        return _ChunkedLoss.apply(h, targets, self.head, self.config.vocab_size)
 
     def generate(self, idx, max_new_tokens, *args, **kwargs):
         """The prompts with the new tokens of `sampling.stream`: (B, T + new)."""
@@ -285,8 +285,7 @@ class LanguageModel(nn.Module):
 
 
 RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)  # a layer has no random numbers
-# So many positions at most are held at a time: from 256 on, a GPU computes longer than it reads.
-CHUNK, CHUNK_LOGITS = 256, 25_000_000  # and so many logits, 100 MB in fp32
+CHUNK, CHUNK_LOGITS = 512, 25_000_000  # the most positions and logits (100 MB in fp32) at a time
 
 
 def token_loss(logits, targets, reduction="mean"):
@@ -308,8 +307,8 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, targets, head, most=CHUNK):
-        learns, size = ctx.needs_input_grad[0], min(most, CHUNK)
+    def forward(ctx, h, targets, head, vocab_size):
+        learns, size = ctx.needs_input_grad[0], min(CHUNK, CHUNK_LOGITS // vocab_size)
         grad, total = torch.empty_like(h) if learns else None, torch.zeros((), device=h.device)
         for start in range(0, len(h), size):
             rows = slice(start, start + size)

@@ -96,7 +96,7 @@ class TrainConfig(SideConfig):
     checkpoint: bool = setting(None, "recompute activations in backward: the side network's (qst, "
         "lst; default with --base) or the base's (other methods)", group="memory")
     h_f_bits: int = of_side(None, "bits of the hidden states stored for backward", (16, 8, 4))
-    chunk_loss: bool = setting(True, "compute the logits of at most 128 tokens at a time")
+    chunk_loss: bool = setting(True, "compute the logits of at most 512 tokens at a time")
     optimizer_bits: int = setting(32, "bits of the optimizer's moments", (32, 8))
     stream: bool = of_side(False, "keep the 4-bit layers on disk or in host memory until needed")
     cache_hidden: str = setting("", "folder that caches the base's hidden states for later epochs")

@@ -123,7 +123,7 @@ def test_losses_of_chunks_add_up_in_fp32(dtype):
     """Of 1,000 positions in 16 bits the loss is what it is in one piece, to fp32 rounding."""
     h = torch.randn(1000, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
     targets = torch.arange(1000) % 50
-    loss = _ChunkedLoss.apply(h, targets, torch.nn.Identity())
+    loss = _ChunkedLoss.apply(h, targets, torch.nn.Identity(), 7)
     torch.testing.assert_close(loss, token_loss(h, targets), rtol=1e-6, atol=0)
 
 
@@ -151,14 +151,15 @@ def test_the_loss_in_chunks_passes_its_gradient_on():
     grads = []
     for factor in (1, 3):
         part = h.clone().requires_grad_()
-        (factor * _ChunkedLoss.apply(part, targets, torch.nn.Identity())).backward()
+        (factor * _ChunkedLoss.apply(part, targets, torch.nn.Identity(), 7)).backward()
         grads.append(part.grad)
     torch.testing.assert_close(grads[1], 3 * grads[0])
 
 
-def test_chunks_bound_the_logits(monkeypatch):
+@pytest.mark.parametrize("name, most", [("CHUNK", 10), ("CHUNK_LOGITS", 50_000)])
+def test_chunks_bound_the_logits(name, most, monkeypatch):
     """With four times the batch the plain loss needs four times the logits, in chunks as many."""
-    monkeypatch.setattr(model_py, "CHUNK", 10)
+    monkeypatch.setattr(model_py, name, most)
     config = small_config(vocab_size=5000)
     peaks = {}
     for chunked in (False, True):
