@@ -129,7 +129,7 @@ def steps_of(lists_of):
 def test_at_once_as_alone(part, monkeypatch):
     """Computed at once, or in several parts, parameters and codes are bit for bit those of each
     with an optimizer of its own."""
-    monkeypatch.setattr("data.run.adamw8bit.PART", part)
+    monkeypatch.setattr("data.run.adamw8bit.chunk_size", lambda device: 8 * part)
     alone = steps_of(lambda parameters: [[p] for p in parameters])
     at_once = steps_of(lambda parameters: [parameters])
     assert len(alone) == 7 + 7 * 3 and all(map(torch.equal, alone, at_once))
