@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_steps, gpu_stream, gpu_trace
+from benchmarks import gpu_claims, gpu_kernels, gpu_steps, gpu_stream, gpu_trace
 from benchmarks.common import ROOT, print_row, print_table
 from benchmarks.gpu_common import Sizes
 from data import InputError
@@ -31,6 +31,8 @@ PARTS = {  # name: (a function of the sizes that yields rows, its columns, secon
     "steps_70b": (gpu_steps.steps_70b, gpu_steps.COLUMNS, 150),
     "memory": (gpu_steps.memory, gpu_steps.MEMORY_COLUMNS, 90),
     "streamed": (gpu_stream.streamed, gpu_stream.COLUMNS, 90),
+    "repeats": (gpu_claims.repeats, "what gradients different steps", 60),
+    "fits": (gpu_claims.fits, gpu_claims.COLUMNS, 150),
 }
 SHOWN = ("name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
          "power.draw", "power.limit", "temperature.gpu")

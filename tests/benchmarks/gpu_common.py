@@ -18,7 +18,8 @@ from quant import quantize_4bit, unpack_buffers
 class Sizes:
     """What is measured: on a GPU, or with tiny shapes on a CPU.
 
-    layers: shapes of weights; large, huge, billion: `ModelConfig`s; steps: batches x lengths
+    layers: shapes of weights; large, huge, billion: `ModelConfig`s; steps: batches x lengths;
+    claims: (GB of a card, `ModelConfig`, batch x length, flags) that the pages say fit together
     """
 
     device: torch.device
@@ -28,6 +29,7 @@ class Sizes:
     huge: ModelConfig
     billion: ModelConfig
     steps: tuple
+    claims: tuple
     copy_bytes: int
     new_tokens: int
 
@@ -37,9 +39,19 @@ class Sizes:
         layers = ((4096, 4096), (11008, 4096), (4096, 11008), (1024, 8192), (8192, 8192),
                   (28672, 8192), (8192, 28672))
         names = ("llama-2-7b", "llama-2-70b", "tinyllama-1.1b")
+        llama, qwen, short, long = PRESETS["llama-3-8b"], PRESETS["qwen3-32b"], (4, 384), (16, 384)
+        claims = (
+            (8, llama, short, "--method qst"), (15, llama, long, "--method qst"),
+            (15, PRESETS["llama-2-70b"], long, "--method qst --stream"),
+            (24, llama, short, "--method qlora --checkpoint false"),
+            (24, qwen, short, "--method qst"), (48, PRESETS["llama-2-70b"], long, "--method qst"),
+        )
+        # GPUs before sm_80 compute bf16 slowly, and train.py takes fp16 there.
+        bf16 = torch.cuda.get_device_capability(0) >= (8, 0)
         return cls(
-            torch.device("cuda", 0), torch.bfloat16, layers, *map(PRESETS.get, names),
-            steps=((4, 384), (16, 384)), copy_bytes=1 << 30, new_tokens=64,
+            torch.device("cuda", 0), torch.bfloat16 if bf16 else torch.float16, layers,
+            *map(PRESETS.get, names), steps=(short, long), claims=claims, copy_bytes=1 << 30,
+            new_tokens=64,
         )
 
     @classmethod
@@ -49,8 +61,10 @@ class Sizes:
         grouped = ModelConfig(**shape | dict(n_head=4, n_embd=128, n_kv_head=2))
         return cls(
             torch.device("cpu"), torch.float32, ((64, 128), (128, 64)), ModelConfig(**shape),
-            grouped, ModelConfig(**shape), steps=((1, 16), (2, 16)), copy_bytes=1 << 16,
-            new_tokens=3,
+            grouped, ModelConfig(**shape), steps=((1, 16), (2, 16)),
+            claims=((8, grouped, (1, 16), "--method qst"),
+                    (15, grouped, (2, 16), "--method qst --stream")),
+            copy_bytes=1 << 16, new_tokens=3,
         )
 
     @property

@@ -51,17 +51,19 @@ def streamed_step(sizes, config, cfg, report, workspace, seconds=3.0):
     return figures | dict(account_GB=report["total_bytes"] / 1e9, targets=beside)
 
 
-def streamed_base(config, dtype, device):
-    """A frozen base with random weights: one layer's in the host's memory, the rest as it runs."""
+def streamed_base(config, dtype, device, distinct=False):
+    """A frozen base with random weights: one layer's in the host's memory, the rest as it runs.
+
+    distinct: whether each layer has weights of its own
+    """
     with torch.device("meta"):
         base = Transformer(config).freeze("nf4", dtype, "meta")
-    layer = fill(copy.deepcopy(base.layers[0]).to_empty(device="cpu"))
-    weights = {n: m for n, m in layer.named_modules() if isinstance(m, Quantized4bit)}
     sources = {}
-    for name, weight in weights.items():
-        pinned = weight._apply(torch.Tensor.pin_memory) if device.type == "cuda" else weight
-        for i in range(config.n_layer):
-            sources[f"layers.{i}.{name}"] = lambda pinned=pinned: pinned
+    for i in range(config.n_layer):
+        if distinct or i == 0:
+            weights = pinned_layer(base.layers[0], device)
+        for name, weight in weights.items():
+            sources[f"layers.{i}.{name}"] = lambda weight=weight: weight
     for path, module in base.named_modules():
         if not isinstance(module, Quantized4bit):
             place = "cpu" if path == "embed_tokens" and not config.tied else device
@@ -69,3 +71,12 @@ def streamed_base(config, dtype, device):
                 module.register_buffer(name, torch.empty_like(buffer, device=place))
     Stream(base, sources, device)
     return fill(base).eval()
+
+
+def pinned_layer(layer, device):
+    """The random quantized weights of a layer on meta: {name: one in the host's memory}."""
+    layer = fill(copy.deepcopy(layer).to_empty(device="cpu"))
+    weights = {n: m for n, m in layer.named_modules() if isinstance(m, Quantized4bit)}
+    if device.type == "cuda":
+        weights = {n: m._apply(torch.Tensor.pin_memory) for n, m in weights.items()}
+    return weights
