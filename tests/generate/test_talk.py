@@ -1,5 +1,6 @@
 """data/generate/talk.py and the commands that talk: what a conversation remembers, and is shown."""
 
+import argparse
 import io
 import json
 import shutil
@@ -185,3 +186,19 @@ def test_prompts_have_the_models_own_format(tiny_model, tmp_path, monkeypatch, c
     ask("--raw")
     with pytest.raises(InputError, match="chat_template.jinja: the chat template fails"):
         ask()
+
+
+def test_side_weights_are_cast_once(tiny_model, tmp_path):
+    """To talk, a side network has the base's dtype, but for alpha and the gates; and answers the
+    same as with weights in fp32, which are cast for each token."""
+    torch.manual_seed(0)
+    model = QST(from_pretrained(tiny_model, "nf4", torch.bfloat16), SideConfig(reduction=4))
+    model.side.alpha.data.fill_(0.5)
+    model.save_side(tmp_path)
+    args = argparse.Namespace(base=str(tiny_model), side=str(tmp_path), quant="nf4", dtype="bf16",
+                              device="cpu", stream=False)
+    loaded, _ = qst.load_model(args)
+    kept = {n for n, p in loaded.side.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"alpha", "gamma"}
+    idx = torch.arange(5, 25).view(2, 10)
+    assert torch.equal(loaded.generate(idx, 8), model.generate(idx, 8))
