@@ -223,3 +223,15 @@ def test_gradients_that_differ_are_seen(monkeypatch):
     rows = list(gpu_claims.repeats(sizes))
     assert [row.get("steps") for row in rows] == [0, 19], rows
     assert not rows[1]["targets"][0]["reached"]
+
+
+@pytest.mark.parametrize("capability, dtype", [((7, 5), "float16"), ((9, 0), "bfloat16")])
+def test_the_sizes_of_a_gpu(capability, dtype, monkeypatch):
+    """A T4 measures fp16, and each claim is one that the account of its flags can be made of."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    sizes = Sizes.full()
+    assert sizes.dtype == getattr(torch, dtype)
+    for gigabytes, config, tokens, flags in sizes.claims:
+        cfg = gpu_steps.parse(sizes, tokens, flags)
+        assert (cfg.batch_size, cfg.sequence_len) == tokens and 8 <= gigabytes <= 48
+        assert config.n_layer >= 32 and cfg.method in ("qst", "qlora")
