@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data import InputError, find_folder, leaf
-from data.devices.device import pick_device, pick_dtype
+from data.devices.device import compile_hidden, pick_device, pick_dtype
 from data.formats.safetensors import copy_into
 from data.frozen.fingerprint import differences, fingerprint, quant_kind
 from data.frozen.hidden import channel_statistics
@@ -206,7 +206,7 @@ class SharedBase:
         self.models, self.compiled, self.config = models, compiled, models[0].config
         self.as_one = leaf("sweep").as_one(models) if len(models) > 1 else models[0]
         self.device = models[0].device
-        self.compute = torch.compile(self.hidden, dynamic=True) if compiled else self.hidden
+        self.compute = compile_hidden(self.hidden, self.device) if compiled else self.hidden
 
     def hidden(self, idx, keep=None, cache=None):
         """The hidden state of each model."""
