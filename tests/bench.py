@@ -21,6 +21,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "kernels": ("kernels", "[all]", "how many kernels a GPU is given for a step, without a GPU"),
     "gpu": ("gpu", "[--help] ...", "all of it on one GPU: kernels, tokens, steps, memory"),
     "account": ("memory", "", "the memory account beside the peak memory of real steps"),
+    "fits": ("memory", "", "the largest batches that fit into GPUs, by the account"),
     "stream": ("streaming", "[LAYERS [STEPS]]", "a model four times a hard limit on memory"),
     "lean": ("memory", "FOLDER", "what each saving of account.py --savings saves in real steps"),
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),

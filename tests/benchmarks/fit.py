@@ -57,10 +57,10 @@ def total_of(cfg, config, report):
     def total(batch, length):
         step = replace(cfg, batch_size=batch, sequence_len=length)
         count = config.n_layer // every
-        depths = (2, 3) if count > 3 else (count, count)
+        depths = (2, 3) if count > 3 else (count,)
         shapes = [replace(config, n_layer=every * n) for n in depths]
-        two, three = (report(step, shape)["total_bytes"] for shape in shapes)
-        return two + (three - two) * (count - 2)
+        two, *three = (report(step, shape)["total_bytes"] for shape in shapes)
+        return two + (three[0] - two) * (count - 2) if three else two
 
     return total
 
