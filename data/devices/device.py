@@ -58,7 +58,7 @@ def compile_hidden(hidden, device):
     """`torch.compile` of `hidden`, for batches and sequences of any size. It first runs once as it
     is: the buffer of the unpacked weights, made inside a graph, would cost a second graph."""
     with torch.no_grad():
-        hidden(torch.zeros(16, 1, dtype=torch.long, device=device))
+        hidden(torch.zeros(64, 1, dtype=torch.long, device=device))
     return torch.compile(hidden, dynamic=True)
 
 

@@ -49,7 +49,7 @@ def compiled(name, checkpoint, n_layer):
 def check(name, checkpoint, n_layer, graphs, *shapes):
     """One graph, of all layers, for all lengths and batches."""
     model, shared = compiled(name, checkpoint, n_layer)
-    for shape in ((2, 9), (2, 14), (2, 7), (5, 9), *shapes):
+    for shape in ((2, 19), (2, 24), (5, 17), *shapes):
         h = shared.compute(idx := torch.randint(3, 61, shape))[0]
         assert len(graphs) == 1 + (shape in shapes), (shape, graphs)
         torch.testing.assert_close(h, model.hidden(idx))
@@ -57,14 +57,15 @@ def check(name, checkpoint, n_layer, graphs, *shapes):
     assert min(graphs) > 50 * n_layer  # nodes
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name, checkpoint", [
+    ("paper", False), ("fast", True), ("qlora", False), ("qlora", True),
+])
 def test_one_graph(name, checkpoint, graphs):
     """With and without recomputing. Only a batch of 1 has a graph of its own."""
-    check(name, checkpoint, 2, graphs, *[(1, 11)] * (name == "fast" and checkpoint))
+    check(name, checkpoint, 2, graphs, *[(1, 21)] * (name == "fast" and checkpoint))
 
 
 def test_one_graph_for_many_layers(graphs):
     """Dynamo compiles a piece of code anew 8 times at most: a part that each layer has, and that
     is compiled alone, would not be from the ninth on."""
-    check("paper", True, 9, graphs)
+    check("paper", True, 12, graphs)
