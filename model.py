@@ -9,7 +9,7 @@ Modules have the names of Hugging Face's checkpoints (`q_proj`, `input_layernorm
 families differ, they have LLaMA's; data/formats/hub.py has OPT's.
 
     python model.py                    the size of some models in 16 and in 4 bits
-    python model.py quantize IN OUT    write a folder in 4 bits
+    python model.py quantize IN OUT    write a folder in 4 bits; see --help
 """
 
 import math
@@ -24,13 +24,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import IGNORE_INDEX, InputError, find_folder, leaf
-from data.devices.device import model_bytes, to_device
+from data.devices.device import model_bytes, pick_device, to_device
 from data.devices.few_kernels import is_cast, product
 from data.formats import config_json, hub, presets
 from data.formats.safetensors import check_values
 from data.generate import sampling
 from data.generate.sampling import KVCache
-from data.settings.flags import run_main
+from data.settings.flags import Parser, refuse_if, run_main
 from data.settings.methods import check_kind
 from data.tokens.tokenizer import copy_tokenizer
 from quant import Linear4bit, Quantized, quantize_4bit
@@ -104,8 +104,7 @@ def rotary_frequencies(config, device):
     """Radians per position of each pair of channels, fp32 (D / 2,) (RoFormer, arXiv 2104.09864)."""
     pairs = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     inv_freq = 1.0 / (config.rope_theta ** (pairs / config.head_dim))
-    scaling = config.rope_scaling
-    if scaling is None:
+    if (scaling := config.rope_scaling) is None:
         return inv_freq
     if scaling["rope_type"] == "linear":
         return inv_freq / scaling["factor"]
@@ -465,8 +464,7 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     weights, in_4_bits = hub.choose_weights(folder, config, tensors, shapes, quant)
     if stream:
-        freeze = leaf("stream").freeze_streamed
-        return freeze(model, weights, in_4_bits, dtype, torch.device(device), folder)
+        return leaf("stream").freeze_streamed(model, weights, in_4_bits, dtype, device, folder)
     quant = "none" if in_4_bits else quant  # nothing is left to quantize
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
@@ -475,14 +473,21 @@ def read_config(folder):
     return ModelConfig(**config_json.read(folder))
 
 
-def quantize_folder(source, target, quant="nf4"):
-    """Write a folder's model in 4 bits, with its tokenizer, into a new folder."""
+def quantize_folder(source, target, quant="nf4", calibrate=None, device="auto"):
+    """Write a folder's model in 4 bits, with its tokenizer, into a new folder.
+
+    calibrate: file of texts (data/frozen/calibrate.py); device: where they pass through the model
+    """
     if any(Path(target).resolve().glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
     source = find_folder(source)
     if any(".weight." in name for name in hub.find_files(Path(source))):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
-    model = from_pretrained(source, quant, config_json.read_dtype(source))
+    texts = leaf("calibrate").read_texts(calibrate, source) if calibrate else []
+    device = pick_device(device if texts else "cpu")
+    model = from_pretrained(source, quant, config_json.read_dtype(source), device)
+    if texts:
+        leaf("calibrate").calibrate(model, source, texts)
     leaf("save").save_pretrained(model, target)
     copy_tokenizer(source, target)
     print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
@@ -495,10 +500,14 @@ def count_weights(config):
 
 
 def main(argv):
-    if argv[:1] == ["quantize"] and len(argv) == 3 and not argv[2].startswith("-"):
-        return quantize_folder(*argv[1:])
-    if argv:
-        raise InputError("Usage: `python model.py`, or `python model.py quantize IN OUT`.")
+    if argv[:1] == ["quantize"]:
+        parser = Parser("model.py quantize", description="Write a model's folder in 4 bits (NF4).")
+        parser.add_argument("source", help="model folder, or ORG/MODEL of huggingface.co")
+        parser.add_argument("target", help="new folder")
+        parser.add_argument("--calibrate", help="file of texts that the codes are chosen for")
+        parser.add_argument("--device", default="auto", help="where --calibrate computes")
+        return quantize_folder(**vars(parser.parse_args(argv[1:])))
+    refuse_if((argv, "Usage: `python model.py`, or `python model.py quantize IN OUT`"))
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")
     for name in ("smollm2-135m", "llama-2-7b", "llama-2-70b", "opt-1.3b", "opt-6.7b"):
         weights = count_weights(PRESETS[name])

@@ -88,12 +88,6 @@ class FinetunedModel(LanguageModel):
                 side = SideNetwork(self.config, config)
             else:
                 side = IN_BASE_METHODS[config.method](self.base, config)
-            if config.repair and config.method != "qlora":  # older commits began QLoRA from it
-                side.repair = leaf("repair").branches(self.base, config.repair)
-            else:
-                for layer in self.base.modules():
-                    if isinstance(layer, Linear4bit):
-                        layer.branch = None  # remove the branch of an earlier side network
             labels = config.n_labels  # if there are any, a classifier replaces the LM head
             width = self.config.n_embd
             side.classifier = Linear(width, labels, bias=False) if labels else None

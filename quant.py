@@ -439,7 +439,6 @@ class Linear4bit(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.weight = weight
-        self.branch = None  # a low-rank correction of the quantization error, with --repair
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     @classmethod
@@ -451,10 +450,8 @@ class Linear4bit(nn.Module):
         scales, bias = self.weight.scales, None if self.bias is None else self.bias.to(x.dtype)
         needs_graph = x.requires_grad or (scales is not None and scales.requires_grad)
         if torch.is_grad_enabled() and needs_graph:
-            y = _FrozenLinear.apply(x, scales, self.weight, bias)
-        else:
-            y = self.weight.product(x, bias)
-        return y if self.branch is None else self.branch(x).add_(y)
+            return _FrozenLinear.apply(x, scales, self.weight, bias)
+        return self.weight.product(x, bias)
 
 
 def main():

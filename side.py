@@ -60,8 +60,6 @@ class SideConfig:
         "side: without the base", MIXES)
     upsample_bias: bool = of_side(None, "bias of the upsampler")
     final_norm: bool = of_side(None, "norm before the upsampler")
-    repair: int = setting(0, "rank of a correction of each 4-bit layer; 0: none", at_least=0,
-        of=(*SIDE_METHODS, "adapter"))
     n_labels: int = setting(0, "labels of a classifier in place of the LM head", flag=False)
     task: str = setting("", "task of the classifier", flag=False)
     shots: int = setting(0, "few-shot examples before each GLUE question", at_least=0,

@@ -35,7 +35,7 @@ LEAVES = TASKS | {
     "adamw8bit": "run.adamw8bit",  # --optimizer_bits 8
     "prefix_cache": "frozen.prefix_cache",  # a prefix that all examples share is computed once
     "hidden_cache": "frozen.hidden_cache",  # --cache_hidden
-    "repair": "frozen.repair",  # --repair
+    "calibrate": "frozen.calibrate",  # model.py quantize --calibrate
     "integers": "frozen.integers",  # --quant int4, for PEQA
     "placement": "devices.placement",  # --devices
     "stream": "devices.stream",  # --stream

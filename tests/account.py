@@ -210,8 +210,6 @@ def rows(cfg):
         unread = {f.name: f.default for f in fields(cfg) if method not in readers[f.name]}
         if method == "lst":  # which has no mix
             unread |= {f.name: f.default for f in fields(cfg) if f.name in ("mix", "variant")}
-        if METHODS[method][0] != "nf4":  # there is no quantization error to repair
-            unread["repair"] = 0
         own = cfg if cfg.method else replace(cfg, quant=None, **unread)
         for checkpoint in (False, True) if cfg.checkpoint is None else (cfg.checkpoint,):
             label = method + ", checkpoint" * checkpoint

@@ -32,7 +32,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "prefix": ("cached", "FLAGS", "a prefix that all examples share, read once and every time"),
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
-    "repair": ("repair", "FOLDER INSTRUCTIONS TEXT [RANKS]", "what --repair gives back"),
+    "calibrate": ("calibrate", "FOLDER FILE TEXT [NUMBERS]", "what --calibrate gives back"),
     "channels": ("probe", "FLAGS", "how many texts --standardize needs"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),
     "reader": ("probe", "FLAGS", "what a linear reader of them learns, trained to the end"),

@@ -80,7 +80,7 @@ METHOD_RUNS = [
     dict(method="qlora") | WITHOUT_SIDE, dict(method="lora") | WITHOUT_SIDE,
     dict(method="adapter") | WITHOUT_SIDE, dict(method="peqa", learning_rate=1e-4) | WITHOUT_SIDE,
     dict(method="full", learning_rate=1e-3, dtype="bf16") | WITHOUT_SIDE,
-    dict(method="qst", dtype="fp16"), dict(method="qst", repair=4),
+    dict(method="qst", dtype="fp16"),
 ]
 
 

@@ -43,13 +43,12 @@ def fingerprint(base):
 
 
 def tensors_of(base):
-    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others;
-    not of --repair's branches, which belong to the side network."""
-    for path, module in base.named_modules():
+    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others."""
+    for module in base.modules():
         if isinstance(module, Linear4bit):  # data/devices/stream.py loads a weight from its source
             weight = module.source() if hasattr(module, "source") else module.weight
             yield from weight.named_buffers()
-        if not isinstance(module, Quantized) and not path.endswith(".branch"):
+        if not isinstance(module, Quantized):
             yield from ((None, tensor) for tensor in module.buffers(recurse=False))
 
 

@@ -34,7 +34,7 @@ POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
-    "repair": "of another --repair", "every": "of another --every",
+    "repair": "of a repaired base, as older commits had it", "every": "of another --every",
     "pool": "of another pooling --downsample or --reduction", "bits": "of fewer --h_f_bits",
 }
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4)}
@@ -63,13 +63,13 @@ class HiddenCache:
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
         pools = not others and form[0] in POOLS and not form[2]
         own = dict(
-            base=of_files(folder), quant=cfg.quant, dtype=str(dtype), repair=cfg.repair or None,
+            base=of_files(folder), quant=cfg.quant, dtype=str(dtype), repair=None,
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
             pool=[*form[:2]] if pools else None,
             every=math.gcd(*(layers_per_side(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else max(run.h_f_bits for run in runs),
         )
-        path, self.repair_file = self.folder / "cache.json", self.folder / "repair.safetensors"
+        path = self.folder / "cache.json"
         self.about = read_json(path, optional=True) or own
         for name, kind in KINDS.items():
             field(path, self.about, name, kind)
@@ -99,8 +99,7 @@ class HiddenCache:
             do = "--h_f_bits 4 or fewer --max_examples need less"
             raise InputError(f"--cache_hidden needs {needs}: {do}.")
         if self.about is own:  # nobody knows what other files here are of
-            for file in (self.folder / "sums.bin", self.repair_file):
-                file.unlink(missing_ok=True)
+            (self.folder / "sums.bin").unlink(missing_ok=True)
             write_json(path, own)  # before a file has its form; `attach` adds the fingerprint
         self.tokens = self.map("states.bin", token, tokens)
         self.last = self.map("last.bin", last, targets)

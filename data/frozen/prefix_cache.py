@@ -24,7 +24,7 @@ def share_prefix(base, examples):
 class PrefixCache:
     """base: a `Transformer` none of whose layers learn; ids: of the prefix, a list"""
 
-    kept = past = None  # of the first call, when a base is repaired: of one row, the states, caches
+    kept = past = None  # of the first call, for one row: the states, the caches
 
     def __init__(self, base, ids):
         self.base, self.ids = base, torch.tensor(ids)

@@ -7,8 +7,6 @@ object with a method `states` like the base's own.
 import re
 from pathlib import Path
 
-import torch
-
 from data import InputError, leaf
 from data.devices.device import pick_device, pick_dtype
 from data.formats.files import locked, make_writable_folder
@@ -54,10 +52,6 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
         base = from_pretrained(folder, cfg.quant, dtype, device, stream)
         if cfg.devices:
             leaf("placement").join(base)
-        if cfg.repair and not cfg.side:
-            torch.manual_seed(cfg.data_seed)
-            prompts = [ids for ids, _ in task.train]
-            leaf("repair").mend(base, folder, prompts, cfg.repair, cache and cache.repair_file)
         refuse_changes()  # also if it is loaded again
         return base
 

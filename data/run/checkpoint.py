@@ -76,9 +76,7 @@ def check_sizes(where, config, shapes):
     if side and not up:
         raise InputError(f"{where} lacks upsample.weight: {ADVICE}.")
     sizes = lambda form: {s[0] for name, s in shapes.items() if s and re.fullmatch(form, name)}
-    repair = 0 if config.method == "qlora" else config.repair  # of older commits
     fits = {"n_labels": sizes("classifier.weight") == {config.n_labels} - {0}}
-    fits["repair"] = sizes(r"repair\..*\.down") == {repair} - {0}
     if side:
         fits["reduction"] = len(up) == 2 and 0 < up[0] == up[1] * config.reduction
     if config.downsample in ("lora", "adapter") if side else config.method in LOW_RANK:

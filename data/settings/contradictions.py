@@ -43,9 +43,6 @@ def refuse(cfg, task, on_glue):
         (cfg.sweep and cfg.eval_only, "--sweep trains: evaluate each --side alone"),
         (cfg.cache_hidden and (cfg.eval_only or cfg.compile or not beside),
          "--cache_hidden is for training side networks, without --compile"),
-        (cfg.cache_hidden and cfg.side and cfg.repair,
-         f"--cache_hidden stores the states of a base with a --repair of its own, and --side "
-         f"{cfg.side} has another: leave out --cache_hidden"),
         (cfg.head == "classifier" and cfg.eval_only and not cfg.side,
          "--head classifier: the base has none; give --head lm, or --side"),
         (cfg.eval_only and (Path(out_dir) / SETTINGS_FILE).exists(),

@@ -60,6 +60,11 @@ def from_table(kind, where, table, optional=()):
     own = {f.name: f for f in fields(kind)}
     if "downsample" in table and "heads" in own:
         table = {"heads": 0} | table  # older files: as many as the base
+    # Older commits repaired a base that they loaded. QLoRA only began at it.
+    if table.get("repair") and table.get("method") != "qlora":
+        do = "write one with `python model.py quantize IN OUT --calibrate FILE`, and train again"
+        raise InputError(f"{where}: its base had a --repair, which there is no more: {do}.")
+    table = {name: value for name, value in table.items() if name != "repair"}
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
         raise InputError(f"{where}: config has {names}, which this code does not know: update it.")

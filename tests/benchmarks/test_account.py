@@ -36,8 +36,6 @@ COMBINATIONS = {
     "third, no embedding": dict(every=3, read_embedding=False, h_f_bits=4),
     "16 bits": dict(quant="none", dtype="bf16", checkpoint=False),
     "half": dict(dtype="fp16"),
-    "repaired": dict(repair=4, dtype="bf16"),
-    "repaired adapters": dict(method="adapter", quant="nf4", repair=4),
     "lora": dict(method="lora"),
     "qlora": dict(method="qlora"),
     "checkpoint": dict(method="lora", checkpoint=True),
@@ -191,9 +189,6 @@ def test_all_methods(small, tmp_path, capsys):
     assert [a["label"] for a, b in zip(rows, fast, strict=True) if a != b] == [
         "qst", "qst, checkpoint"
     ]
-    repaired = main(parse_args([*flags.split(), "--repair", "2"]))  # only what NF4 lost
-    changed = {a["method"] for a, b in zip(rows, repaired, strict=True) if a != b}
-    assert changed == {"qst"}  # QLoRA starts its own pairs as the branches
 
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):

@@ -18,7 +18,7 @@ DEVICES = [torch.device("cpu"), torch.device("meta")]
 CASES = [
     ("qst", "nf4", {}), ("qst", "nf4", dict(standardize=True, share_first=True)),
     ("qst", "none", dict(mix="released", gate="channel", final_norm=True)), ("lst", "none", {}),
-    ("qst", "nf4", dict(every=3, repair=4)), ("qst", "nf4", dict(read_embedding=False)),
+    ("qst", "nf4", dict(every=3)), ("qst", "nf4", dict(read_embedding=False)),
     ("qlora", "nf4", {}), ("adapter", "none", {}), ("peqa", "int4", {}), ("full", "none", {}),
 ]
 

@@ -166,32 +166,25 @@ def test_a_base_that_changes_while_a_run_reads_it(stream, change, packed, tmp_pa
     assert left(cfg["out_dir"])[0] == left(tmp_path / "alone")[0]
 
 
-@pytest.mark.parametrize("repair", [0, 4])
-def test_a_base_that_changes_while_it_is_loaded(repair, tmp_path, tiny_model, monkeypatch):
-    """It is read more than once: for --repair; and with a full cache of hidden states, whose runs
-    have no layers, again to answer after training."""
+def test_a_base_that_changes_while_it_is_loaded(tmp_path, tiny_model, monkeypatch):
+    """It is read more than once: with a full cache of hidden states, whose runs have no layers,
+    again to answer after training."""
     base = shutil.copytree(tiny_model, tmp_path / "base")
-    cfg = short_run(base, tmp_path, 20, max_iters=6, repair=repair)
-    if not repair:
-        cfg["cache_hidden"] = str(tmp_path / "cache")
-        train.main(TrainConfig(**cfg))
+    cfg = short_run(base, tmp_path, 20, max_iters=6, cache_hidden=str(tmp_path / "cache"))
+    train.main(TrainConfig(**cfg))
     load, loads = train.from_pretrained, []
 
     def changing(*args):
         loads.append(1)
-        if not repair and len(loads) == 2:
+        if len(loads) == 2:
             changed(base / "model.safetensors", "overwritten")
-        found = load(*args)
-        if repair:
-            changed(base / "model.safetensors", "overwritten")
-        return found
+        return load(*args)
 
     monkeypatch.setattr(train, "from_pretrained", changing)
-    if not repair:
-        monkeypatch.setattr("data.tasks.instruct.samples", ask_the_base)
+    monkeypatch.setattr("data.tasks.instruct.samples", ask_the_base)
     with pytest.raises(InputError, match=f"{base} was changed after this run began"):
         train.main(TrainConfig(**cfg))
-    assert len(loads) == (1 if repair else 2)
+    assert len(loads) == 2
 
 
 def ask_the_base(model, *args):

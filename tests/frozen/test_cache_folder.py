@@ -9,7 +9,6 @@ from helpers import change, copy
 
 import train
 from data import InputError
-from data.formats.safetensors import read_safetensors
 from data.frozen.hidden_cache import HiddenCache
 from data.tasks.examples import Task
 from train import TrainConfig
@@ -28,19 +27,6 @@ def test_another_config_is_another_base(cached, tiny_model, tmp_path):
     change(tmp_path / tiny_model.name / "config.json", rope_theta=500.0)
     with pytest.raises(InputError, match="cache is of another base: give another folder"):
         train.main(TrainConfig(**cached))
-
-
-def test_what_nobody_knows_is_made_again(cached, tmp_path):
-    """Without cache.json, the branches of --repair may be those of another base."""
-    cached |= dict(repair=4)
-    train.main(TrainConfig(**cached))
-    path = tmp_path / "cache" / "repair.safetensors"
-    before = {name: read() for name, read in read_safetensors(path).items()}
-    (tmp_path / "cache" / "cache.json").unlink()
-    path.write_bytes(b"of another base")
-    train.main(TrainConfig(**cached))
-    after = {name: read() for name, read in read_safetensors(path).items()}
-    assert after.keys() == before.keys() and all(after[n].equal(before[n]) for n in before)
 
 
 def test_an_example_that_is_longer_than_a_batch(cached, tmp_path):

@@ -78,7 +78,7 @@ def test_a_prefix_must_be_worth_it():
 
 
 @pytest.mark.parametrize("settings", [
-    {}, dict(variant="fast"), dict(variant="fast", repair=4), dict(stream=True),
+    {}, dict(variant="fast"), dict(stream=True),
     dict(sweep="seed=1,2"), dict(method="lst", quant="nf4"), dict(cache_hidden="cache"),
     dict(sweep="learning_rate=1e-2,1e-3", cache_hidden="cache"),
     dict(devices="cpu,cpu"), dict(method="adapter", quant="nf4", reduction=None),

@@ -116,7 +116,6 @@ def test_settings_must_be_those_of_the_tensors(tmp_path):
         (dict(reduction=2), "config.reduction is not that of the tensors"),
         (dict(rank=2), "config.rank is not that"), (dict(task="x"), "is damaged"),
         (dict(n_labels=2), "config.n_labels is not that"),
-        (dict(repair=2), "config.repair is not that"),
     ):
         side = json.dumps(about | dict(config=about["config"] | change))
         write_safetensors(path, tensors, metadata | dict(side=side))

@@ -1,4 +1,4 @@
-"""What can be combined: caches, repairs, devices; sweeps with compilation and checkpoints."""
+"""What can be combined: caches, devices; sweeps with compilation and checkpoints."""
 
 import shutil
 from functools import partial
@@ -11,45 +11,10 @@ from helpers import left, small_config
 import train
 from data import InputError
 from data.formats.save import save_pretrained
-from data.frozen import repair
 from data.run.state import FILES
 from model import Transformer, read_config
 from qst import QST
 from train import TrainConfig
-
-
-def test_a_cache_of_a_repaired_base(cfg, tmp_path, monkeypatch):
-    """Its states are those of the repaired base. Runs that read it have the same repair, which is
-    computed once, in their checkpoints; and a run with another repair is refused."""
-    repaired, mend = [], repair.low_rank_part
-    monkeypatch.setattr(repair, "low_rank_part", lambda *args: repaired.append(1) or mend(*args))
-    cfg |= dict(repair=2, h_f_bits=16, max_iters=12)
-    alone = train.main(TrainConfig(**cfg | dict(out_dir=str(tmp_path / "alone"))))
-    cfg |= dict(cache_hidden=str(tmp_path / "cache"))
-    losses = []
-    for name in ("writing", "reading"):
-        repaired.clear()
-        result = train.main(TrainConfig(**cfg | dict(out_dir=str(tmp_path / name))))
-        assert len(repaired) == (21 if name == "writing" else 0)  # 3 layers of 7
-        losses.append(result["loss_after"])
-    assert result["cached_iterations"] == 12
-    # The states are stored in bf16.
-    assert losses == pytest.approx([alone["loss_after"]] * 2, abs=5e-3)
-    kept = [left(tmp_path / name)[0] for name in ("alone", "reading")]
-    branches = [QST.from_side(base_of(cfg), tmp_path / name).side.repair.state_dict()
-                for name in ("alone", "reading")]
-    assert kept[0] != kept[1]  # by rounding
-    assert all(torch.equal(branches[0][name], branches[1][name]) for name in branches[0])
-    for other in (0, 3):
-        with pytest.raises(InputError, match="--cache_hidden .* is of another --repair"):
-            train.main(TrainConfig(**cfg | dict(repair=other)))
-    with pytest.raises(InputError, match="stores the states of a base with a --repair of its own"):
-        given = dict(side=str(tmp_path / "alone"), repair=0, reduction=None, rank=16)
-        train.main(TrainConfig(**cfg | given))
-
-
-def base_of(cfg):
-    return train.from_pretrained(cfg["base"], "nf4", torch.float32)
 
 
 def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):
