@@ -261,8 +261,7 @@ class LanguageModel(nn.Module):
         return next(chain(layers.buffers(), layers.parameters())).device
 
     def loss(self, idx, targets):
-        """Mean loss of idx and targets (B, T). targets[b, t] is the id that follows idx[b, t], or
-        IGNORE_INDEX."""
+        """Mean loss of idx, targets (B, T): targets[b, t] follows idx[b, t], or is IGNORE_INDEX."""
         return self.loss_of(self.hidden(idx), targets)
 
     def loss_of(self, h, targets):
@@ -448,16 +447,18 @@ class Transformer(LanguageModel):
 # From a folder to a model
 
 
-def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False):
+def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", stream=False,
+                    layers=0):
     """Load a model's folder, quantize it tensor by tensor, and freeze it.
 
     quant: see `Transformer.freeze`; nf4 and fp4 are always double-quantized
     dtype: of the weights that are not quantized, and of the computation
     device: one for all, or a function of a weight's name (data/devices/placement.py)
     stream: leave 4-bit layers in the files, read each when needed (data/devices/stream.py)
+    layers: end the model after so many, then its final norm; later ones are not read; 0: all
     Peak memory is the 4-bit model and the largest tensor. A 4-bit folder is used unchanged.
     """
-    config = read_config(folder)
+    config = read_config(folder, layers)
     tensors = hub.open_files(folder, config)
     with torch.device("meta"):
         model = Transformer(config)
@@ -469,8 +470,8 @@ def from_pretrained(folder, quant="nf4", dtype=torch.bfloat16, device="cpu", str
     return model.freeze(quant, dtype, device, lambda name: weights[name](), f"{folder}: ")
 
 
-def read_config(folder):
-    return ModelConfig(**config_json.read(folder))
+def read_config(folder, layers=0):
+    return config_json.first_layers(ModelConfig(**config_json.read(folder)), layers)
 
 
 def quantize_folder(source, target, quant="nf4", calibrate=None, device="auto"):

@@ -22,7 +22,7 @@ from data.frozen.hidden import channel_statistics
 from data.generate import sampling
 from data.run import checkpoint
 from data.settings.flags import Parser, run_main
-from data.settings.methods import RELEASED, SIDE_METHODS, check_quant
+from data.settings.methods import RELEASED, SIDE_METHODS, check_fits, check_quant
 from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, token_loss,
@@ -81,8 +81,7 @@ class FinetunedModel(LanguageModel):
 
     def make_side(self, config):
         """Make the trainable part. Methods inside the base modify the base."""
-        if config.rank > (C := self.config.n_embd):
-            raise InputError(f"--rank {config.rank} is more than the base's {C} channels.")
+        check_fits(config, self.config)
         with torch.device(self.base.device):
             if config.method in SIDE_METHODS:
                 side = SideNetwork(self.config, config)
@@ -259,10 +258,10 @@ def load_base(args):
 def load_model(args):
     """The base, with its side network if --side names one, and its tokenizer."""
     args.base = find_folder(args.base)
+    if args.side and read_side(args.side)[0].n_labels:
+        raise InputError(f"--side {args.side} is a classifier: score it with train.py --eval_only.")
     tokenizer, base = load_tokenizer(args.base), load_base(args)
     model = QST.from_side(base, args.side) if args.side else base
-    if args.side and model.side.classifier is not None:
-        raise InputError(f"--side {args.side} is a classifier: score it with train.py --eval_only.")
     for part in model.side.children() if isinstance(model, QST) else ():
         part.to(base.embed_tokens.weight.dtype)  # once, and not for each token
     return model, tokenizer

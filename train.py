@@ -392,7 +392,7 @@ def main(cfg):
         if cfg.resume and not (cfg.sweep or cfg.eval_only):  # a sweep goes on with its good runs
             leaf("resume").check_settings(cfg)
         folder = distributed.in_turn(lambda: find_folder(cfg.base or leaf("tiny").base_folder()))
-        config, tokenizer = read_config(folder), load_tokenizer(folder)
+        config, tokenizer = read_config(folder, cfg.layers), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         cfg, *settings = map(task.settled, (cfg, *settings))
         base = load_base(from_pretrained, cfg, folder, config, task, settings)

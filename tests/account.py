@@ -22,9 +22,10 @@ from benchmarks.live import Live, attention_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from data import InputError, find_folder  # noqa: E402
+from data import IGNORE_INDEX, InputError, find_folder  # noqa: E402
 from data.devices.device import loss_and_kept, model_bytes, pick_dtype  # noqa: E402
 from data.devices.stream import Stream  # noqa: E402
+from data.formats.config_json import first_layers  # noqa: E402
 from data.formats.files import write_json  # noqa: E402
 from data.frozen.hidden import pack_hidden  # noqa: E402
 from benchmarks.charts import bar_chart  # noqa: E402
@@ -60,7 +61,7 @@ def memory_report(cfg, config=None, live=None):
     config: a `ModelConfig`, in place of --preset or --base; live: a `Live` that is to watch
 
     The real modules are built on the meta device and run one real step there, forward and
-    backward. Every position has a target, for all methods alike.
+    backward. Every position has a target, for all methods alike; of a classifier, the last one.
         activations   what forward keeps for backward, each storage once: `loss_and_kept`
         gradients     as while they accumulate: they are there from the start to the end
         optimizer     its moments
@@ -104,10 +105,9 @@ def memory_report(cfg, config=None, live=None):
 
 def one_step(model, cfg, device, live):
     """Forward and backward on meta tensors: `loss_and_kept`, and the FLOP of forward.
-
-    live: a `Live`, which counts the rest
-    """
+    live: a `Live`, which counts the rest"""
     targets = torch.zeros(cfg.batch_size, cfg.sequence_len, dtype=torch.long)
+    targets[:, : -1 if cfg.head == "classifier" else 0] = IGNORE_INDEX
     unpack_buffers.clear()  # so that this step makes one, and it is counted
     with attention_of(device), live:
         loss, activations = loss_and_kept(model, targets.to("meta"), targets)
@@ -142,7 +142,8 @@ def untrained(cfg, config, dtype, device):
         base = Transformer(config).freeze(cfg.quant, dtype, device)
     if cfg.stream:
         stream_from_memory(base, device)
-    return prepare(add_trainable(base, side_config(cfg)), cfg)
+    side = replace(side_config(cfg), n_labels=2 * (cfg.head == "classifier"))
+    return prepare(add_trainable(base, side), cfg)
 
 
 def stream_from_memory(base, device):
@@ -159,18 +160,17 @@ def config_of(cfg):
     if cfg.side:
         raise InputError("The account is of a new side network: leave out --side.")
     if cfg.base:
-        return read_config(find_folder(cfg.base, weights=False))
+        return read_config(find_folder(cfg.base, weights=False), cfg.layers)
     if not cfg.preset:
         return ModelConfig(tiny.VOCAB_SIZE, **tiny.BASE)
     if cfg.preset not in PRESETS:
         raise InputError(f"--preset {cfg.preset} is unknown: choose {', '.join(PRESETS)}.")
-    return PRESETS[cfg.preset]
+    return first_layers(PRESETS[cfg.preset], cfg.layers)
 
 
 def about(cfg):
     """The settings, which are the embedded default's if they name no shape, and its name."""
-    name = cfg.base or cfg.preset
-    if name:
+    if name := cfg.base or cfg.preset:
         return cfg, name
     length = cfg.sequence_len or tiny.LONGEST
     return replace(cfg, task="tiny", sequence_len=length), "the embedded default"
@@ -284,8 +284,7 @@ def main(cfg):
     if cfg.sweep:
         show(together(reports))
     write_json(out_dir / "plan.json", reports)
-    title = f"{unit} of a step of {name}, {tokens}"
-    bar_chart(out_dir / "memory.svg", title, bars)
+    bar_chart(out_dir / "memory.svg", f"{unit} of a step of {name}, {tokens}", bars)
     return reports
 
 

@@ -27,6 +27,7 @@ from quant import Linear4bit, Quantized4bit
 def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
     """Freeze a `Transformer`, and let a `Stream` load its layers' weights, which are pinned if they
     are for a GPU and fit. weights, in_4_bits: from `choose_weights`"""
+    device = torch.device(device)
     if not in_4_bits:
         do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
         raise InputError(f"{folder} is not in 4 bits, and --stream reads nothing else: {do}.")

@@ -3,6 +3,7 @@
 A setting that model.py cannot compute is refused by its name.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -164,6 +165,14 @@ def check_sizes(path, config):
     else:
         return
     raise InputError(f"{path}: {wrong}: download it again.")
+
+
+def first_layers(config, layers):
+    """The `ModelConfig` of a model that ends after so many layers; 0: after its last."""
+    if not 0 <= layers <= config.n_layer:
+        raise InputError(f"--layers {layers}: give 1 to {config.n_layer}, all that the base has.")
+    layers = layers or config.n_layer
+    return replace(config, n_layer=layers, no_rope=tuple(i for i in config.no_rope if i <= layers))
 
 
 def read_dtype(folder):

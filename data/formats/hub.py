@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, leaf
+from data.formats import config_json
 from data.formats.fields import TEXT, field, first_few, shown, table_of
 from data.formats.files import read_json
 from data.formats.safetensors import read_safetensors
@@ -38,19 +39,19 @@ def their_name(family, name):
 def open_files(folder, config):
     """Find a folder's weights: {their name without "model.": function that reads the tensor}.
 
-    config: a `ModelConfig`; the number of layers is compared before a layer is built
+    config: a `ModelConfig`, perhaps of only the first of the layers that config.json counts
     """
     files = find_files(Path(folder))
     tensors = {name.removeprefix("model."): read for name, read in files.items()}
     if len(tensors) < len(files):
         raise InputError(f'{folder} has a tensor twice, with and without "model." in front.')
     prefix = their_name(config.family, "layers.")
-    layers = {n.removeprefix(prefix).partition(".")[0] for n in tensors if n.startswith(prefix)}
-    if differ := layers ^ set(map(str, range(config.n_layer))):
+    of = {n: n.removeprefix(prefix).partition(".")[0] for n in tensors if n.startswith(prefix)}
+    if differ := {*of.values()} ^ set(map(str, range(config_json.read(folder)["n_layer"]))):
         first = min(differ, key=lambda number: (len(number), number))
-        what = f"{'has' if first in layers else 'lacks'} {first_few([f'layers.{first}'])}"
+        what = f"{'has' if first in of.values() else 'lacks'} {first_few([f'layers.{first}'])}"
         raise InputError(f"{folder} {what}, unlike config.json: get all files of one model.")
-    return tensors
+    return {name: tensors[name] for name in tensors if int(of.get(name, 0)) < config.n_layer}
 
 
 def find_files(folder):

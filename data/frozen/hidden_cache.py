@@ -35,6 +35,7 @@ PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
     "repair": "of a repaired base, as older commits had it", "every": "of another --every",
+    "layers": "of another --layers",
     "pool": "of another pooling --downsample or --reduction", "bits": "of fewer --h_f_bits",
 }
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4)}
@@ -65,7 +66,7 @@ class HiddenCache:
         own = dict(
             base=of_files(folder), quant=cfg.quant, dtype=str(dtype), repair=None,
             examples=hashlib.sha256(repr(examples).encode()).hexdigest(),
-            pool=[*form[:2]] if pools else None,
+            pool=[*form[:2]] if pools else None, layers=cfg.layers or None,
             every=math.gcd(*(layers_per_side(run.every, config.n_layer) for run in runs)),
             bits=16 if pools else max(run.h_f_bits for run in runs),
         )

@@ -49,7 +49,7 @@ def load_base(from_pretrained, cfg, folder, config, task, runs):
             cache = leaf("hidden_cache").HiddenCache(cfg, runs, folder, config, dtype, task)
 
     def load(device=device, stream=cfg.stream):
-        base = from_pretrained(folder, cfg.quant, dtype, device, stream)
+        base = from_pretrained(folder, cfg.quant, dtype, device, stream, cfg.layers)
         if cfg.devices:
             leaf("placement").join(base)
         refuse_changes()  # also if it is loaded again

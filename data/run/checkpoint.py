@@ -65,7 +65,7 @@ def read(folder, kind):
     where = f"{weights}, its settings"
     field(where, about, "format", one_of(2))
     own, base = field(where, about, "config", TABLE), field(where, about, "base", TABLE)
-    config = from_table(kind, where, own, ("heads",))  # not of all methods
+    config = from_table(kind, where, own, ("heads", "layers"))  # newer ones
     check_sizes(where, config, {name: shape for name, (_, shape, *_) in entries.items()})
     return config, {name: field(where, base, f"base.{name}", k) for name, k in BASE.items()}
 

@@ -68,7 +68,7 @@ def load(run):
 
 def refuse_others(out_dir, old, new):
     """Refuse to continue a run with other settings."""
-    old = {name: new.get(name) for name in ("heads", "nproc_per_node")} | old  # of older states
+    old = dict(heads=new.get("heads"), nproc_per_node=new.get("nproc_per_node"), layers=0) | old
     for name, value in new.items():
         if name not in MAY_DIFFER and old.get(name) != value:
             values = f"{shown(old.get(name))} and not {shown(value)}: give the same"

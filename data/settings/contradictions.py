@@ -26,6 +26,10 @@ def refuse(cfg, task, on_glue):
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
          "and --head lm"),
+        (cfg.layers and (not on_glue or cfg.head == "lm" or cfg.shots
+                        or not cfg.side and cfg.eval_only),
+         f"--layers {cfg.layers} ends the base early, for a classifier: give a GLUE --task without "
+         "--head lm and --shots, and with --eval_only a --side"),
         (cfg.epochs and (cfg.max_iters or cfg.eval_only),
          "--epochs sets the iterations of training: leave out --max_iters and --eval_only"),
         (cfg.eval_only and cfg.resume, "--resume continues training: leave out --eval_only"),

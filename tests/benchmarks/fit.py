@@ -52,6 +52,7 @@ def total_of(cfg, config, report):
     if cfg.method in SIDE_METHODS:
         every = layers_per_side(resolved(cfg).every, config.n_layer)
         cfg = replace(cfg, every=every)
+    cfg = replace(cfg, layers=0)  # `config` has no others
 
     @cache
     def total(batch, length):
