@@ -475,10 +475,8 @@ def read_config(folder, layers=0):
 
 
 def quantize_folder(source, target, quant="nf4", calibrate=None, device="auto"):
-    """Write a folder's model in 4 bits, with its tokenizer, into a new folder.
-
-    calibrate: file of texts (data/frozen/calibrate.py); device: where they pass through the model
-    """
+    """Write a folder's model in 4 bits, with its tokenizer, into a new folder. calibrate: a file of
+    texts (data/frozen/calibrate.py); device: where they pass through the model"""
     if any(Path(target).resolve().glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
     source = find_folder(source)

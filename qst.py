@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 
 from data import InputError, find_folder, leaf
-from data.devices.device import compile_hidden, pick_device, pick_dtype
+from data.devices.device import pick_device, pick_dtype
 from data.formats.safetensors import copy_into
 from data.frozen.fingerprint import differences, fingerprint, quant_kind
 from data.frozen.hidden import channel_statistics
 from data.generate import sampling
 from data.run import checkpoint
 from data.settings.flags import Parser, run_main
-from data.settings.methods import RELEASED, SIDE_METHODS, check_fits, check_quant
+from data.settings.methods import RELEASED, SIDE_METHODS, check_quant
 from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 from model import (
     LanguageModel, Linear, Transformer, from_pretrained, positions_and_mask, token_loss,
@@ -81,7 +81,8 @@ class FinetunedModel(LanguageModel):
 
     def make_side(self, config):
         """Make the trainable part. Methods inside the base modify the base."""
-        check_fits(config, self.config)
+        if config.rank > (C := self.config.n_embd):
+            raise InputError(f"--rank {config.rank} is more than the base's {C} channels.")
         with torch.device(self.base.device):
             if config.method in SIDE_METHODS:
                 side = SideNetwork(self.config, config)
@@ -199,7 +200,9 @@ class SharedBase:
         self.models, self.compiled, self.config = models, compiled, models[0].config
         self.as_one = leaf("sweep").as_one(models) if len(models) > 1 else models[0]
         self.device = models[0].device
-        self.compute = compile_hidden(self.hidden, self.device) if compiled else self.hidden
+        if compiled:  # make the buffer of unpacked weights: inside a graph it would cost a second
+            self.hidden(torch.zeros(64, 1, dtype=torch.long, device=self.device))
+        self.compute = torch.compile(self.hidden, dynamic=True) if compiled else self.hidden
 
     def hidden(self, idx, keep=None, cache=None):
         """The hidden state of each model."""

@@ -29,7 +29,7 @@ from data.frozen.hidden import PackedInputFunction
 from data.generate.sampling import KVCache
 from data.settings.flags import check, run_main, setting
 from data.settings.methods import (
-    LST, METHODS, PAPER, RELEASED, SIDE_METHODS, heads_of_side, layers_per_side, of_side,
+    LST, METHODS, PAPER, RELEASED, heads_of_side, layers_per_side, of_side,
 )
 from model import (
     PRESETS, RECOMPUTE, DecoderLayer, LayerNorm, Linear, make_norm, rotary_table,

@@ -54,14 +54,6 @@ def start_cuda(gpu):
         raise InputError(f"torch {torch.__version__} cannot use {gpu} ({reason}): {do}.") from None
 
 
-def compile_hidden(hidden, device):
-    """`torch.compile` of `hidden`, for batches and sequences of any size. It first runs once as it
-    is: the buffer of the unpacked weights, made inside a graph, would cost a second graph."""
-    with torch.no_grad():
-        hidden(torch.zeros(64, 1, dtype=torch.long, device=device))
-    return torch.compile(hidden, dynamic=True)
-
-
 def pick_dtype(name, device):
     """A flag's value -> a dtype; "auto": bf16 on NVIDIA, fp16 on cards without it, else fp32."""
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

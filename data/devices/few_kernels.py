@@ -40,18 +40,17 @@ def cast_weights(side, dtype):
     it shares all else. Where there is nothing to cast, it is this one."""
     if torch.compiler.is_compiling() or side.upsample.weight.dtype == dtype:
         return side
-    weights = {name: p for name, p in side.named_parameters()
-               if not name.startswith(("alpha", "gamma", "classifier"))}  # used in fp32, or once
-    new = with_weights(side, dict(zip(weights, Cast.apply(dtype, *weights.values()))))
+    weights = [p for name, p in side.named_parameters()
+               if not name.startswith(("alpha", "gamma", "classifier"))]  # used in fp32, or once
+    new = with_weights(side, dict(zip(weights, Cast.apply(dtype, *weights))))
     if side.gamma is not None:
         new.beta = torch.sigmoid(side.gamma).to(dtype).unbind()
     return new
 
 
-def with_weights(module, weights, path=""):
-    """A copy of a module with some other weights, {name: tensor}."""
+def with_weights(module, weights):
+    """A copy of a module that has other weights, {parameter: tensor}, and shares all else."""
     new = copy.copy(module)
-    new._parameters = {name: weights.get(path + name, p) for name, p in new._parameters.items()}
-    new._modules = {name: m and with_weights(m, weights, f"{path}{name}.")
-                    for name, m in new._modules.items()}
+    new._parameters = {name: weights.get(p, p) for name, p in new._parameters.items()}
+    new._modules = {name: m and with_weights(m, weights) for name, m in new._modules.items()}
     return new

@@ -34,8 +34,7 @@ POOLS = {"maxpool": F.max_pool1d, "avgpool": F.avg_pool1d}
 PARTS = {  # of cache.json: what must be the same, in words
     "base": "of another base", "quant": "of another --quant", "dtype": "of another --dtype",
     "examples": "of other examples (data, tokenizer, template, --sequence_len, --data_seed, ...)",
-    "repair": "of a repaired base, as older commits had it", "every": "of another --every",
-    "layers": "of another --layers",
+    "repair": "of a repaired base", "layers": "of another --layers", "every": "of another --every",
     "pool": "of another pooling --downsample or --reduction", "bits": "of fewer --h_f_bits",
 }
 KINDS = {"every": whole(1, 1 << 16), "bits": one_of(16, 8, 4)}

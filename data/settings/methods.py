@@ -59,14 +59,6 @@ def check_quant(method, quant, streamed=False):
         raise InputError(f"--method {method} needs a base with --quant {kinds}, and not {quant}.")
 
 
-def check_fits(side, base):
-    """Refuse a `SideConfig` that does not fit the base's `ModelConfig`."""
-    if side.rank > base.n_embd:
-        raise InputError(f"--rank {side.rank} is more than the base's {base.n_embd} channels.")
-    if side.layers not in (0, base.n_layer):
-        raise InputError(f"--layers {side.layers}: use from_pretrained(..., layers={side.layers}).")
-
-
 # The authors' released code. Its mix starts at sigmoid(1) = 0.73, and so not at the LLM.
 # differs from the released code: our mix is trained on a GPU, too, and OPT's is not swapped.
 RELEASED = dict(
