@@ -23,7 +23,7 @@ from data.devices.device import pick_dtype
 from data.formats import config_json, hub
 from data.generate.sampling import pad_left
 from data.tokens.tokenizer import load_tokenizer
-from quant import CODEBOOKS, Linear4bit, codebook_on, nearest
+from quant import CODEBOOKS, Linear4bit, nearest
 
 TEXTS, LENGTH = 128, 256  # number of texts, and of the first tokens of each
 DAMPING = 0.01  # added to the diagonal of H, as a fraction of its mean
@@ -63,7 +63,7 @@ def inverse_factor(x, where=""):
 
 def choose_codes(weight, scales, V, codebook):
     """The codes, uint8 (out, in), of a weight (out, in). scales: (out, in), one for each value"""
-    W, scales, levels = weight.T.contiguous(), scales.T.contiguous(), codebook_on(codebook, V.device)
+    W, scales, levels = weight.T.contiguous(), scales.T.contiguous(), codebook.to(V.device)
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     for stop in range(len(W), 0, -COLUMNS):
         start = max(0, stop - COLUMNS)
