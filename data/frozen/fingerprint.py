@@ -43,7 +43,7 @@ def fingerprint(base):
 
 
 def tensors_of(base):
-    """Yield (name, tensor) of each tensor of quantized weights, and (None, tensor) of the others."""
+    """Yield (name, tensor) for tensors of quantized weights, and (None, tensor) for the others."""
     for module in base.modules():
         if isinstance(module, Linear4bit):  # data/devices/stream.py loads a weight from its source
             weight = module.source() if hasattr(module, "source") else module.weight
