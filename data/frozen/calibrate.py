@@ -57,14 +57,16 @@ def inverse_factor(x, where=""):
         raise InputError(f"{where} has inputs that are not finite: give --device cpu.")
     H = H.to(torch.float32 if H.device.type == "mps" else torch.float64)
     H.diagonal().add_(DAMPING * H.diagonal().mean() + 1e-30)
-    L, unit = torch.linalg.cholesky(H), torch.eye(len(H), dtype=H.dtype, device=H.device)
+    L = torch.linalg.cholesky(H)
+    unit = torch.eye(len(H), out=H)  # in its memory
     return torch.linalg.solve_triangular(L, unit, upper=False).float()
 
 
 def choose_codes(weight, scales, V, codebook):
     """The codes, uint8 (out, in), of a weight (out, in). scales: (out, in), one for each value"""
-    W, scales, levels = weight.T.contiguous(), scales.T.contiguous(), codebook.to(V.device)
+    W, scales = weight.T.contiguous(), scales.T.contiguous()  # a column is a row here
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
+    levels = codebook.to(W.device)
     for stop in range(len(W), 0, -COLUMNS):
         start = max(0, stop - COLUMNS)
         for j in reversed(range(start, stop)):

@@ -129,6 +129,11 @@ def test_settings_must_be_those_of_the_tensors(tmp_path):
     with pytest.raises(InputError, match="config has attention, which this code does not know"):
         sign_again(tmp_path, config=about["config"] | dict(attention="own"))
         QST.from_side(base, tmp_path)
+    sign_again(tmp_path, config=about["config"] | dict(repair=0))
+    QST.from_side(base, tmp_path)
+    sign_again(tmp_path, config=about["config"] | dict(repair=2))
+    with pytest.raises(InputError, match="its base had a --repair.*--calibrate FILE`, and train"):
+        QST.from_side(base, tmp_path)
 
 
 def test_a_tensor_missing_or_left_over_is_named(tmp_path):

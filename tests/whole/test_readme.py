@@ -126,7 +126,7 @@ def test_flags_exist():
         for words in (["train.py", "--help"], ["qst.py", "--help"], ["qst.py", "answer", "--help"],
                       ["qst.py", "import-released", "--help"], ["data/tasks/instruct.py", "--help"],
                       ["data/tasks/mmlu.py", "--help"], ["tests/account.py", "--help"],
-                      ["tests/fuzzing/fuzz.py", "--help"])
+                      ["tests/fuzzing/fuzz.py", "--help"], ["model.py", "quantize", "--help"])
     )
     for flag in set(re.findall(r"(--\w+)", README)) - {"--nproc_per_node"}:  # torchrun's
         assert flag in known, flag
