@@ -60,7 +60,7 @@ class SideConfig:
         "side: without the base", MIXES)
     upsample_bias: bool = of_side(None, "bias of the upsampler")
     final_norm: bool = of_side(None, "norm before the upsampler")
-    layers: int = setting(0, "a classifier's base ends after so many layers; 0: all", at_least=0)
+    layers: int = setting(0, "number of base layers below a classifier; 0: all", at_least=0)
     n_labels: int = setting(0, "labels of a classifier in place of the LM head", flag=False)
     task: str = setting("", "task of the classifier", flag=False)
     shots: int = setting(0, "few-shot examples before each GLUE question", at_least=0,
