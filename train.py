@@ -92,7 +92,7 @@ class TrainConfig(SideConfig):
     beta2: float = setting(0.999, "AdamW's decay of the second moment", above=0, below=1)
     grad_clip: float = setting(1.0, "maximum norm of the gradient; 0: no clipping", at_least=0)
     seed: int = setting(1337, "seed of the new weights", at_least=0, below=2**63)
-    compile: bool = setting(False, "torch.compile the model: slow start, faster iterations")
+    compile: bool = setting(False, "torch.compile the model: slow start, faster, more memory")
     checkpoint: bool = setting(None, "recompute activations in backward: the side network's (qst, "
         "lst; default with --base) or the base's (other methods)", group="memory")
     h_f_bits: int = of_side(None, "bits of the hidden states stored for backward", (16, 8, 4))

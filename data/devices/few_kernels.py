@@ -1,7 +1,4 @@
-"""How a narrow side network asks a GPU for few kernels.
-
-A GPU computes a narrow layer faster than Python starts its kernels, so their number is the time.
-"""
+"""Few kernels for a narrow network: a GPU computes each of them faster than Python starts it."""
 
 import copy
 
