@@ -8,7 +8,9 @@ texts, and its Cholesky factor L, H = L L^T, column j becomes q_j and each colum
     w_k -= (w_j - q_j) V_jk / V_jj            V = L^-1, lower triangular
 
 It begins at the last column, since the columns 0 to j have the leading part of H, and so of L and V
-as well: one factor serves all. The scales are as without it, and so are the format and the bytes.
+as well: one factor serves all. Before, the columns are sorted, so that those with large inputs come
+last: these are rounded while most others can make it good. The scales are as without it, and so are
+the format and the bytes.
 """
 
 from contextlib import ExitStack
@@ -26,7 +28,7 @@ from data.tokens.tokenizer import load_tokenizer
 from quant import CODEBOOKS, Linear4bit, nearest
 
 TEXTS, LENGTH = 128, 256  # number of texts, and of the first tokens of each
-DAMPING = 0.01  # added to the diagonal of H, as a fraction of its mean
+DAMPING = 0.1  # added to the diagonal of H, as a fraction of its mean
 COLUMNS = 64  # all columns before these change at once
 TOKENS = 4096  # of x in one product, so that little memory is needed
 
@@ -47,7 +49,10 @@ def read_texts(file, folder):
 
 
 def inverse_factor(x, where=""):
-    """V, fp32 (in, in), of inputs x (tokens, in). where: the layer, for error messages"""
+    """V, fp32 (in, in), of inputs x (tokens, in), and the order of the columns that it is for.
+
+    where: the layer, for error messages
+    """
     H = torch.zeros(x.shape[1], x.shape[1], device=x.device)
     for part in x.split(TOKENS):
         # All tokens count the same. The first one of a text has inputs a hundred times larger.
@@ -55,16 +60,17 @@ def inverse_factor(x, where=""):
         H.addmm_(part.T, part)
     if not H.isfinite().all():
         raise InputError(f"{where} has inputs that are not finite: give --device cpu.")
-    H = H.to(torch.float32 if H.device.type == "mps" else torch.float64)
+    order = H.diagonal().argsort(stable=True)
+    H = H[order][:, order].to(torch.float32 if H.device.type == "mps" else torch.float64)
     H.diagonal().add_(DAMPING * H.diagonal().mean() + 1e-30)
     L = torch.linalg.cholesky(H)
     unit = torch.eye(len(H), out=H)  # in its memory
-    return torch.linalg.solve_triangular(L, unit, upper=False).float()
+    return torch.linalg.solve_triangular(L, unit, upper=False).float(), order
 
 
-def choose_codes(weight, scales, V, codebook):
+def choose_codes(weight, scales, V, order, codebook):
     """The codes, uint8 (out, in), of a weight (out, in). scales: (out, in), one for each value"""
-    W, scales = weight.T.contiguous(), scales.T.contiguous()  # a column is a row here
+    W, scales = weight.T[order], scales.T[order]  # a column is a row here
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
     levels = codebook.to(W.device)
     for stop in range(len(W), 0, -COLUMNS):
@@ -74,7 +80,7 @@ def choose_codes(weight, scales, V, codebook):
             errors[j] = (W[j] - levels[codes[j].int()] * scales[j]) / V[j, j]
             W[start:j].addr_(V[j, start:j], errors[j], alpha=-1)
         W[:start].addmm_(V[start:stop, :start].T, errors[start:stop], alpha=-1)
-    return codes.T
+    return codes[order.argsort()].T
 
 
 @torch.no_grad()
@@ -96,7 +102,7 @@ def calibrate(base, folder, texts):
         weight.codes.fill_(17 * codebook.argmax())  # twice the code of level 1: scales alone
         theirs = tensors[hub.their_name(base.config.family, f"{layers[linear]}.weight")]()
         theirs = theirs.to(base.device).float()
-        codes = choose_codes(theirs, weight.dequantize(), known[1], codebook).reshape(-1)
+        codes = choose_codes(theirs, weight.dequantize(), *known[1], codebook).reshape(-1)
         codes = F.pad(codes, (0, len(codes) % 2))
         weight.codes.copy_(codes[::2] << 4 | codes[1::2])
         bar.update()

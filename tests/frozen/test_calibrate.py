@@ -38,12 +38,13 @@ def brute_force(weight, scales, x, codebook):
     H = x.T @ x
     H += leaf.DAMPING * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype)
     W, s, levels = weight.double().clone(), scales.double(), codebook.double()
-    codes = torch.empty(W.shape, dtype=torch.uint8)
-    for j in reversed(range(len(H))):
-        inverse = torch.linalg.inv(H[: j + 1, : j + 1])
+    codes, free = torch.empty(W.shape, dtype=torch.uint8), H.diagonal().argsort()
+    while len(free):
+        inverse, j = torch.linalg.inv(H[free][:, free]), free[-1]
         codes[:, j] = ((W[:, j] / s[:, j])[:, None] - levels).abs().argmin(dim=1)
         error = W[:, j] - levels[codes[:, j].long()] * s[:, j]
-        W[:, : j + 1] -= error[:, None] * inverse[j] / inverse[j, j]
+        W[:, free] -= error[:, None] * inverse[-1] / inverse[-1, -1]
+        free = free[:-1]
     return codes
 
 
@@ -57,7 +58,7 @@ def test_it_is_gptq(kind, columns, monkeypatch):
     x, weight, codebook = correlated(300, 96), torch.randn(40, 96), CODEBOOKS[kind]
     q = quantize_4bit(weight, kind)
     scales, nearest = scales_of(q), q.dequantize()
-    codes = leaf.choose_codes(weight, scales, leaf.inverse_factor(x), codebook)
+    codes = leaf.choose_codes(weight, scales, *leaf.inverse_factor(x), codebook)
     levels = codebook[codes.int()]  # FP4 has two codes of 0
     assert torch.equal(levels, codebook[brute_force(weight, scales, x, codebook).int()])
     left = [((weight - w) @ x.T).norm() for w in (levels * scales, nearest)]
@@ -70,12 +71,12 @@ def test_inputs_that_say_nothing():
     weight = torch.randn(24, 64)
     q = quantize_4bit(weight, double_quant=False)
     scales = scales_of(q)
-    codes = leaf.choose_codes(weight, scales, leaf.inverse_factor(torch.eye(64)), NF4_CODEBOOK)
+    codes = leaf.choose_codes(weight, scales, *leaf.inverse_factor(torch.eye(64)), NF4_CODEBOOK)
     assert torch.equal(NF4_CODEBOOK[codes.int()] * scales, q.dequantize())
     for x in (torch.zeros(9, 64), torch.eye(64)[:3]):
-        assert leaf.inverse_factor(x).isfinite().all()
+        assert leaf.inverse_factor(x)[0].isfinite().all()
     zeros = torch.zeros(24, 64)
-    codes = leaf.choose_codes(zeros, zeros, leaf.inverse_factor(correlated(99, 64)), NF4_CODEBOOK)
+    codes = leaf.choose_codes(zeros, zeros, *leaf.inverse_factor(correlated(99, 64)), NF4_CODEBOOK)
     assert codes.max() < 16
     with pytest.raises(InputError, match="up_proj has inputs that are not finite"):
         leaf.inverse_factor(torch.full((9, 64), torch.inf), "up_proj")
@@ -157,7 +158,7 @@ def test_the_first_position_survives():
     x[::40] = 100 * x[0]
     q = quantize_4bit(weight)
     scales = scales_of(q)
-    codes = leaf.choose_codes(weight, scales, leaf.inverse_factor(x), NF4_CODEBOOK)
+    codes = leaf.choose_codes(weight, scales, *leaf.inverse_factor(x), NF4_CODEBOOK)
     left = (weight - NF4_CODEBOOK[codes.int()] * scales) @ x.T
     plain = (weight - q.dequantize()) @ x.T
     assert left[:, 1:40].norm() < 0.5 * plain[:, 1:40].norm()
