@@ -49,10 +49,7 @@ def read_texts(file, folder):
 
 
 def inverse_factor(x, where=""):
-    """V, fp32 (in, in), of inputs x (tokens, in), and the order of the columns that it is for.
-
-    where: the layer, for error messages
-    """
+    """V, fp32 (in, in), of a layer's inputs x (tokens, in), and the order of its columns."""
     H = torch.zeros(x.shape[1], x.shape[1], device=x.device)
     for part in x.split(TOKENS):
         # All tokens count the same. The first one of a text has inputs a hundred times larger.
@@ -63,8 +60,7 @@ def inverse_factor(x, where=""):
     order = H.diagonal().argsort(stable=True)
     H = H[order][:, order].to(torch.float32 if H.device.type == "mps" else torch.float64)
     H.diagonal().add_(DAMPING * H.diagonal().mean() + 1e-30)
-    L = torch.linalg.cholesky(H)
-    unit = torch.eye(len(H), out=H)  # in its memory
+    L, unit = torch.linalg.cholesky(H), torch.eye(len(H), out=H)  # in its memory
     return torch.linalg.solve_triangular(L, unit, upper=False).float(), order
 
 

@@ -54,8 +54,7 @@ def together(optimizer, group, size, kind=lambda p: None):
 
 
 def must_skip(optimizer, like):
-    """Whether to leave out this step: bool () on a tensor's device, where nobody waits for it.
-    torch's fused optimizers look it up in the same attribute."""
+    """Whether to leave out this step, as torch's fused optimizers ask: bool () on a device."""
     return getattr(optimizer, "found_inf", like.new_zeros(())).to(like.device) > 0
 
 
