@@ -123,7 +123,7 @@ def pooling(h_f, reduction, kind):
 
 
 def gate(z, h_g, gamma):
-    """Mix what a layer of the base says with what the side network knows so far.
+    """Mix a downsampled hidden state of the base with the side network's own.
 
         (1 - beta) * z + beta * h_g                 beta = sigmoid(gamma)
 
