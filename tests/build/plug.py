@@ -131,8 +131,7 @@ def quantization(pieces):
         if layer.weight.scales is not None:  # integers, whose scales are trained
             return of_layer(layer, x)
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        y = pieces.FrozenLinear.apply(x, layer.weight, bias)
-        return y if layer.branch is None else layer.branch(x) + y
+        return pieces.FrozenLinear.apply(x, layer.weight, bias)
 
     return [
         (Quantized4bit, "fill", fill), (Quantized4bit, "product", Quantized.product),
