@@ -35,16 +35,16 @@ TOKENS = 4096  # of x in one product, so that little memory is needed
 
 def read_texts(file, folder):
     """At most TEXTS lists of ids: of a .txt, or of a file of instructions (data/README.md)."""
-    shape, task = config_json.read(folder), "text" if str(file).endswith(".txt") else "instruct"
+    shape, task = config_json.read(folder), "text" if str(file)[-4:].lower() == ".txt" else "instruct"
     length, C = min(LENGTH, shape["max_positions"]), shape["n_embd"]
     cfg = dict(data=file, sequence_len=length, max_examples=TEXTS, eval_only=True)
     unused = dict(held_out=0, data_seed=0, sweep=False, stream=False)
     task = leaf(task).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
-    texts = [ids for ids, _ in task.held_out]
+    texts = [ids for ids, _ in task.held_out][:TEXTS]  # a conversation may give several
     if (tokens := sum(map(len, texts))) < C:
         has = f"has only {tokens} tokens for the {C} channels of {folder}"
         raise InputError(f"--calibrate {file} {has}: give more texts.")
-    print(f"{file}: {len(texts)} texts with {tokens:,} tokens")
+    print(*task.notes, f"{file}: {len(texts)} texts with {tokens:,} tokens", sep="\n")
     return texts
 
 

@@ -184,6 +184,25 @@ def test_memory(folders, file, monkeypatch):
     assert len(alive) == 21
 
 
+def test_what_is_read(folders, file, tmp_path, capsys):
+    """At most TEXTS texts: a template that rewrites turns makes several of one conversation.
+    A .TXT is text; what is left out is said."""
+    about = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}] * 3
+    rows = [{"messages": about}] * leaf.TEXTS
+    (tmp_path / "turns.json").write_text(json.dumps([*rows, {"text": "no question"}]))
+    shutil.copytree(folders["llama"], tmp_path / "rewrites")
+    template = "{% for m in messages %}{{ loop.revindex }} {{ m.content }} {% endfor %}"
+    settings = {"chat_template": template}
+    (tmp_path / "rewrites/tokenizer_config.json").write_text(json.dumps(settings))
+    texts = leaf.read_texts(str(tmp_path / "turns.json"), tmp_path / "rewrites")
+    assert len(texts) == leaf.TEXTS
+    assert "1 of 129 records left out" in capsys.readouterr().out
+    shutil.copy(file, tmp_path / "TEXTS.TXT")
+    upper, lower = (leaf.read_texts(str(path), folders["llama"])
+                    for path in (tmp_path / "TEXTS.TXT", file))
+    assert upper == lower
+
+
 def test_on_the_command_line(folders, file, tmp_path):
     """Instructions and plain text; what cannot be used is refused before the model is loaded."""
     base, out = str(folders["llama"]), tmp_path / "out"
