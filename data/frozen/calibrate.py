@@ -35,11 +35,11 @@ TOKENS = 4096  # of x in one product, so that little memory is needed
 
 def read_texts(file, folder):
     """At most TEXTS lists of ids: of a .txt, or of a file of instructions (data/README.md)."""
-    shape, task = config_json.read(folder), "text" if str(file)[-4:].lower() == ".txt" else "instruct"
+    shape, kind = config_json.read(folder), "text" if file.lower().endswith(".txt") else "instruct"
     length, C = min(LENGTH, shape["max_positions"]), shape["n_embd"]
     cfg = dict(data=file, sequence_len=length, max_examples=TEXTS, eval_only=True)
     unused = dict(held_out=0, data_seed=0, sweep=False, stream=False)
-    task = leaf(task).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
+    task = leaf(kind).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
     texts = [ids for ids, _ in task.held_out][:TEXTS]  # a conversation may give several
     if (tokens := sum(map(len, texts))) < C:
         has = f"has only {tokens} tokens for the {C} channels of {folder}"
