@@ -13,7 +13,7 @@ WORDS = {  # of a page, tables and code included
     "README.md": 1900, "data/README.md": 1500, "tests/README.md": 1500, "tests/RESULTS.md": 1500,
     "tests/MEMORY.md": 1500, "tests/PAPER.md": 1500, "tests/FEATURES.md": 1500,
     "tests/NEGATIVE.md": 1500, "tests/lectures/README.md": 1500, "tests/exercises/README.md": 1500,
-    "tests/build/README.md": 1500, "tests/lectures/FIGURE.md": 700,
+    "tests/build/README.md": 1500, "tests/lectures/FIGURE.md": 700, "tests/AGENTS.md": 250,
 }
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("data/*.md")), *sorted(ROOT.glob("tests/**/*.md"))]
 
