@@ -164,7 +164,8 @@ class Attention(nn.Module):
         qk, v = qk.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
         if self.q_norm is not None:
             qk = torch.cat([self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])], dim=1)
-        q, k = rotate(qk, rope).split([H, G], dim=1)
+        heads = rotate(qk, rope).split([H, G], dim=1)  # torch.compile takes them for whole tensors
+        q, k = (y.contiguous() if torch.compiler.is_compiling() else y for y in heads)
         if cache is not None:
             k, v = cache.append(k, v)
         y = F.scaled_dot_product_attention(

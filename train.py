@@ -233,8 +233,7 @@ def fit(runs, task, cfg):
             results = train_step(active, batches, iteration, models) if active else []
             must_evaluate = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
             must_show = cfg.samples_interval and iteration % cfg.samples_interval == 0
-            # True if the losses were copied to the CPU, on a GPU at each log_interval. Only then do
-            # we write, and ask the other processes whether to stop: both wait for the GPU.
+            # To write and to ask other processes is to wait for the GPU: only at each log_interval.
             read_back = [run.record_step(*result, batches, must_evaluate or must_show)
                          for run, result in zip(active, results)]
             if must_evaluate:
