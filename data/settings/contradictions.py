@@ -15,7 +15,7 @@ def refuse(cfg, task, on_glue):
     refuse_if(
         (cfg.base and not cfg.data,
          "--base needs --data, the task's file or folder: see --data in --help"),
-        (cfg.data and not cfg.base, "--data needs --base: the folder of a LLaMA or OPT model"),
+        (cfg.data and not cfg.base, "--data needs --base: a model's folder or its name on the Hub"),
         (bool(cfg.base) == (task == "tiny"),
          f"--task {task}: all tasks but tiny need --base, and tiny has its own base"),
         (cfg.dtype == "fp16" and cfg.method == "full",
