@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
