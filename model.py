@@ -504,7 +504,7 @@ def main(argv):
         parser = Parser("model.py quantize", description="Write a model's folder in 4 bits (NF4).")
         parser.add_argument("source", help="model folder, or ORG/MODEL of huggingface.co")
         parser.add_argument("target", help="new folder")
-        parser.add_argument("--calibrate", help="file whose first 128 texts the codes are chosen for")
+        parser.add_argument("--calibrate", help="file with texts to choose codes for; 128 are used")
         parser.add_argument("--device", default="auto", help="where --calibrate computes")
         return quantize_folder(**vars(parser.parse_args(argv[1:])))
     refuse_if((argv, "Usage: `python model.py`, or `python model.py quantize IN OUT`"))
