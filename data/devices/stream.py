@@ -31,7 +31,7 @@ def freeze_streamed(model, weights, in_4_bits, dtype, device, folder):
     if not in_4_bits:
         do = f"run `python model.py quantize {folder} {folder}-nf4`, and give that folder"
         raise InputError(f"{folder} is not in 4 bits, and --stream reads nothing else: {do}.")
-    if (device := torch.device(device)).type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda"):
         raise InputError(f"--stream is for a CPU or an NVIDIA GPU, and not for {device.type}.")
     comes = set()  # names of the weights that are streamed
 

@@ -9,8 +9,7 @@ texts, and its Cholesky factor L, H = L L^T, column j becomes q_j and each colum
 
 It begins at the last column, since the columns 0 to j have the leading part of H, and so of L and V
 as well: one factor serves all. Before, the columns are sorted, so that those with large inputs come
-last: these are rounded while most others can make it good. The scales are as without it, and so are
-the format and the bytes.
+last: these are rounded while most others can make it good. Scales, format and bytes stay.
 """
 
 from contextlib import ExitStack
@@ -25,7 +24,7 @@ from data.devices.device import pick_dtype
 from data.formats import config_json, hub
 from data.generate.sampling import pad_left
 from data.tokens.tokenizer import load_tokenizer
-from quant import CODEBOOKS, Linear4bit, nearest
+from quant import CODEBOOKS, Linear4bit, codebook_on, nearest
 
 TEXTS, LENGTH = 128, 256  # number of texts, and of the first tokens of each
 DAMPING = 0.1  # added to the diagonal of H, as a fraction of its mean
@@ -66,14 +65,13 @@ def inverse_factor(x, where=""):
 
 def choose_codes(weight, scales, V, order, codebook):
     """The codes, uint8 (out, in), of a weight (out, in). scales: (out, in), one for each value"""
-    W, scales = weight.T[order], scales.T[order]  # a column is a row here
+    W, scales = weight.T[order].float(), scales.T[order]  # a column is a row here
     codes, errors = torch.empty_like(W, dtype=torch.uint8), torch.empty_like(W)
-    levels = codebook.to(W.device)
     for stop in range(len(W), 0, -COLUMNS):
         start = max(0, stop - COLUMNS)
         for j in reversed(range(start, stop)):
-            codes[j] = nearest(W[j] / scales[j], codebook)
-            errors[j] = (W[j] - levels[codes[j].int()] * scales[j]) / V[j, j]
+            codes[j] = code = nearest(W[j] / scales[j], codebook)
+            errors[j] = (W[j] - codebook_on(codebook, W.device)[code.int()] * scales[j]) / V[j, j]
             W[start:j].addr_(V[j, start:j], errors[j], alpha=-1)
         W[:start].addmm_(V[start:stop, :start].T, errors[start:stop], alpha=-1)
     return codes[order.argsort()].T
@@ -97,9 +95,8 @@ def calibrate(base, folder, texts):
         weight, codebook = linear.weight, CODEBOOKS[linear.weight.kind]
         weight.codes.fill_(17 * codebook.argmax())  # twice the code of level 1: scales alone
         theirs = tensors[hub.their_name(base.config.family, f"{layers[linear]}.weight")]()
-        theirs = theirs.to(base.device).float()
-        codes = choose_codes(theirs, weight.dequantize(), *known[1], codebook).reshape(-1)
-        codes = F.pad(codes, (0, len(codes) % 2))
+        codes = choose_codes(theirs.to(base.device), weight.dequantize(), *known[1], codebook)
+        codes = F.pad(codes.reshape(-1), (0, codes.numel() % 2))
         weight.codes.copy_(codes[::2] << 4 | codes[1::2])
         bar.update()
 

@@ -1,8 +1,5 @@
-"""--optimizer_bits 8: AdamW with two moments in 8 bits, and how moments are kept in 8 bits.
-
-Many parameters are computed at once, so that a GPU starts few kernels: in rows of 256 values, which
-share an absmax. Each parameter begins a row, and so has the codes that it would have alone.
-"""
+"""--optimizer_bits 8: AdamW with two moments in 8 bits. Many parameters are computed at once, in
+rows of 256 values that share an absmax: each begins a row, and has the codes of one alone."""
 
 import math
 
@@ -66,13 +63,11 @@ def encode(states, name, like, moment, skip):
 
 
 class AdamW8bit(torch.optim.AdamW):
-    """AdamW (arXiv 1711.05101) that keeps its two moments in 8 bits (arXiv 2110.02861 §2).
-
-    They are quantized in blocks of 256. Of the second moment it stores the root, which needs half
-    as many decades.
-    """
+    """AdamW (arXiv 1711.05101) with its two moments in 8 bits (arXiv 2110.02861 §2), in blocks of
+    256. Of the second moment it stores the root, which needs half as many decades."""
 
     _step_supports_amp_scaling = True  # it looks at `found_inf` itself
+    left_out = torch.zeros(())  # steps, which only the device knows until `state_dict`
 
     @torch.no_grad()
     def step(self):
@@ -80,19 +75,28 @@ class AdamW8bit(torch.optim.AdamW):
             # On a GPU 2^23 values at a time: in 0.25 GB, and backward has freed more.
             for parameters in together(self, group, chunk_size(group["params"][0].device) // 8):
                 self.update(parameters, [self.state[p] for p in parameters], **group)
+        self.left_out = self.left_out + must_skip(self, self.param_groups[0]["params"][0])
+
+    def state_dict(self):
+        left_out, self.left_out = int(self.left_out), torch.zeros(())
+        for state in self.state.values():
+            if "step" in state:  # Muon's matrices have none
+                state["step"] -= left_out
+        return super().state_dict()
 
     def update(self, parameters, states, lr, betas, eps, weight_decay, **_):
         grad, skip = in_rows([p.grad for p in parameters]).float(), must_skip(self, parameters[0])
-        t = states[0].get("step", 0) + 1  # also of a step left out: only the device knows that
+        t = (n := states[0].get("step", 0) + 1) - self.left_out.to(grad.device)
         mean, root = (decode(states, name, parameters) for name in ("mean", "unsigned_root"))
         mean.lerp_(grad, 1 - betas[0])
         root.square_().mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1]).sqrt_()
         encode(states, "mean", parameters, mean, skip)
         encode(states, "unsigned_root", parameters, root, skip)
-        root.div_(math.sqrt(1 - betas[1] ** t)).add_(eps)
-        step = mean.div_(root).mul_(lr / (1 - betas[0] ** t))
+        of_mean, of_square = (-torch.expm1(t * math.log(beta)) for beta in betas)  # 1 - beta^t
+        root.div_(of_square.sqrt()).add_(eps)
+        step = mean.div_(root).mul_(lr / of_mean)
         old = in_rows(parameters).float()
         new = out_of(torch.where(skip, old, (old * (1 - lr * weight_decay)).sub_(step)), parameters)
         torch._foreach_copy_(parameters, [own.view_as(p) for own, p in zip(new, parameters)])
         for state in states:
-            state["step"] = t
+            state["step"] = n

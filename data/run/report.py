@@ -87,8 +87,7 @@ def memory_advice(cfg):
     except Exception as error:
         if not leaf("command").exhausted(error):
             raise
-        advice = f"give {flags[0].lower()}. {account}"
-        raise InputError(f"There is no more memory: {advice}.") from None
+        raise InputError(f"There is no more memory: give {flags[0].lower()}. {account}.") from None
 
 
 @contextmanager
