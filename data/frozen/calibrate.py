@@ -32,14 +32,14 @@ COLUMNS = 64  # all columns before these change at once
 TOKENS = 4096  # of x in one product, so that little memory is needed
 
 
-def read_texts(file, folder):
-    """At most TEXTS lists of ids: of a .txt, or of a file of instructions (data/README.md)."""
+def read_texts(file, folder, n=0, seed=0):
+    """n lists of ids (0: TEXTS), or fewer: of a .txt, or of instructions (data/README.md)."""
     shape, kind = config_json.read(folder), "text" if file.lower().endswith(".txt") else "instruct"
     length, C = min(LENGTH, shape["max_positions"]), shape["n_embd"]
-    cfg = dict(data=file, sequence_len=length, max_examples=TEXTS, eval_only=True)
-    unused = dict(held_out=0, data_seed=0, sweep=False, stream=False)
+    cfg = dict(data=file, sequence_len=length, max_examples=n or TEXTS, eval_only=True)
+    unused = dict(held_out=0, data_seed=seed, sweep=False, stream=False)
     task = leaf(kind).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
-    texts = [ids for ids, _ in task.held_out][:TEXTS]  # a conversation may give several
+    texts = [ids for ids, _ in task.held_out][: n or TEXTS]  # a conversation may give several
     if (tokens := sum(map(len, texts))) < C:
         has = f"has only {tokens} tokens for the {C} channels of {folder}"
         raise InputError(f"--calibrate {file} {has}: give more texts.")

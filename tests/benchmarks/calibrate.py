@@ -1,7 +1,7 @@
 """How much of what 4 bits lose `model.py quantize --calibrate` gives back: a text's perplexity."""
 
 import time
-from unittest.mock import patch
+from itertools import product
 
 import torch
 
@@ -14,9 +14,9 @@ from model import from_pretrained
 from qst import SharedBase
 
 
-def calibrate(folder, file, test, texts="32,64,128", windows="6"):
+def calibrate(folder, file, test, texts="32,64,128", draws="1", windows="6"):
     """Perplexity of the first windows of 512 tokens of a test text: of the base in fp32 and in NF4,
-    and with codes that some numbers of a file's texts chose."""
+    and with codes that some numbers of a file's texts chose, for some draws of these texts."""
     examples = text.read(test, load_tokenizer(folder), 512, int(windows))
 
     def row(name, base, *cells):
@@ -27,8 +27,7 @@ def calibrate(folder, file, test, texts="32,64,128", windows="6"):
     row("fp32", from_pretrained(folder, "none", torch.float32), "")
     base = from_pretrained(folder, "nf4", torch.float32)
     row("NF4", base, "")
-    for n in map(int, texts.split(",")):
-        with patch.object(calibrate_py, "TEXTS", n):
-            found, start = calibrate_py.read_texts(file, folder), time.perf_counter()
+    for n, seed in product(map(int, texts.split(",")), range(int(draws))):
+        found, start = calibrate_py.read_texts(file, folder, n, seed), time.perf_counter()
         calibrate_py.calibrate(base, folder, found)
-        row(f"calibrated, {n} texts", base, f"{time.perf_counter() - start:.0f}")
+        row(f"{n} texts, draw {seed}", base, f"{time.perf_counter() - start:.0f}")

@@ -1,0 +1,225 @@
+"""All methods on SST-2, RTE, CoLA and Dolly: losses, scores, memory and time, in one table.
+
+Each run is a row of --runs, a file. A call makes the runs that are missing there, in an order in
+which what matters most comes first, and stops after --minutes. So several calls, also on several
+machines, fill the table. What is not run yet is an empty cell.
+
+    1. rates    several learning rates with seed 1: each method's best is used from here on
+    2. seeds    three seeds
+    3. seconds  as many iterations as fit into the training time of QLoRA's, for side networks
+
+--time measures instead: a few iterations of each method, in turn. Nothing else may run beside it.
+"""
+
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import ROOT, print_row, print_table
+from data.run.report import SCORES
+from data.settings.flags import Parser
+
+RUNS = Path(__file__).with_name("compare.csv")  # of HEALED (tests/NOTEBOOK.md)
+COLUMNS = ("task", "method", "learning_rate", "seed", "iterations", "loss", "score", "step_s",
+           "peak_mb", "commit")
+SEEDS, TIMED = (1, 2, 3), 5
+COMMON = "--data_seed 1 --lr_schedule linear --warmup_iters 10 --threads 1"
+GLUE = "--head lm --batch_size 16 --eval_interval 50"
+TASKS = {  # name: (iterations, the task's flags, few-shot examples of "fast, best")
+    "dolly": (100, "--batch_size 4 --sequence_len 256 --eval_interval 20 --eval_examples 40", 0),
+    "sst2": (200, f"{GLUE} --sequence_len 256 --eval_examples 96 --max_examples 4000 "
+                  "--score_examples 400", 2),
+    "rte": (200, f"{GLUE} --sequence_len 384 --eval_examples 96", 2),
+    "cola": (500, f"{GLUE} --sequence_len 256 --eval_examples 400 --score_examples 600", 4),
+}
+SIDE_RATES, RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2), (5e-4, 1e-3, 2e-3)
+METHODS = {  # name: (flags, learning rates, the tasks on which these are tried)
+    "fast": ("--variant fast", SIDE_RATES, TASKS),
+    "fast, best": ("--variant fast", SIDE_RATES, TASKS),  # calibrated base, few-shot examples
+    "qlora": ("--method qlora", RATES, ("dolly", "sst2")),
+    "qlora, checkpoint": ("--method qlora --checkpoint true", (), ()),  # qlora's losses
+    "lora": ("--method lora", RATES, ("dolly", "sst2")),
+    "paper": ("", SIDE_RATES, TASKS),
+    "lst": ("--method lst", SIDE_RATES, TASKS),
+    "full": ("--method full", (3e-5, 1e-4, 3e-4), ("dolly", "sst2")),
+}
+IS_SIDE = ("fast", "fast, best", "paper", "lst")
+
+
+def compare(*words):
+    """Print the table of all methods; with --base, first make runs that are missing in it."""
+    parser = Parser("bench.py compare", description=compare.__doc__)
+    parser.add_argument("--runs", type=Path, default=RUNS, help="CSV file of the runs")
+    parser.add_argument("--base", help="model folder; without it, the table is only printed")
+    parser.add_argument("--calibrated", help="the same from `model.py quantize --calibrate`")
+    parser.add_argument("--glue", help="folder with the folders of SST-2, RTE and CoLA")
+    parser.add_argument("--dolly", help="file of Dolly's instructions")
+    parser.add_argument("--minutes", type=float, default=60, help="no run starts after so many")
+    parser.add_argument("--only", nargs="+", default=[*TASKS, *METHODS], help="tasks and methods")
+    parser.add_argument("--time", action="store_true", help="measure steps; run nothing beside it")
+    args = parser.parse_args(words)
+    stop = time.monotonic() + 60 * args.minutes
+    while args.base and time.monotonic() < stop and (job := next_job(read(args.runs), args)):
+        task, method, iterations, cells = job
+        print(f"{task}, {method}, {iterations} iterations: {cells}", file=sys.stderr, flush=True)
+        append(args.runs, run(args, *job))
+    for task in TASKS:
+        print_task(task, read(args.runs))
+
+
+def read(path):
+    """The rows of --runs: dicts of numbers and words."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        for name in COLUMNS[2:-1]:
+            row[name] = float(row[name]) if row[name] else None
+    return rows
+
+
+def append(path, rows):
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def find(rows, task, method, iterations):
+    """The rows of a method on a task."""
+    wanted = task, method, iterations
+    return [row for row in rows if (row["task"], row["method"], row["iterations"]) == wanted]
+
+
+def best_rate(rows, task, method):
+    """The learning rate of the lowest loss with seed 1, or None before all rates are tried."""
+    _, rates, tried_on = METHODS[method]
+    if task not in tried_on:
+        task = "sst2"  # of the same kind
+    done = find(rows, task, method, TASKS[task][0])
+    losses = {row["learning_rate"]: row["loss"] for row in done if row["seed"] == SEEDS[0]}
+    if not rates or not set(rates) <= set(losses):
+        return None
+    best = min(losses, key=losses.get)
+    return best if losses[best] < math.inf else None
+
+
+def step_seconds(rows, task, method):
+    """The median of the measured steps, or None."""
+    times = [row["step_s"] for row in find(rows, task, method, TIMED)]
+    return statistics.median(times) if times else None
+
+
+def iterations_in_time(rows, task, method):
+    """How many iterations take as long as QLoRA's, or None where that is not measured."""
+    own, qlora = (step_seconds(rows, task, name) for name in (method, "qlora"))
+    return round(TASKS[task][0] * qlora / own) if own and qlora else None
+
+
+def next_job(rows, args):
+    """(task, method, iterations, [(learning rate, seed), ...]) of the next run, or None."""
+    chosen = [(t, m) for t in TASKS for m in METHODS if t in args.only and m in args.only]
+    if args.time:
+        counts = {pair: len(find(rows, *pair, TIMED)) for pair in chosen}
+        pair = min(counts, key=counts.get)
+        return (*pair, TIMED, [(1e-3, 0)]) if counts[pair] < 3 else None
+    rates, seeds, seconds = [], [], []
+    for task, method in chosen:
+        iterations, tried = TASKS[task][0], METHODS[method][1]
+        best = best_rate(rows, task, method)
+        longer = iterations_in_time(rows, task, method) if method in IS_SIDE else None
+        if task in METHODS[method][2]:
+            rates.append((task, method, iterations, [(rate, SEEDS[0]) for rate in tried]))
+        if best:
+            seeds.append((task, method, iterations, [(best, seed) for seed in SEEDS]))
+        if best and longer:
+            seconds.append((task, method, longer, [(best, seed) for seed in SEEDS]))
+    for task, method, iterations, cells in rates + seeds + seconds:
+        done = find(rows, task, method, iterations)
+        done = {(row["learning_rate"], row["seed"]) for row in done}
+        left = [cell for cell in cells if cell not in done]
+        if left:  # several side networks share one pass of the base
+            return task, method, iterations, left if method in IS_SIDE else left[:1]
+    return None
+
+
+def flags_of(args, task, method):
+    """The flags of train.py for a method on a task."""
+    names = dict(sst2="SST-2", rte="RTE", cola="CoLA")
+    best, shots = method == "fast, best", TASKS[task][2]
+    data = [args.dolly] if task == "dolly" else [str(Path(args.glue, names[task])), "--task", task]
+    own = [*COMMON.split(), *TASKS[task][1].split(), *METHODS[method][0].split()]
+    own += ["--shots", str(shots)] if best and shots else []
+    return ["--base", args.calibrated if best else args.base, "--data", *data, *own]
+
+
+def run(args, task, method, iterations, cells):
+    """Train, and return the rows of --runs. A run that fails has an infinite loss."""
+    flags = [*flags_of(args, task, method), "--max_iters", str(iterations)]
+    one = len(cells) == 1
+    if one:
+        flags += ["--learning_rate", str(cells[0][0]), "--seed", str(cells[0][1])]
+    else:
+        rates, seeds = ([*dict.fromkeys(values)] for values in zip(*cells))
+        join = lambda values: ",".join(map(str, values))
+        flags += ["--sweep", f"learning_rate={join(rates)} seed={join(seeds)}"]
+    if args.time:
+        flags += ["--eval_examples", "4", "--score_examples", "4"]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    rows = []
+    with tempfile.TemporaryDirectory() as out:
+        words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", out]
+        done = subprocess.run(words, capture_output=True, text=True)
+        for rate, seed in cells:
+            path = Path(out, "" if one else f"learning_rate={rate},seed={seed}", "result.json")
+            result = json.loads(path.read_text()) if path.exists() else {}
+            if "loss_after" not in result:
+                print((done.stderr.splitlines() or [""])[-1], file=sys.stderr)
+            score = [result[f"{name}_after"] for name in SCORES if f"{name}_after" in result]
+            row = dict(task=task, method=method, learning_rate=rate, seed=seed, commit=commit)
+            row |= dict(iterations=iterations, loss=result.get("loss_after", math.inf))
+            row |= dict(score=score[0]) if score else {}
+            if args.time:
+                row |= dict(step_s=result["step_ms"] / 1e3)
+                row |= dict(peak_mb=result["peak_memory_bytes"] / 1e6)
+            rows.append(row)
+    return rows
+
+
+def print_task(task, rows):
+    """A row a method: its best learning rate, losses and scores one a seed, memory and time."""
+    print_table(f"{task}, {TASKS[task][0]} iterations", "method", "rate", "held-out loss",
+                "score, %", "in QLoRA's time: iterations", "loss", "score, %", "step, s",
+                "peak, MB")
+    for method in METHODS:
+        rate, longer = best_rate(rows, task, method), iterations_in_time(rows, task, method)
+        at_rate = lambda n: [r for r in find(rows, task, method, n) if r["learning_rate"] == rate]
+        equal, more = at_rate(TASKS[task][0]), at_rate(longer) if method in IS_SIDE else []
+        cells = [*results(equal), longer if more else "", *results(more)]
+        timed, qlora = (find(rows, task, name, TIMED) for name in (method, "qlora"))
+        print_row(method, rate or "", *cells, *(beside(timed, qlora, x) for x in COLUMNS[7:9]))
+
+
+def results(rows):
+    """The losses and the scores, one a seed."""
+    rows = sorted(rows, key=lambda row: row["seed"])
+    scores = [f"{row['score']:.1%}".rstrip("%") for row in rows if row["score"] is not None]
+    return ", ".join(f"{row['loss']:.3f}" for row in rows), ", ".join(scores)
+
+
+def beside(rows, others, name):
+    """The median of some measurements, and the ratio to the median of others."""
+    if not rows:
+        return ""
+    median = lambda rows: statistics.median(row[name] for row in rows)
+    return f"{median(rows):.3g}" + (f" ({median(rows) / median(others):.2f})" if others else "")

@@ -1,0 +1,90 @@
+"""bench.py compare: which runs it makes, in which order, and the table of them."""
+
+import json
+import math
+
+import pytest
+from benchmarks import compare
+from helpers import TEST_DATA, needs_test_data
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """The jobs that are made, and a call that makes them. A run's loss is known."""
+    jobs = []
+    loss = {("qlora", 1e-3): 2.0, ("qlora", 5e-4): 2.1, ("fast", 3e-3): 2.5, ("fast", 1e-3): 2.4}
+
+    def run(args, task, method, iterations, cells):
+        jobs.append((task, method, iterations, cells))
+        row = lambda rate, seed: dict(
+            task=task, method=method, learning_rate=rate, seed=seed, iterations=iterations,
+            loss=loss.get((method, rate), 3.0) + seed / 100, score=0.5, commit="abc",
+            step_s=dict(qlora=4.0, fast=1.0)[method] if args.time else "",
+            peak_mb=dict(qlora=400, fast=100)[method] if args.time else "")
+        return [row(*cell) for cell in cells]
+
+    tasks = dict(dolly=(10, "", 0), sst2=(20, "", 2), rte=(20, "", 2))
+    monkeypatch.setattr(compare, "TASKS", tasks)
+    methods = dict(fast=("", (1e-3, 3e-3), ("dolly", "sst2", "rte")),
+                   qlora=("", (5e-4, 1e-3), ("dolly", "sst2")))
+    monkeypatch.setattr(compare, "METHODS", methods)
+    monkeypatch.setattr(compare, "run", run)
+    words = "--runs", str(tmp_path / "runs.csv"), "--base", "b"
+    return jobs, lambda *more: compare.compare(*words, *more)
+
+
+def test_rates_then_seeds_then_equal_time(calls, capsys):
+    made, call = calls
+    call("--time")
+    assert len(made) == 3 * 6  # each task and method three times, in turn
+    assert [job[:2] for job in made[:6]] == [job[:2] for job in made[6:12]]
+    assert all(job[2:] == (5, [(1e-3, 0)]) for job in made)
+    made.clear()
+    call("--only", "dolly", "fast", "qlora")
+    assert made == [
+        ("dolly", "fast", 10, [(1e-3, 1), (3e-3, 1)]),  # side networks share a pass of the base
+        ("dolly", "qlora", 10, [(5e-4, 1)]), ("dolly", "qlora", 10, [(1e-3, 1)]),
+        ("dolly", "fast", 10, [(1e-3, 2), (1e-3, 3)]),
+        ("dolly", "qlora", 10, [(1e-3, 2)]), ("dolly", "qlora", 10, [(1e-3, 3)]),
+        ("dolly", "fast", 40, [(1e-3, 1), (1e-3, 2), (1e-3, 3)]),
+    ]
+    made.clear()
+    capsys.readouterr()
+    call("--only", "dolly", "fast", "qlora")
+    assert not made  # nothing is missing
+    table = capsys.readouterr().out
+    assert ("| fast | 0.001 | 2.410, 2.420, 2.430 | 50.0, 50.0, 50.0 | 40 | 2.410, 2.420, 2.430 | "
+            "50.0, 50.0, 50.0 | 1 (0.25) | 100 (0.25) |") in table
+    assert "| qlora | 0.001 | 2.010, 2.020, 2.030 | 50.0, 50.0, 50.0 |  |  |  | 4 (1.00) |" in table
+    assert table.count("| fast |  |  |  |  |  |  | 1 (0.25) |") == 2  # not run: an empty cell
+
+
+def test_methods_in_the_base_have_the_rate_of_sst2(calls):
+    made, call = calls
+    call("--only", "sst2", "rte", "qlora")
+    assert [job for job in made if job[0] == "rte"] == [
+        ("rte", "qlora", 20, [(1e-3, seed)]) for seed in (1, 2, 3)]
+    made.clear()
+    call("--minutes", "0")
+    assert not made
+
+
+@needs_test_data
+def test_real_runs(monkeypatch, tmp_path, capfd):
+    """Two side networks and a failing run of a real, tiny model, through train.py."""
+    rows = [dict(instruction=f"Say {i}", output="a dog") for i in range(40)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    runs = tmp_path / "runs.csv"
+    flags = "--sequence_len 64 --batch_size 2 --eval_examples 4"
+    monkeypatch.setattr(compare, "TASKS", dict(dolly=(2, flags, 0)))
+    methods = dict(fast=("--variant fast", (1e-3, 1e-2), ("dolly",)),
+                   paper=("--every 7", (1e-3,), ("dolly",)))
+    monkeypatch.setattr(compare, "METHODS", methods)
+    base = str(TEST_DATA / "models/stories260K")
+    compare.compare("--runs", str(runs), "--base", base, "--dolly", str(tmp_path / "data.json"))
+    found = compare.read(runs)
+    assert [(row["method"], row["learning_rate"]) for row in found] == [
+        ("fast", 1e-3), ("fast", 1e-2), ("paper", 1e-3)]
+    assert all(5 < row["loss"] < 12 and row["score"] is None for row in found[:2])
+    assert found[0]["loss"] != found[1]["loss"] and math.isinf(found[2]["loss"])
+    assert "--every 7 does not divide 5 layers" in capfd.readouterr().err
