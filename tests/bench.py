@@ -33,6 +33,8 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "learn": ("learning", "[--help] ...", "how fast QST's variants and the other methods learn"),
     "pictures": ("learning", "FOLDERS --out FOLDER", "draw runs of train.py"),
     "compare": ("compare", "[--help] ...", "all methods on GLUE and Dolly; makes missing runs"),
+    "forgetting": ("forgetting", "FOLDER FILE TEXT --out FOLDER [FLAGS]",
+                   "a text's perplexity after finetuning, at an equal gain"),
     "calibrate": ("calibrate", "FOLDER FILE TEXT [NUMBERS [DRAWS]]", "what --calibrate gives back"),
     "channels": ("probe", "FLAGS", "how many texts --standardize needs"),
     "probe": ("probe", "FLAGS", "what a reader of the base's hidden states has before it"),

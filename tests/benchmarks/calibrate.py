@@ -5,13 +5,11 @@ from itertools import product
 
 import torch
 
-from benchmarks.common import print_row, print_table
+from benchmarks.common import perplexity, print_row, print_table
 from data.frozen import calibrate as calibrate_py
 from data.tasks import text
-from data.tasks.scoring import mean_loss
 from data.tokens.tokenizer import load_tokenizer
 from model import from_pretrained
-from qst import SharedBase
 
 
 def calibrate(folder, file, test, texts="32,64,128", draws="1", windows="6"):
@@ -20,8 +18,7 @@ def calibrate(folder, file, test, texts="32,64,128", draws="1", windows="6"):
     examples = text.read(test, load_tokenizer(folder), 512, int(windows))
 
     def row(name, base, *cells):
-        loss = mean_loss(SharedBase([base]), examples, 2)[0]
-        print_row(name, f"{text.perplexity(loss):.2f}", *cells)
+        print_row(name, f"{perplexity(base, examples):.2f}", *cells)
 
     print_table("Calibration", "base", "perplexity", "seconds")
     row("fp32", from_pretrained(folder, "none", torch.float32), "")

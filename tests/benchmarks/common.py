@@ -12,7 +12,10 @@ from unittest.mock import patch
 import torch
 
 from data.formats.save import save_pretrained
+from data.tasks import text
+from data.tasks.scoring import mean_loss
 from model import Transformer
+from qst import SharedBase
 
 ROOT = Path(__file__).parents[2]
 # Environment in which what is larger than 64 kB goes back to the system when it is freed, so that
@@ -59,6 +62,11 @@ def write_model(folder, config):
     model = Transformer(config).half()
     save_pretrained(model, folder)
     return sum(p.numel() for p in model.parameters())
+
+
+def perplexity(model, windows):
+    """The perplexity of the windows of a text, as `text.read` returns them."""
+    return text.perplexity(mean_loss(SharedBase([model]), windows, 2)[0])
 
 
 def print_table(title, *columns):
