@@ -17,7 +17,7 @@ import train
 from benchmarks.cached import without_score
 from benchmarks.common import alone, perplexity, print_row, print_table
 from data import InputError, find_folder, leaf
-from data.settings.flags import Parser
+from data.settings.flags import Parser, refuse_if
 from data.tasks import text
 from data.tasks.scoring import mean_loss
 from data.tokens.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from model import from_pretrained, read_config
 from qst import QST, SharedBase
 
 WINDOW = 512  # tokens of the text that are read at once
-SHARED = "--max_iters 100 --batch_size 4 --sequence_len 256 --eval_interval 5 --eval_examples 40 " \
+SHARED = "--max_iters 100 --batch_size 4 --sequence_len 256 --eval_interval 10 --eval_examples 40 " \
     "--warmup_iters 10 --data_seed 1"
 METHODS = {
     "qst": "--variant fast --learning_rate 3e-3", "qlora": "--method qlora --learning_rate 1e-3",
@@ -41,32 +41,37 @@ def forgetting(folder, data, test, *words):
     parser.add_argument("--out", required=True, help="folder that keeps the runs; a second call "
         "continues a stopped run, and repeats none")
     parser.add_argument("--full_rate", default="3e-5", help="learning rate of full finetuning")
+    parser.add_argument("--every", type=int, default=2, help="iterations between two evaluations "
+        "of QLoRA and full finetuning; QST has --eval_interval")
     parser.add_argument("--windows", type=int, default=12, help=f"windows of {WINDOW} tokens of it")
     args, flags = parser.parse_known_args(words)
     folder, out = str(find_folder(folder)), Path(args.out)
     flags = [*SHARED.split(), *flags, "--base", folder, "--data", data]
     cfg = train.resolve(train.parse_args(flags))
-    if cfg.lr_schedule != "constant":
-        raise InputError("--lr_schedule must be constant: when a method will stop, is unknown.")
+    refuse_if(
+        (cfg.lr_schedule != "constant", "--lr_schedule must be constant: a method may stop early"),
+        (min(args.every, args.windows) < 1, "--every and --windows must be at least 1"),
+    )
     tokenizer = load_tokenizer(folder)
     windows = text.read(test, tokenizer, WINDOW, args.windows)
     with redirect_stdout(sys.stderr):
         task = train.load_task(cfg, tokenizer, read_config(folder))
     held_out = task.held_out[: cfg.eval_examples]
 
-    def run(name, ends, least=math.inf):
+    def run(name, step, ends, least=math.inf):
         own = METHODS[name].format(full_rate=args.full_rate).split()
-        return train_until(least, [*flags, *own, "--out_dir", str(out / name)], ends)
+        own += ["--eval_interval", str(step), "--out_dir", str(out / name)]
+        return train_until(least, [*flags, *own], ends)
 
     def measure(model):
         loss = mean_loss(SharedBase([model]), held_out, cfg.batch_size)[0]
         return loss, perplexity(model, windows)
 
-    n, step = cfg.max_iters, cfg.eval_interval
-    runs = {"qst": run("qst", [n])}
+    n, step = cfg.max_iters, args.every
+    runs = {"qst": run("qst", cfg.eval_interval, [n])}
     target = gain(runs["qst"])
     for name in ("qlora", "full"):
-        runs[name] = run(name, [*range(step, n, step), n], target)
+        runs[name] = run(name, step, [*range(step, n, step), n], target)
     print_models(folder, out, runs, measure)
     print(f"\n{len(windows)} windows of at most {WINDOW} tokens, {len(held_out)} held-out examples. "
           f"QST's best gain in training is {target:.3f}.")

@@ -17,8 +17,8 @@ import train
 from data.formats.safetensors import read_safetensors
 from train import TrainConfig
 
-FLAGS = "--windows 3 --sequence_len 96 --max_iters 12 --eval_interval 4 --warmup_iters 2 " \
-    "--device cpu --full_rate 5e-5 --held_out 0.2"
+FLAGS = "--windows 3 --sequence_len 96 --max_iters 12 --eval_interval 4 --every 4 " \
+    "--warmup_iters 2 --device cpu --full_rate 5e-5 --held_out 0.2"
 ROWS = [
     "base, NF4", "base, unquantized", "QST", "QST, side network off: bit for bit the base",
     "QLoRA, pairs beside NF4", "QLoRA, merged in fp32", "full, merged in fp32",
@@ -113,6 +113,7 @@ def test_mistakes(made, tmp_path):
     """Runs with other settings are not taken for those of this call."""
     words, _ = made
     refused(bench.main, [*words, "--lr_schedule", "linear"], named="must be constant")
+    refused(bench.main, [*words, "--every", "0"], named="--every and --windows must be")
     refused(bench.main, words[:3], named="forgetting FOLDER FILE TEXT --out FOLDER [FLAGS]")
     with pytest.raises(SystemExit, match="--out"):
         bench.main(words[:4])
