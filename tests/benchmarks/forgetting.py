@@ -25,8 +25,8 @@ from model import from_pretrained, read_config
 from qst import QST, SharedBase
 
 WINDOW = 512  # tokens of the text that are read at once
-SHARED = "--max_iters 100 --batch_size 4 --sequence_len 256 --eval_interval 10 --eval_examples 40 " \
-    "--warmup_iters 10 --data_seed 1"
+SHARED = "--max_iters 100 --batch_size 4 --sequence_len 256 --eval_interval 10 " \
+    "--eval_examples 40 --warmup_iters 10 --data_seed 1"
 METHODS = {
     "qst": "--variant fast --learning_rate 3e-3", "qlora": "--method qlora --learning_rate 1e-3",
     "full": "--method full --learning_rate {full_rate}",
@@ -43,7 +43,7 @@ def forgetting(folder, data, test, *words):
     parser.add_argument("--full_rate", default="3e-5", help="learning rate of full finetuning")
     parser.add_argument("--every", type=int, default=2, help="iterations between two evaluations "
         "of QLoRA and full finetuning; QST has --eval_interval")
-    parser.add_argument("--windows", type=int, default=12, help=f"windows of {WINDOW} tokens of it")
+    parser.add_argument("--windows", type=int, default=12, help=f"windows of {WINDOW} tokens")
     args, flags = parser.parse_known_args(words)
     folder, out = str(find_folder(folder)), Path(args.out)
     flags = [*SHARED.split(), *flags, "--base", folder, "--data", data]
@@ -73,8 +73,8 @@ def forgetting(folder, data, test, *words):
     for name in ("qlora", "full"):
         runs[name] = run(name, step, [*range(step, n, step), n], target)
     print_models(folder, out, runs, measure)
-    print(f"\n{len(windows)} windows of at most {WINDOW} tokens, {len(held_out)} held-out examples. "
-          f"QST's best gain in training is {target:.3f}.")
+    print(f"\n{len(windows)} windows of at most {WINDOW} tokens, {len(held_out)} held-out "
+          f"examples. QST's best gain in training is {target:.3f}.")
     for name in [name for name, result in runs.items() if gain(result) < target]:
         print(f"--method {name} did not reach it in {runs[name]['iterations']} iterations.")
 

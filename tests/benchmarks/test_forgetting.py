@@ -88,15 +88,19 @@ def test_the_table(made, tmp_path):
         assert rows[title][4] == pytest.approx(want, abs=6e-3)
 
 
-def test_forgetting_is_seen(made, tmp_path, monkeypatch):
-    """A second call trains nothing: it reads the checkpoints, of which one is now damaged."""
+def test_a_second_call(made, tmp_path, monkeypatch):
+    """It trains only what was stopped. It reads the checkpoints: forgetting is planted in one."""
     words, (rows, _) = made
     out, name = shutil.copytree(words[5], tmp_path / "runs"), "full, merged in fp32"
+    (out / "qlora/result.json").unlink()
     tensors = read_safetensors(out / "full/side.safetensors")
     tensors = {key: read() + 0.3 * torch.randn(read().shape) for key, read in tensors.items()}
     sign_again(out / "full", tensors)
-    monkeypatch.setattr(forgetting, "alone", None)
+    trained = []
+    alone = lambda function, flags: trained.append(flags) or function(flags)
+    monkeypatch.setattr(forgetting, "alone", alone)
     again, _ = table([*words[:5], str(out), *words[6:]])
+    assert len(trained) == 1 and str(out / "qlora") in trained[0]
     assert rows[name][-1] < 1.5 < again[name][-1]
     assert rows == again | {name: rows[name]}
 
