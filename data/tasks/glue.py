@@ -9,6 +9,7 @@
 The loss on a tenth of train.tsv chooses the side network that is kept. dev.tsv gives the score.
 """
 
+import json
 import os
 import re
 import sys
@@ -34,7 +35,7 @@ ANSWER = "\nAnswer:"
 
 
 class Form(NamedTuple):
-    """The layout of a task's files, and its prompt."""
+    """The layout of a task's files, and its prompt: a row of glue.json."""
 
     folder: str
     columns: tuple  # the names of the sentences' columns, and last the label's
@@ -47,29 +48,8 @@ class Form(NamedTuple):
     header: tuple = ()  # for files without one
 
 
-PAIR = ("sentence1", "sentence2")
-ENTAILS = ("not_entailment", "entailment")
-FORMS = {
-    "rte": Form("RTE", (*PAIR, "label"), "Say whether the claim follows from the text.",
-        "Text: {0}\nClaim: {1}", ENTAILS),
-    "mrpc": Form("MRPC", ("#1 String", "#2 String", "Quality"),
-        "Say whether both sentences say the same.", "First: {0}\nSecond: {1}",
-        metrics=("accuracy", "f1")),
-    "stsb": Form("STS-B", (*PAIR, "score"),
-        "Say how similar both sentences are, from zero to five.", "First: {0}\nSecond: {1}",
-        (), ("zero", "one", "two", "three", "four", "five"), ("pearson", "spearman")),
-    "cola": Form("CoLA", ("sentence", "label"), "Say whether the sentence is good English.",
-        "Sentence: {0}", metrics=("matthews",), header=("source", "label", "mark", "sentence")),
-    "sst2": Form("SST-2", ("sentence", "label"), "Say whether the film review is good or bad.",
-        "Review: {0}", words=("bad", "good")),
-    "qnli": Form("QNLI", ("question", "sentence", "label"),
-        "Say whether the text answers the question.", "Question: {0}\nText: {1}", ENTAILS),
-    "qqp": Form("QQP", ("question1", "question2", "is_duplicate"),
-        "Say whether both ask the same.", "First: {0}\nSecond: {1}", metrics=("accuracy", "f1")),
-    "mnli": Form("MNLI", (*PAIR, "gold_label"),
-        "Say whether the claim follows from the text, or may be true.", "Text: {0}\nClaim: {1}",
-        ("entailment", "neutral", "contradiction"), ("yes", "maybe", "no"), dev="dev_matched.tsv"),
-}
+TABLE = json.loads(Path(__file__).with_name("glue.json").read_text())
+FORMS = {task: Form(**fields) for task, fields in TABLE.items()}
 FORMS["mnli-mm"] = FORMS["mnli"]._replace(dev="dev_mismatched.tsv")
 
 
