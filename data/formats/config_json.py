@@ -3,6 +3,7 @@
 A setting that model.py cannot compute is refused by its name.
 """
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,60 +20,21 @@ LENGTH = whole(1, 1 << 30)
 ID = whole(0, (1 << 20) - 1)
 IDS = either(ID, list_of(ID))
 POSITIVE = number(1e-3, 1e9)
-COMMON = {  # our field: (theirs, its kind, the value of a missing field)
-    "vocab_size": ("vocab_size", SIZE, NEEDED),
-    "n_layer": ("num_hidden_layers", whole(1, 1000), NEEDED),
-    "n_embd": ("hidden_size", SIZE, NEEDED),
-    "n_head": ("num_attention_heads", SIZE, NEEDED),
-    "max_positions": ("max_position_embeddings", LENGTH, NEEDED),
-    "bos_id": ("bos_token_id", IDS, None),
-    "eos_id": ("eos_token_id", IDS, None),
+KINDS = {  # of fields, by their names in families.json
+    "size": SIZE, "layers": whole(1, 1000), "length": LENGTH, "ids": IDS, "flag": TRUE_OR_FALSE,
+    "eps": number(1e-12, 1),
 }
-FIELDS = {
-    "llama": COMMON | {
-        "n_ffn": ("intermediate_size", SIZE, NEEDED),
-        "n_kv_head": ("num_key_value_heads", SIZE, 0),
-        "head_dim": ("head_dim", SIZE, 0),
-        "norm_eps": ("rms_norm_eps", number(1e-12, 1), 1e-6),
-        "attention_bias": ("attention_bias", TRUE_OR_FALSE, False),
-        "mlp_bias": ("mlp_bias", TRUE_OR_FALSE, False),
-        "tied": ("tie_word_embeddings", TRUE_OR_FALSE, False),
-    },
-    "opt": COMMON | {
-        "n_ffn": ("ffn_dim", SIZE, NEEDED),
-        "embed_dim": ("word_embed_proj_dim", SIZE, 0),
-        "pre_norm": ("do_layer_norm_before", TRUE_OR_FALSE, True),
-        "tied": ("tie_word_embeddings", TRUE_OR_FALSE, True),
-        "attention_bias": ("enable_bias", TRUE_OR_FALSE, True),
-        "mlp_bias": ("enable_bias", TRUE_OR_FALSE, True),
-    },
+FAMILIES = json.loads(Path(__file__).with_name("families.json").read_text())
+FIELDS = {  # of each family: {our field: (theirs, its kind, the value of a missing field)}
+    family: {ours: (theirs, KINDS[kind], *(absent or [NEEDED]))
+             for ours, (theirs, kind, *absent) in rows.items()}
+    for family, rows in FAMILIES["fields"].items()
 }
-ONLY = {  # the only values that model.py computes, and the values of missing fields
-    "llama": {"hidden_act": "silu", "partial_rotary_factor": 1.0},
-    "opt": {"activation_function": "relu", "layer_norm_elementwise_affine": True},
-}
-ALWAYS = {"is_causal": True, "per_layer_config": {}, "transformers_weights": None}  # for both
-MISSING = {  # transformers' values of missing fields; null is another value
-    "llama": {"bos_token_id": 1}, "opt": {"bos_token_id": 2},
-    "mistral": dict(
-        bos_token_id=1, max_position_embeddings=1 << 17, num_key_value_heads=8, sliding_window=4096
-    ),
-    "qwen2": dict(
-        eos_token_id=None, max_position_embeddings=1 << 15, num_key_value_heads=32,
-        sliding_window=4096,
-    ),
-    "smollm3": dict(
-        max_position_embeddings=1 << 15, bos_token_id=128000, eos_token_id=128001,
-        num_key_value_heads=4, tie_word_embeddings=True,
-    ),
-}
-MISSING["qwen3"] = MISSING["qwen2"] | {"head_dim": 128}
-SHARED = {"eos_token_id": 2, "max_position_embeddings": 2048, "is_causal": True}  # of all classes
-NO_BIAS = dict(attention_bias=False, mlp_bias=False)
-FIXED = {  # what is so in all models of a class, whose config.json has no such fields
-    "mistral": NO_BIAS, "qwen2": NO_BIAS | {"attention_bias": "qkv"},
-    "qwen3": {"mlp_bias": False, "qk_norm": True},
-}
+ONLY = FAMILIES["only"]  # the only values that model.py computes, and those of missing fields
+ALWAYS = FAMILIES["always"]  # the same, for both families
+MISSING = FAMILIES["missing"]  # transformers' values of missing fields; null is another value
+SHARED = FAMILIES["shared"]  # the same, of all classes
+FIXED = FAMILIES["fixed"]  # what is so in all models of a class, whose config.json has it not
 QUANTIZED = {"quant_method": "bitsandbytes", "load_in_8bit": False}
 ROPE_THETA = number(1, 1e15)
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
