@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data import IGNORE_INDEX, InputError, find_folder, leaf
 from data.devices.device import model_bytes, pick_device, to_device
 from data.devices.few_kernels import is_cast, product
-from data.formats import config_json, hub, presets
+from data.formats import config_json, hub
 from data.formats.safetensors import check_values
 from data.generate import sampling
 from data.generate.sampling import KVCache
@@ -54,7 +54,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # {"rope_type": "linear" | "llama3", "factor": ..., ...}
     attention_bias: bool | str = False  # "qkv": not of the output, as in Qwen2
     qk_norm: bool = False  # RMSNorm of each head's queries and keys: Qwen3
-    no_rope: tuple = ()  # numbers of the layers without positions, from 1: SmolLM3
+    no_rope: tuple | list = ()  # numbers of the layers without positions, from 1: SmolLM3
     mlp_bias: bool = False
     pre_norm: bool = True  # False: norms after attention and MLP, as only in OPT-350m
     final_norm: bool = True
@@ -69,7 +69,7 @@ class ModelConfig:
         self.embed_dim = self.embed_dim or self.n_embd
 
 
-PRESETS = {name: ModelConfig(**shape) for name, shape in presets.SHAPES.items()}
+PRESETS = {name: ModelConfig(**shape) for name, shape in config_json.PRESETS.items()}
 
 
 # --------------------------------------------------------------------------------------

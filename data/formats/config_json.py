@@ -44,6 +44,8 @@ ROPE = {
     "llama3": dict.fromkeys(LLAMA3, POSITIVE) | {ORIGINAL: LENGTH},
 }
 DTYPE = one_of("float32", "bfloat16", "float16")
+# The shapes of known models, as arguments of `ModelConfig`: to count memory without files
+PRESETS = json.loads(Path(__file__).with_name("presets.json").read_text())
 
 
 def read(folder):
