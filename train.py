@@ -105,9 +105,8 @@ class TrainConfig(SideConfig):
         group="evaluation")
     eval_examples: int = setting(200, "maximum number of held-out examples", at_least=1)
     score_examples: int = setting(0, "maximum number of test examples; 0: all", at_least=0)
-    samples_interval: int = setting(0, "iterations between printed answers; 0: never", at_least=0,
+    log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1,
         group="output")
-    log_interval: int = setting(10, "iterations between lines of log.csv", at_least=1)
 
     def __post_init__(self):
         """Keep None, unlike SideConfig: `resolve` fills it in when it has seen all settings."""
@@ -232,14 +231,11 @@ def fit(runs, task, cfg):
                 run.log.begin()
             results = train_step(active, batches, iteration, models) if active else []
             must_evaluate = iteration == cfg.max_iters or iteration % cfg.eval_interval == 0
-            must_show = cfg.samples_interval and iteration % cfg.samples_interval == 0
             # To write and to ask other processes is to wait for the GPU: only at each log_interval.
-            read_back = [run.record_step(*result, batches, must_evaluate or must_show)
+            read_back = [run.record_step(*result, batches, must_evaluate)
                          for run, result in zip(active, results)]
             if must_evaluate:
                 evaluate(active)
-            for run in active if must_show else []:
-                run.log.show(task.samples(run.model))
             must_stop = any(read_back) and any(distributed.join([bool(stop_requests)]))
             for run in active if any(read_back) else []:
                 run.write(save=must_evaluate or must_stop)

@@ -10,7 +10,7 @@ import torch
 
 from data import leaf
 from data.devices.device import peak_memory, show_bytes
-from data.run.report import progress, show_sample, start_name
+from data.run.report import progress, start_name
 
 NAMES = "training", "held out", "alpha", "gate"  # of the curves
 COLUMNS = "iteration loss held_out_loss learning_rate tokens_per_second step_ms alpha gate".split()
@@ -137,12 +137,6 @@ class TrainingLog:
             f"loss {self.loss:.3f}, held out {self.held_out_loss:.3f}, {rate:.0f} tokens/s, "
             f"peak {show_bytes(peak_memory(self.device))}", refresh=False
         )
-
-    def show(self, samples):
-        """Print the model's answers above the progress bar."""
-        for sample in samples:
-            self.bar.write(f"\niteration {self.iteration}")
-            self.bar.write(show_sample(sample, [self.cfg.method.upper()]))
 
     def speed(self):
         """The tokens per second of all iterations, and the median time of one."""

@@ -64,7 +64,8 @@ def from_table(kind, where, table, optional=()):
     if table.get("repair") and table.get("method") != "qlora":
         do = "write one with `python model.py quantize IN OUT --calibrate FILE`, and train again"
         raise InputError(f"{where}: its base had a --repair, which there is no more: {do}.")
-    table = {name: value for name, value in table.items() if name != "repair"}
+    gone = "repair", "samples_interval"
+    table = {name: value for name, value in table.items() if name not in gone}
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)
         raise InputError(f"{where}: config has {names}, which this code does not know: update it.")

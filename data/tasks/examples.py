@@ -32,7 +32,6 @@ class Task:
     n_labels: int = 0  # outputs of the classifier that replaces the LM head; 0: none
     notes: list = field(default_factory=list)  # sentences for the user about the data
     preamble: str = ""  # what all prompts with label words begin with
-    samples: Callable = None  # function of a model: answers to a held-out question or two
     example: str = ""  # a question for the trained model, if it answers questions
 
     def settled(self, cfg):

@@ -245,7 +245,6 @@ def make_task(conversations, tokenizer, template, cfg, score, example="YOUR QUES
     return Task(
         *made.values(), lambda models: [score(model, asked) for model in models.models],
         notes=notes, example=example,
-        samples=lambda model: samples(model, tokenizer, template, asked[:1]),
     )
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -66,17 +65,6 @@ def test_what_a_run_leaves(cfg, tmp_path):
         side = QST.from_side(base, folder).side
         assert sum(p.numel() for p in side.parameters()) == result["trainable_parameters"]
     assert not list(out.rglob("*.tmp"))
-
-
-def test_answers_are_shown_while_it_learns(cfg, capsys):
-    """--samples_interval: a held-out question with its answers, now and then."""
-    result = train.main(TrainConfig(**cfg | dict(samples_interval=3)))
-    _, *parts = re.split(r"\niteration (\d+)\n", capsys.readouterr().out.split("held-out")[0])
-    assert parts[::2] == ["3", "6"]
-    sample = result["samples"][0]
-    for part in parts[1::2]:
-        assert sample["prompt"].strip() in part and f"expected  {sample['expected']}" in part
-        assert "   QST " in part and "   base " not in part
 
 
 @pytest.mark.usefixtures("no_answers")

@@ -86,7 +86,7 @@ def test_prompts_of_a_file(packed, tmp_path, capsys):
 @pytest.mark.parametrize("changes, message", [
     (dict(method="qlora", reduction=None), "--stream is for --method qst and lst, not for qlora"),
     (dict(devices="cpu,cpu"), "without --devices"),
-    (dict(samples_interval=4), "without .* --samples_interval"),
+    (dict(compile=True), "without .* --compile"),
     (dict(base="", data=""), "--stream needs --base"),
     (dict(quant="fp4"), "is already quantized to nf4: give --quant nf4"),
 ])

@@ -47,21 +47,6 @@ def test_a_compiled_sweep(cfg, tmp_path, monkeypatch):
     assert len(set(found[True].values())) == 2
 
 
-def test_answers_of_a_sweep(cfg, monkeypatch):
-    """--samples_interval shows those of each run."""
-    asked, load = [], train.load_task
-
-    def answering(*args):
-        task = load(*args)
-        task.samples = lambda model: asked.append(model.side.config.gate) or []
-        return task
-
-    monkeypatch.setattr(train, "load_task", answering)
-    cfg |= dict(max_iters=4, samples_interval=2)
-    train.main(TrainConfig(**cfg, sweep="gate=scalar,sum"))
-    assert asked == ["scalar", "sum"] * 2
-
-
 def test_a_run_that_cannot_be_made_is_a_row(cfg):
     """The other runs of a sweep are what they would have been; so it is with one whose state does
     not fit."""

@@ -39,7 +39,7 @@ def started(command, **environment):
 
 def test_a_training_survives_its_terminal(cfg):
     """A reader that goes, a full disk, closed streams and one that is not UTF-8 cost lines only."""
-    settings = cfg | dict(max_iters=4, samples_interval=2)
+    settings = cfg | dict(max_iters=4, log_interval=2)
     flags = [f"--{name} {value}" for name, value in settings.items() if name != "out_dir"]
     run = f"{{train}} {' '.join(flags)} --out_dir {cfg['out_dir']}"
     ways = {
