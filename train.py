@@ -384,8 +384,6 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in([cfg.out_dir, *(own.out_dir for own in settings)]):
-        if cfg.resume and not (cfg.sweep or cfg.eval_only):  # a sweep goes on with its good runs
-            leaf("resume").check_settings(cfg)
         folder = distributed.in_turn(lambda: find_folder(cfg.base or leaf("tiny").base_folder()))
         config, tokenizer = read_config(folder, cfg.layers), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)

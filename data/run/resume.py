@@ -4,8 +4,6 @@ The state may come from a stranger: it is no pickle, and every value in it is ch
 """
 
 import json
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -13,13 +11,12 @@ from data import InputError, leaf
 from data.formats.fields import (
     TABLE, TEXT, Kind, either, field, first_few, list_of, number, shown, table_of, whole,
 )
-from data.formats.files import file_size, read_json
+from data.formats.files import file_size
 from data.formats.safetensors import copy_into, tensor_bytes
 from data.run import checkpoint
 from data.run.log import NAMES
 from data.run.optim import kept_state
 from data.run.state import FILES
-from data.settings.flags import SETTINGS_FILE
 
 TENSOR = Kind("a tensor", lambda v: isinstance(v, torch.Tensor))
 COUNT = whole(0, 1 << 50)
@@ -73,12 +70,6 @@ def refuse_others(out_dir, old, new):
         if name not in MAY_DIFFER and old.get(name) != value:
             values = f"{shown(old.get(name))} and not {shown(value)}: give the same"
             raise InputError(f"--resume: {out_dir} was begun with another --{name}, {values}.")
-
-
-def check_settings(cfg):
-    """The same before the base is loaded."""
-    begun = read_json(Path(cfg.out_dir) / SETTINGS_FILE, optional=True)
-    refuse_others(cfg.out_dir, asdict(cfg) | begun, asdict(cfg))
 
 
 def load_moments(optimizer, moments, where):

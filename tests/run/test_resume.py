@@ -230,13 +230,14 @@ def test_signals_are_noted(capfd):
         signal.signal(signal.SIGHUP, old)
 
 
-def test_other_settings_are_refused(cfg, monkeypatch):
-    """Those of a state before the base is loaded; other data when it is read."""
+def test_other_settings_are_refused(cfg):
+    """They and other data, before anything of the run is replaced."""
     train.main(TrainConfig(**cfg | dict(max_iters=4)))
-    with monkeypatch.context() as patch, pytest.raises(InputError) as refusal:
-        patch.setattr(train, "load_base", None)
+    before = (Path(cfg["out_dir"]) / "settings.json").read_bytes()
+    with pytest.raises(InputError) as refusal:
         train.main(TrainConfig(**cfg | dict(resume=True, learning_rate=2e-2)))
     assert "another --learning_rate, 0.01 and not 0.02" in str(refusal.value)
+    assert (Path(cfg["out_dir"]) / "settings.json").read_bytes() == before
     text = Path(cfg["data"]).read_text()
     moved = "\n".join(text.split("\n")[::-1])  # as many tokens, in another order
     for other in (text + '\n{"instruction": "One", "output": "more"}', moved):
