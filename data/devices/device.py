@@ -1,6 +1,7 @@
 """Which device and dtype to compute with, and how many bytes a model, a step and a run take."""
 
 import os
+import resource
 import sys
 import weakref
 
@@ -77,13 +78,9 @@ def show_bytes(n):
 
 
 def peak_memory(device):
-    """Peak bytes: torch's allocations on a GPU, the resident size on a CPU; 0 if unknown."""
+    """Peak bytes: torch's allocations on a GPU, the resident size on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

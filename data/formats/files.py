@@ -4,6 +4,7 @@ A file from outside is opened only after `file_size` has refused devices and pip
 them might never end.
 """
 
+import fcntl
 import hashlib
 import io
 import json
@@ -17,11 +18,6 @@ from pathlib import Path
 
 from data import InputError
 from data.formats.fields import reason, shown
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 NOT_TEXT = {  # how other files begin, and what to do with them
     b"PAR1": "Parquet: save it as JSON or CSV", b"PK\3\4": "a zip or .xlsx: save it as JSON or CSV",
@@ -172,9 +168,6 @@ def locked(path, refusal=""):
 
     refusal: the message if another process holds it; without one we wait
     """
-    if fcntl is None:
-        yield
-        return
     flags = os.O_RDONLY if os.path.isdir(path) else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags, 0o666)
     try:

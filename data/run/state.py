@@ -62,9 +62,8 @@ def stop_signals():
     """Collect requests to stop (Ctrl-C, SIGTERM, SIGHUP) in a list, so that no step is left half
     done. A second Ctrl-C stops at once."""
     asked, stops = [], [signal.SIGINT, signal.SIGTERM]
-    hangup = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
-    if signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-        stops.append(hangup)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        stops.append(signal.SIGHUP)
 
     def ask(number, frame):
         if asked and number == signal.SIGINT:

@@ -56,8 +56,8 @@ class Output:
 
 def run(main, less):
     """See `run_main` in flags.py."""
-    if sys.platform != "win32":  # else batches of many lengths leave gaps in a GPU's memory
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # Otherwise batches of many lengths leave gaps in a GPU's memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     sys.stdin = sys.stdin or open(os.devnull)
     out, errors = Output(sys.stdout), Output(sys.stderr, bars=True)
     with redirect_stdout(out), redirect_stderr(errors):

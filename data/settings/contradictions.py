@@ -39,7 +39,7 @@ def refuse(cfg, task, on_glue):
         (cfg.instructions and task != "mmlu", f"--instructions is for --task mmlu, not {task}"),
         (cfg.method == "lst" and cfg.mix not in (None, "side"),
          "--method lst predicts from the side network only: leave out --mix and --variant"),
-        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))),
+        (cfg.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))),
          "--compile needs a C++ compiler, and there is none here"),
         (cfg.sweep and not beside, "--sweep is for --method qst and lst: train the others alone"),
         (cfg.sweep and cfg.eval_only, "--sweep trains: evaluate each --side alone"),

@@ -12,6 +12,7 @@ A folder without a template has the plain format, `frame`. A merged model stores
 import json
 import math
 import re
+import resource
 import signal
 import sys
 import threading
@@ -231,7 +232,6 @@ def limits(seconds):
     if sys.platform != "linux" or threading.current_thread() is not threading.main_thread():
         yield
         return
-    import resource
 
     def stop(*_):
         raise TimeoutError("it computes without end")

@@ -7,14 +7,11 @@ import os
 import random
 import signal
 import stat
-import sys
 import threading
 import time
-from importlib import import_module
 
 import pytest
 import torch
-from helpers import ROOT, Forked
 from tqdm import tqdm
 
 import train
@@ -24,25 +21,6 @@ from data.run import report
 from data.tasks import tiny
 from model import from_pretrained, quantize_folder
 from train import TrainConfig
-
-
-def test_without_what_windows_lacks():
-    """No module that it does not have is needed to import the code."""
-
-    def without():
-        sys.modules.update(dict.fromkeys(("resource", "fcntl", "readline", "pwd", "termios")))
-        ours = [path for path in (*ROOT.glob("*.py"), *ROOT.glob("data/**/*.py"))]
-        for name, module in list(sys.modules.items()):  # but quant.py: test_without_triton
-            if getattr(module, "__file__", None) in map(str, ours) and name != "quant":
-                del sys.modules[name]
-        before = {id(module) for module in sys.modules.values()}
-        for name in ("train", "qst", "data.devices.device", "data.run.state"):
-            assert id(import_module(name)) not in before
-        assert sys.modules["data.devices.device"].peak_memory(torch.device("cpu")) == 0
-        with sys.modules["data.run.state"].only_run_in("/nowhere"):
-            print("as well")
-
-    assert Forked(without).wait() == (0, "as well\n", "")
 
 
 def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
