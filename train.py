@@ -26,7 +26,7 @@ from data.frozen.sources import first_device, load_base
 from data.generate.sampling import check_length
 from data.run.optim import learning_rate_at
 from data.run.report import (
-    compared, conclude, memory_advice, print_sizes, progress, record_errors, sizes, write_result,
+    compared, conclude, print_sizes, progress, record_errors, sizes, write_result,
 )
 from data.run.run import Run, refuse_other_processes
 from data.run.state import only_run_in, stop_signals
@@ -391,9 +391,8 @@ def main(cfg):
         base = load_base(from_pretrained, cfg, folder, config, task, settings)
         if cfg.sweep and not cfg.eval_only and not cfg.resume:  # which may still be refused
             write_json(Path(cfg.out_dir) / SETTINGS_FILE, asdict(given))
-        with memory_advice(cfg):
-            results = (evaluate(settings, base, task, cfg) if cfg.eval_only
-                       else train(settings, base, task, folder, cfg))
+        results = (evaluate(settings, base, task, cfg) if cfg.eval_only
+                   else train(settings, base, task, folder, cfg))
         for own, result in zip(settings, results):
             write_result(own, result, base.device, time.perf_counter() - started)
     if cfg.sweep:

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, leaf
+from data import InputError
 from data.devices import distributed
 from data.devices.device import loss_and_kept, model_bytes, peak_memory, show_bytes
 from data.formats.files import write_json
 from data.run.optim import optimizer_bytes
-from data.settings.methods import SIDE_METHODS
 from data.tasks.examples import collate
 from quant import Linear4bit
 
@@ -69,25 +68,6 @@ def print_sizes(folder, runs, examples):
     steps = cfg.gradient_accumulation_steps
     print(f"iteration   {steps} x {len(idx)} sequences of at most {idx.shape[1]} tokens")
     print(f"memory      {memory} of such a batch")
-
-
-@contextmanager
-def memory_advice(cfg):
-    """End with a sentence if the GPU or the machine has no more memory. It advises the first saving
-    that is not on yet."""
-    side = dict(h_f_bits=4) if cfg.method in SIDE_METHODS else {}
-    savings = dict(checkpoint=True, chunk_loss=True, **side, optimizer_bits=8)
-    flags = [f"--{name} {value}" for name, value in savings.items() if getattr(cfg, name) != value]
-    steps = 2 * cfg.gradient_accumulation_steps
-    half = f"--batch_size {cfg.batch_size // 2} --gradient_accumulation_steps {steps}"
-    flags += [half if cfg.batch_size > 1 else f"--sequence_len {cfg.sequence_len // 2}"]
-    account = "`python tests/account.py` with the flags of this run prints the memory of a step"
-    try:
-        yield
-    except Exception as error:
-        if not leaf("command").exhausted(error):
-            raise
-        raise InputError(f"There is no more memory: give {flags[0].lower()}. {account}.") from None
 
 
 @contextmanager

@@ -22,11 +22,6 @@ def printable(text):
     return re.sub(CONTROL, lambda found: ascii(found[0])[1:-1], text)
 
 
-def exhausted(error):
-    """Whether an error says that the machine or the GPU has no more memory."""
-    return re.search(NO_MEMORY, repr(error)) and not isinstance(error, InputError)
-
-
 class Output:
     """A stream to a terminal, a pipe or a file. After an error, what follows goes nowhere.
 
@@ -68,7 +63,7 @@ def run(main, less):
         except KeyboardInterrupt:
             sys.exit("interrupted")
         except Exception as error:
-            full = exhausted(error)
+            full = re.search(NO_MEMORY, repr(error)) and not isinstance(error, InputError)
             if not full and not isinstance(error, (InputError, OSError)):
                 raise
             sentence = f"There is no more memory: {less}." if full else str(error)

@@ -117,7 +117,11 @@ class Parser(argparse.ArgumentParser):
         sys.exit(leaf("command").printable(f"error: {message}; --help lists the flags"))
 
 
-def run_main(main, less="give less --data, a lower --batch_size, or --stream a 4-bit folder"):
+SAVINGS = "give a lower --batch_size, --checkpoint, --optimizer_bits 8, less --data, or --stream " \
+    "a 4-bit folder; `python tests/account.py` with the same flags prints the memory of a step"
+
+
+def run_main(main, less=SAVINGS):
     """Call `main` for a command. A user's mistake is printed in one line; a bug raises a traceback.
     less: what to do if there is too little memory"""
     leaf("command").run(main, less)

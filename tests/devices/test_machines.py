@@ -11,45 +11,13 @@ import threading
 import time
 
 import pytest
-import torch
 from tqdm import tqdm
 
 import train
 from data import InputError
 from data.formats.files import write_json
-from data.run import report
 from data.tasks import tiny
 from model import from_pretrained, quantize_folder
-from train import TrainConfig
-
-
-def test_the_gpu_is_full(monkeypatch, tiny_model, tmp_path):
-    """One sentence, with the first saving that is not on yet."""
-
-    def full(*args):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(train, "train", full)
-    data = tmp_path / "data.jsonl"
-    data.write_text("\n".join(json.dumps(record) for record in tiny.task(20, seed=1)))
-    cfg = dict(base=str(tiny_model), data=str(data), out_dir=str(tmp_path / "out"), reduction=4)
-    with pytest.raises(InputError, match="no more memory: give --h_f_bits 4"):
-        train.main(TrainConfig(**cfg, sequence_len=64, device="cpu"))
-    advice = {
-        "--checkpoint true": {}, "--h_f_bits 4": dict(checkpoint=True),
-        "--optimizer_bits 8": dict(checkpoint=True, h_f_bits=4),
-        "--batch_size 16 --gradient_accumulation_steps 2": dict(
-            checkpoint=True, h_f_bits=4, optimizer_bits=8
-        ),
-        "--sequence_len 64": dict(checkpoint=True, h_f_bits=4, optimizer_bits=8, batch_size=1),
-    }
-    for flag, settings in advice.items():
-        cfg = train.resolve(TrainConfig(**settings))
-        with pytest.raises(InputError, match=f"give {flag}\\."), report.memory_advice(cfg):
-            raise MemoryError
-    cfg = train.resolve(TrainConfig(method="qlora", checkpoint=True, optimizer="muon"))
-    with pytest.raises(InputError, match="--optimizer_bits 8"), report.memory_advice(cfg):
-        raise MemoryError
 
 
 def short_recipe(monkeypatch, folder):

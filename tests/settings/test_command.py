@@ -19,7 +19,6 @@ from tqdm import tqdm
 import qst
 import train
 from data.run.charts import line_chart
-from data.run.report import memory_advice
 from data.settings.command import Output, printable
 from data.settings.flags import run_main
 from train import TrainConfig
@@ -122,7 +121,7 @@ def test_a_picture_is_xml(tmp_path):
     torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't start new thread"),
 ])
 def test_no_more_memory(error):
-    """A sentence with the command's advice, in training with a flag; and what was held is freed."""
+    """A sentence with the command's advice; and what was held is freed."""
     kept = []
 
     def fill():
@@ -138,12 +137,6 @@ def test_no_more_memory(error):
     assert stopped.value.code == "error: There is no more memory: close the door."
     assert stopped.value.__context__ is None and kept[0]() is None
 
-    def train_step():
-        with memory_advice(train.resolve(TrainConfig(checkpoint=True, method="qlora"))):
-            raise error
-
-    refused(train_step, named="no more memory: give --optimizer_bits 8")
-
 
 def test_a_limit_on_memory():
     def run():
@@ -152,7 +145,7 @@ def test_a_limit_on_memory():
         run_main(lambda: np.ones(10**9))
 
     code, _, complaint = Forked(run).wait()
-    assert code == 1 and complaint.startswith("error: There is no more memory: give less --data")
+    assert code == 1 and complaint.startswith("error: There is no more memory: give a lower")
 
 
 def test_no_folder_to_stand_in(cfg, tmp_path, monkeypatch):
