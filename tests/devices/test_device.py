@@ -4,7 +4,6 @@ are pretended."""
 import json
 import os
 import re
-import sys
 
 import pytest
 import torch
