@@ -9,6 +9,7 @@
 B, T, C, V: batch, length, n_embd, vocab_size; h_f, h_g: hidden states of base and side.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -318,21 +319,8 @@ def merge_command(args):
           "without this flag its weights are quantized to NF4.")
 
 
-FLAGS = {
-    "base": dict(required=True, help="model folder, or ORG/MODEL of huggingface.co"),
-    "side": dict(help="folder of a side checkpoint; without one, only the base answers"),
-    "quant": dict(help="nf4, fp4, none, int4, int4-64, ...; default: that of --side, or nf4"),
-    "dtype": dict(default="auto", help="fp32, bf16 or fp16; auto: by the device"),
-    "device": dict(default="auto", help="cpu, cuda, cuda:1 or mps; auto: a GPU if there is one"),
-    "stream": dict(action="store_true", help="keep the 4-bit layers on disk or in host memory"),
-    "batch": dict(help="file with one prompt per line, answered as one batch"),
-    "prompt": dict(help="your question, formatted with the chat template of --base"),
-    "raw": dict(action="store_true", help="continue the prompt as plain text"),
-    "system": dict(help="system message before the conversation"),
-    "released": dict(required=True, help="folder with the authors' six .pt files"),
-    "out": dict(required=True, help="folder, or file of answers, to write"),
-    **sampling.FLAGS,
-}
+TABLE = Path(__file__).parent / "data" / "settings" / "commands.json"
+FLAGS = json.loads(TABLE.read_text()) | sampling.FLAGS  # of all commands but `answer`'s own
 BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)
 ANSWER = "questions model_id fastchat_temperatures"  # in data/tasks/mt_bench.py
 COMMANDS = {  # name: (function, its flags); the first is the default
