@@ -51,13 +51,13 @@ class Entry(NamedTuple):
 
 class HiddenCache:
     """runs: settings of all side networks that will read it; cfg: what is the same for all
-    folder: of the base; it becomes `of`
+    folder: of the base
     """
 
     is_read = False  # whether the last states came from the disk
 
     def __init__(self, cfg, runs, folder, config, dtype, task):
-        self.folder, self.of = Path(cfg.cache_hidden), folder
+        self.folder = Path(cfg.cache_hidden)
         self.half = torch.float16 if dtype == torch.float16 else torch.bfloat16
         examples = targets_by_ids(task.train + task.held_out[: cfg.eval_examples])
         form, *others = {(run.downsample, run.reduction, run.standardize) for run in runs}
@@ -147,8 +147,6 @@ class HiddenCache:
             return
         if self.absent:
             self.base.layers, self.absent = self.load().layers, False
-            if of_files(self.of) != self.about["base"]:
-                raise InputError(f"{self.of} was changed after this run began: begin it again.")
         if batch:
             yield from self.written(batch, idx, step)
         else:

@@ -4,7 +4,6 @@ import argparse
 import gzip
 import shutil
 import tarfile
-import zipfile
 from pathlib import Path
 
 from data import InputError
@@ -60,14 +59,11 @@ def fetch(name, folder):
 def unpack(path):
     """Unpack a .zip, .tar or .gz beside itself, and write to no other folder."""
     try:
-        if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                archive.extractall(path.parent)  # it drops ".." and a leading "/" from names
-        elif path.suffix == ".tar":
-            with tarfile.open(path) as archive:
-                archive.extractall(path.parent, filter="data")
+        if path.suffix in (".zip", ".tar"):  # of a .zip no name outside of the folder is unpacked
+            only = {"filter": "data"} if path.suffix == ".tar" else {}
+            shutil.unpack_archive(path, path.parent, **only)
         elif path.suffix == ".gz":
             with gzip.open(path) as source:
                 write_atomically(path.with_suffix(""), lambda out: shutil.copyfileobj(source, out))
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except (shutil.ReadError, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None
