@@ -320,9 +320,9 @@ def merge_command(args):
 
 
 TABLE = Path(__file__).parent / "data" / "settings" / "commands.json"
-FLAGS = json.loads(TABLE.read_text()) | sampling.FLAGS  # of all commands but `answer`'s own
+FLAGS = json.loads(TABLE.read_text()) | sampling.FLAGS
 BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)
-ANSWER = "questions model_id fastchat_temperatures"  # in data/tasks/mt_bench.py
+ANSWER = "questions model_id fastchat_temperatures"
 COMMANDS = {  # name: (function, its flags); the first is the default
     "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
@@ -339,10 +339,9 @@ def main(argv=None):
     if name not in COMMANDS:
         raise InputError(f"qst.py has no command {name!r}: choose {', '.join(COMMANDS)}.")
     command, flags = COMMANDS[name]
-    known = FLAGS | (leaf("mt_bench").FLAGS if name == "answer" else {})
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():
-        parser.add_argument(f"--{flag}", **known[flag])
+        parser.add_argument(f"--{flag}", **FLAGS[flag])
     command(parser.parse_args(argv))
 
 

@@ -27,12 +27,6 @@ TEMPERATURES = {  # FastChat's, by category
     "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
 }
 QUESTION_ID = either(whole(-(1 << 62), 1 << 62), WORD)
-FLAGS = {  # of `qst.py answer`
-    "questions": dict(required=True, help="a file in the format of mt_bench_question.jsonl"),
-    "model_id": dict(help="the model's name in the answers; default: that of --out"),
-    "fastchat_temperatures": dict(action="store_true",
-        help="use FastChat's temperature for each category, instead of --temperature"),
-}
 
 
 def read_questions(path):
