@@ -42,18 +42,14 @@ def command_line(show, *names):
             parser.error("give --data or --download")
         if args.download:
             for name in args.only:
-                fetch(name, args.download)
+                for path, (base, sha256) in SOURCES[name].items():
+                    file = Path(args.download) / path
+                    unpack(download(f"{base}/{Path(path).name}", file, sha256))
                 print(f"{name} is in {args.download}")
         if args.data:
             show(args.data)
 
     run_main(fetch_and_show, "give a smaller file")
-
-
-def fetch(name, folder):
-    """Download all files of a name into a folder, and unpack them."""
-    for path, (base, sha256) in SOURCES[name].items():
-        unpack(download(f"{base}/{Path(path).name}", Path(folder) / path, sha256))
 
 
 def unpack(path):

@@ -116,11 +116,6 @@ def split(examples, fraction, seed, most=0):
     return examples[held_out:], examples[:held_out]
 
 
-def label(ids, target):
-    """Make an example with one target, for the last token."""
-    return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
-
-
 def collate(examples):
     """Pad examples on the right: idx int64 and targets int64 or fp32, (B, T).
 

@@ -22,10 +22,10 @@ if __name__ == "__main__":  # imports start in the project's folder, two above t
 
 import torch
 
-from data import InputError
+from data import IGNORE_INDEX, InputError
 from data.formats.fields import shown
 from data.formats.files import read_text
-from data.tasks.examples import Task, label, split
+from data.tasks.examples import Task, split
 from data.tasks.metrics import METRICS
 from data.tasks.scoring import choice_logits, word_ids
 
@@ -177,7 +177,8 @@ def load(cfg, tokenizer):
             target = choices[round(target)]
         elif not form.labels:
             target = target / HIGHEST
-        return label(encode(sentences), target)
+        ids = encode(sentences)
+        return ids, [IGNORE_INDEX] * (len(ids) - 1) + [target]
 
     prompts = [encode(sentences) for sentences, _ in dev]
 

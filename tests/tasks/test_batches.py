@@ -9,7 +9,7 @@ from helpers import FAMILIES, shaken, small_base
 
 from data import IGNORE_INDEX, InputError
 from data.tasks.examples import (
-    Task, batches, collate, iteration_batches, label, prefetch, split,
+    Task, batches, collate, iteration_batches, prefetch, split,
 )
 from data.tasks.glue import ANSWER, FORMS
 from data.tasks.scoring import choice_logits, mean_loss, word_ids
@@ -64,7 +64,9 @@ def test_an_example_is_shown_with_what_it_trains(tokenizer):
     lacking = tokenizer.vocab_size  # config.json may name an end that has no token
     assert show([lacking], [lacking]) == ["example     [[]]: 1 of 1 tokens trained"]
     yes = tokenizer.encode("yes")
-    assert f"[[{tokenizer.token_bytes[yes[0]].decode()}]]: 1 of" in show(*label(ids, yes[0]))[0]
+    word = tokenizer.token_bytes[yes[0]].decode()
+    targets = [IGNORE_INDEX] * (len(ids) - 1) + [yes[0]]
+    assert f"[[{word}]]: 1 of" in show(ids, targets)[0]
     long = tokenizer.encode("Tom went to the woods. " * 20)
     (line,) = show(long, long[1:] + [IGNORE_INDEX])
     assert " ... " in line and line.count("[[") == 1 and len(line) < 160
@@ -132,7 +134,6 @@ def test_split_is_by_seed_and_disjoint():
 
 def test_labels_are_asked_for_once():
     """A label is the target of the last token alone."""
-    assert label([4, 5, 6], 1) == ([4, 5, 6], [IGNORE_INDEX, IGNORE_INDEX, 1])
 
 
 def test_word_ids(tiny_model):

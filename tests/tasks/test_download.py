@@ -104,7 +104,8 @@ def test_fetching_unpacks(server, tmp_path, monkeypatch, capsys):
     base, _, name = server.url.rpartition("/")
     files = {f"MRPC/{name}": (base, SHA256), name: (base, SHA256)}
     monkeypatch.setitem(download.SOURCES, "X", files)
-    download.fetch("X", tmp_path)
+    monkeypatch.setattr("sys.argv", ["x.py", "--download", str(tmp_path)])
+    download.command_line(print, "X")
     assert (tmp_path / "MRPC" / name).read_bytes() == (tmp_path / name).read_bytes() == CONTENT
     monkeypatch.setattr("sys.argv", ["x.py", "--data", str(tmp_path), "--download", str(tmp_path)])
     seen = []
