@@ -57,7 +57,7 @@ class TrainConfig(SideConfig):
     data: str = setting("", "file or folder of the task's data; data/README.md shows the formats")
     variant: str = of_side("paper", "preset: paper, released code, or fast", tuple(VARIANTS))
     max_iters: int = setting(None, "number of iterations (optimizer steps)", at_least=1)
-    learning_rate: float = setting(None, "peak learning rate; fast: 1e-2", above=0, below=1000)
+    learning_rate: float = setting(None, "peak learning rate; fast: 5e-3", above=0, below=1000)
     batch_size: int = setting(None, "sequences per batch and process", at_least=1)
     out_dir: str = setting(None, "folder for the run's files; default: out, or out-eval")
     resume: bool = setting(False, "continue the run in --out_dir, or start it if there is none")

@@ -95,7 +95,7 @@ def test_fast_is_the_recipe():
     real = "--base x --data y --variant fast".split()
     resolved = lambda *words: train.resolve(train.parse_args([*real, *words]))
     cfg = resolved()
-    assert (cfg.optimizer, cfg.learning_rate, cfg.reduction) == ("muon", 1e-2, 8)
+    assert (cfg.optimizer, cfg.learning_rate, cfg.reduction) == ("muon", 5e-3, 8)
     assert {name: getattr(cfg, name) for name in FAST} == FAST
     words = "--learning_rate 1e-4 --optimizer adamw --gate scalar --standardize false --every 5"
     cfg = resolved(*words.split())
