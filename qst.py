@@ -3,6 +3,7 @@
     python qst.py --base FOLDER --side FOLDER --prompt "..."
     python qst.py chat --base FOLDER --side FOLDER
     python qst.py answer --base FOLDER --side FOLDER --questions FILE.jsonl --out FILE.jsonl
+    python qst.py serve --base FOLDER --side FOLDER --side FOLDER
     python qst.py merge --base FOLDER --side FOLDER --out FOLDER
     python qst.py import-released --base FOLDER --released FOLDER --out FOLDER
 
@@ -292,6 +293,11 @@ def answer_command(args):
     leaf("mt_bench").answer_file(args, start)
 
 
+def serve_command(args):
+    """Serve the base and each --side as models for OpenAI's clients, on 127.0.0.1."""
+    leaf("serve").serve(args, read_side, load_model, QST.from_side, forward)
+
+
 def import_command(args):
     """Convert a side checkpoint of the authors' released code into one of ours."""
     args.base = find_folder(args.base)
@@ -327,6 +333,7 @@ COMMANDS = {  # name: (function, its flags); the first is the default
     "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
     "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
     "answer": (answer_command, f"{BASE} side {SAMPLE} out {ANSWER}"),
+    "serve": (serve_command, f"{BASE} side port"),
     "merge": (merge_command, f"{BASE} side out"),
     "import-released": (import_command, f"{BASE} released out"),
 }
@@ -339,9 +346,10 @@ def main(argv=None):
     if name not in COMMANDS:
         raise InputError(f"qst.py has no command {name!r}: choose {', '.join(COMMANDS)}.")
     command, flags = COMMANDS[name]
+    known = FLAGS | (leaf("serve").FLAGS if name == "serve" else {})
     parser = Parser(f"qst.py {name}", description=command.__doc__, epilog=ALSO)
     for flag in flags.split():
-        parser.add_argument(f"--{flag}", **FLAGS[flag])
+        parser.add_argument(f"--{flag}", **known[flag])
     command(parser.parse_args(argv))
 
 
