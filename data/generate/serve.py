@@ -18,10 +18,9 @@ from types import SimpleNamespace
 
 import torch
 
-from data import InputError, Refused
+from data import Refused
 from data.formats.fields import (
-    TABLE, TEXT, TRUE_OR_FALSE, either, field, first_few, list_of, number, one_of, reason, shown,
-    whole,
+    TABLE, TEXT, TRUE_OR_FALSE, either, field, first_few, list_of, number, one_of, reason, whole,
 )
 from data.generate import sampling
 from data.settings.flags import refuse_if
@@ -32,12 +31,12 @@ FLAGS = {
     "side": dict(action="append", default=[], help="folder of a side checkpoint; may be repeated"),
     "port": dict(type=int, default=8000, help="port of 127.0.0.1; 0: any free one"),
 }
-ROWS, WAITING, CHUNK = 16, 256, 256  # requests in a batch, and waiting; tokens of prompts in a pass
+ROWS, TOKENS = 16, 2048  # the most requests in a batch, and tokens of prompts in a pass
 FIELDS = {  # of a request: what each may be, and its default; `user` changes nothing
-    "model": (TEXT,), "messages": (list_of(TABLE, 1),), "n": (whole(1, 1), 1), "user": (TEXT, ""),
+    "model": (TEXT,), "messages": (list_of(TABLE, 1),), "n": (one_of(1), 1), "user": (TEXT, ""),
     "temperature": (either(one_of(0), number(0.001, 2)), 1), "top_p": (number(0.001, 1), 1),
-    "seed": (whole(0, (1 << 63) - 1), None), "stream": (TRUE_OR_FALSE, False),
     "max_tokens": (whole(1, 1 << 30), 512), "max_completion_tokens": (whole(1, 1 << 30), None),
+    "seed": (whole(0, (1 << 63) - 1), None), "stream": (TRUE_OR_FALSE, False),
     "stream_options": (TABLE, {}),
 }
 ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant"}
@@ -45,17 +44,6 @@ ROLES = {"developer": "system", "system": "system", "user": "user", "assistant":
 
 class Failed(Exception):
     """Why a request has no answer: an HTTP status and a sentence."""
-
-
-class Recorded:
-    """Some rows of hidden states that the base has computed. To `forward` they are a base."""
-
-    def __init__(self, states, rows):
-        self.recorded, self.rows = states, rows
-
-    def states(self, idx, keep, cache, every):
-        *states, normed = self.recorded
-        yield from (h_f[self.rows] for h_f in (*states[::every], normed))
 
 
 class Server(ThreadingHTTPServer):
@@ -70,7 +58,7 @@ class Server(ThreadingHTTPServer):
         """Answer until Ctrl-C. What goes wrong in a batch reaches only its requests."""
         self.forward, self.base, self.models, self.tokenizer = forward, base, models, tokenizer
         self.template, self.ends = template, template.end_ids(tokenizer)
-        self.waiting = queue.Queue(WAITING)
+        self.waiting = queue.SimpleQueue()
         threading.Thread(target=self.serve_forever, daemon=True).start()
         while True:
             rows = [self.waiting.get()]
@@ -93,13 +81,15 @@ class Server(ThreadingHTTPServer):
             mine = [i for i, row in enumerate(rows) if row.side is side]
             groups.append((side, mine, side.new_cache(room)))
         while not all(row.ended for row in rows):
-            for part in idx.split(CHUNK, dim=1):  # so that few hidden states are kept
+            for part in idx.split(TOKENS // len(rows), dim=1):
                 seen = keep[:, : cache[0].length + part.shape[1]]
                 states = list(base.states(part, seen, cache))
                 h = states[-1][:, -1].clone()
-                for side, mine, own in groups:  # `forward` reads the past's length in the first
-                    args = part[mine], seen[mine], own[:1] * N + own
-                    h[mine] = self.forward(Recorded(states, mine), side, *args)[:, -1]
+                for side, mine, own in groups:  # to `forward`, what yields the states is the base
+                    recorded = (h_f[mine] for h_f in (*states[: -1 : side.every], states[-1]))
+                    known = SimpleNamespace(states=lambda *_, recorded=recorded: recorded)
+                    args = part[mine], seen[mine], own[:1] * N + own  # the first has the length
+                    h[mine] = self.forward(known, side, *args)[:, -1]
             ids = torch.cat([
                 sampling.sample(logits, row.temperature, 0, row.top_p, row.generator)
                 for row, logits in zip(rows, base.head(h).split(1))
@@ -109,27 +99,31 @@ class Server(ThreadingHTTPServer):
                 end = "stop" if id in self.ends else None if row.most else "length"
                 row.out.put((id, end))
                 row.ended |= end is not None
-            # An ended row stays at its position: the next could be beyond the last.
+            # An ended row stays at its position: the next could be beyond the model's last.
             on = keep.new_tensor([[not row.ended] for row in rows])
             idx, keep = ids.unsqueeze(1), torch.cat([keep, on], dim=1)
 
     def read(self, body):
-        """Check a request and encode its prompt. ended: nothing follows, or nobody waits for it;
+        """Check a request, and encode its prompt. ended: nothing follows, or nobody waits for it;
         out: queue of (an id that is generated, why it is the last one, or None)."""
         body = field("The request", {"body": json.loads(body)}, "body", TABLE)
-        values = {name: field("The request", body, name, *kind) for name, kind in FIELDS.items()}
-        row = SimpleNamespace(**values, ended=False, out=queue.SimpleQueue())
+        row = {name: field("The request", body, name, *kind) for name, kind in FIELDS.items()}
+        row, messages = SimpleNamespace(**row, ended=False, out=queue.SimpleQueue()), []
+        for i, table in enumerate(row.messages, 1):
+            role = field(f"Message {i}", table, "role", one_of(*ROLES))
+            content = field(f"Message {i}", table, "content", either(TEXT, list_of(TABLE)))
+            parts = content if type(content) is list else [{"text": content}]
+            text = "".join(field(f"Message {i}", part, "text", TEXT) for part in parts)
+            messages.append(dict(role=ROLES[role], content=text))
         unknown = [name for name, value in body.items() if value and name not in FIELDS]
-        messages = [message(f"Message {i}", table) for i, table in enumerate(row.messages, 1)]
         refuse_if(
             (unknown, f"The request has {first_few(unknown)}, which is not known here: omit it"),
-            (messages[-1]["role"] != "user", "The last message must be the user's"),
+            (role != "user", "The last message must be the user's"),
         )
         if row.model not in self.models:
-            known = ", ".join(self.models)
-            raise Failed(404, f"There is no model {shown(row.model)}: choose one of {known}.")
+            raise Failed(404, f"There is no such model: choose {', '.join(self.models)}.")
         row.ids, _ = self.template.encode(messages, self.tokenizer)
-        positions, length = self.base.config.max_positions, len(row.ids)
+        length, positions = len(row.ids), self.base.config.max_positions
         sizes = f"The prompt has {length} tokens, and the model {positions} positions"
         refuse_if((length > positions, f"{sizes}: shorten it"))
         row.most = min(row.max_completion_tokens or row.max_tokens, positions - length + 1)
@@ -137,14 +131,6 @@ class Server(ThreadingHTTPServer):
         row.generator = None if row.seed is None else seeded.manual_seed(row.seed)
         row.side = self.models[row.model]
         return row
-
-
-def message(where, table):
-    """Check a message, whose content is a text or a list of parts with texts."""
-    role = field(where, table, "role", one_of(*ROLES))
-    content = field(where, table, "content", either(TEXT, list_of(TABLE)))
-    parts = content if type(content) is list else [{"text": content}]
-    return dict(role=ROLES[role], content="".join(field(where, p, "text", TEXT) for p in parts))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -157,51 +143,50 @@ class Handler(BaseHTTPRequestHandler):
         with suppress(OSError):  # the client has vanished, or is too slow
             super().handle()
             self.connection.shutdown(socket.SHUT_WR)
-            self.connection.settimeout(1)  # a client may lose an answer while it still sends
+            self.connection.settimeout(1)  # a client that still sends would lose the answer
             any(not self.rfile.read1(1 << 16) for _ in range(1 << 10))
 
     def log_message(self, *args):
         """Print nothing."""
 
-    def send(self, table, status=200, kind="application/json"):
+    def send(self, table, status=200, events=False):
         if not self.events:
             self.send_response(status)
+            kind = "text/event-stream" if events else "application/json"
             self.send_header("Content-Type", kind)
             self.end_headers()
-            self.events = kind == "text/event-stream"
+        self.events |= events
         text = json.dumps(table)
         self.wfile.write((f"data: {text}\n\n" if self.events else text).encode())
 
     def send_error(self, status, message=None, explain=None):
         """Send an error in OpenAI's form. The base class calls this too."""
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        message = message or "The request cannot be read."
-        self.send({"error": dict(message=message, type=kind, param=None, code=None)}, status)
+        error = dict(message=message or "The request is no HTTP.", type=kind, param=None, code=None)
+        self.send(dict(error=error), status)
 
     def do_POST(self):
         row, server, asked = None, self.server, (self.command, self.path)
         try:
             if asked == ("GET", "/v1/models"):
                 about = dict(object="model", created=0, owned_by="qst")
-                data = [dict(id=name, **about) for name in server.models]
-                return self.send(dict(object="list", data=data))
+                models = [dict(id=name, **about) for name in server.models]
+                return self.send(dict(object="list", data=models))
             if asked != ("POST", "/v1/chat/completions"):
-                raise Failed(404, f"There is no {self.command} {shown(self.path)}.")
+                raise Failed(404, "There is GET /v1/models and POST /v1/chat/completions.")
             length = int(self.headers.get("Content-Length", -1))
             most = (1 << 16) + 16 * server.base.config.max_positions
             if not 0 <= length <= most:
-                raise Failed(413, f"The request needs a Content-Length of at most {most} bytes.")
+                why = f"The request needs a Content-Length of at most {most} bytes."
+                raise Failed(413 if length > most else 411, why)
             row = server.read(self.rfile.read(length))
-            server.waiting.put_nowait(row)
+            server.waiting.put(row)
             self.answer(row)
-        except queue.Full:
-            self.send_error(503, f"{WAITING} requests wait already: try again later.")
         except Failed as error:
             self.send_error(*error.args)
-        except Refused as error:
-            self.send_error(400, f"The conversation {error}.")
-        except (ValueError, RecursionError) as error:  # InputError, or not JSON
-            self.send_error(400, reason(error))
+        except (ValueError, RecursionError) as error:  # also InputError
+            it = {Refused: "The conversation ", json.JSONDecodeError: "The body is no JSON: "}
+            self.send_error(400, it.get(type(error), "") + reason(error))
         finally:
             if row:
                 row.ended = True
@@ -209,23 +194,21 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def answer(self, row):
-        """Send what a row generates, in events or as a whole."""
+        """Send what a row generates, in events or at the end."""
         about = dict(id=f"chatcmpl-{id(row):x}", created=int(time.time()), model=row.model)
         about["object"] = "chat.completion" + ".chunk" * row.stream
         choice = lambda **more: about | dict(choices=[dict(index=0, finish_reason=None) | more])
-        text, events = "", "text/event-stream"
-        row.end, row.count = None, 0
+        text, row.end, row.count = "", None, 0
         for piece in self.server.tokenizer.stream(self.ids(row)):
             text += piece
             if row.stream and (piece or not self.events):
                 role = {} if self.events else {"role": "assistant"}
-                self.send(choice(delta=role | {"content": piece}), kind=events)
-        length = len(row.ids)
-        usage = dict(prompt_tokens=length, completion_tokens=row.count)
-        usage = dict(usage=usage | dict(total_tokens=length + row.count))
+                self.send(choice(delta=role | {"content": piece}), events=True)
+        usage = dict(prompt_tokens=len(row.ids), completion_tokens=row.count)
+        usage = dict(usage=usage | {"total_tokens": sum(usage.values())})
         if not row.stream:
-            whole = dict(role="assistant", content=text)
-            return self.send(choice(message=whole, finish_reason=row.end) | usage)
+            said = dict(role="assistant", content=text)
+            return self.send(choice(message=said, finish_reason=row.end) | usage)
         self.send(choice(delta={}, finish_reason=row.end))
         if row.stream_options.get("include_usage"):
             self.send(about | dict(choices=[]) | usage)
@@ -235,7 +218,7 @@ class Handler(BaseHTTPRequestHandler):
         """Yield what a row generates, while the client waits for it."""
         while row.end is None:
             if select.select([self.connection], [], [], 0)[0] and not self.rfile.peek(1):
-                raise ConnectionError("the client has vanished")
+                raise ConnectionError
             with suppress(queue.Empty):
                 id, row.end = row.out.get(timeout=1)
                 if id is None:
@@ -255,14 +238,15 @@ def serve(args, read_side, load_model, from_side, forward):
     )
     for folder in folders:
         config, trained_on = read_side(folder)
-        if config.n_labels or config.method not in SIDE_METHODS:
-            advice = "score a classifier with train.py --eval_only, merge LoRA with qst.py merge"
-            raise InputError(f"--side {folder} is no side network that writes text: {advice}.")
+        refuse_if(
+            (config.n_labels, f"--side {folder} is a classifier, which writes no text"),
+            (config.method not in SIDE_METHODS, f"--side {folder} is inside the base: merge it"),
+        )
         args.quant = args.quant or trained_on.get("quant")
     with Server(("127.0.0.1", args.port), Handler) as server, torch.no_grad():
         base, tokenizer = load_model(args)
         dtype = base.embed_tokens.weight.dtype
         sides = [from_side(base, folder).side.cast(dtype) for folder in folders]
-        models = dict(zip(names, [None, *sides]))
         print(f"http://127.0.0.1:{server.server_port}/v1 serves {', '.join(names)}", flush=True)
+        models = dict(zip(names, [None, *sides]))
         server.run(forward, base, models, tokenizer, load_template(args.base))
