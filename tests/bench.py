@@ -24,6 +24,7 @@ COMMANDS = {  # the function's name: (its file in tests/benchmarks, its argument
     "fits": ("memory", "", "the largest batches that fit into GPUs, by the account"),
     "stream": ("streaming", "[LAYERS [STEPS]]", "a model four times a hard limit on memory"),
     "lean": ("memory", "FOLDER", "what each saving of account.py --savings saves in real steps"),
+    "soak": ("soak", "[MINUTES [BASE]]", "`qst.py serve` for an hour, with clients that do wrong"),
     "paper": ("paper", "", "the paper's tables of memory, and ours, as Markdown"),
     "methods": ("methods", "", "a step of each method, beside transformers, peft, bitsandbytes"),
     "loop": ("loop", "[ITERATIONS]", "what the training loop costs beside its steps"),
