@@ -98,7 +98,8 @@ class Server(ThreadingHTTPServer):
                 row.most -= 1
                 end = "stop" if id in self.ends else None if row.most else "length"
                 row.out.put((id, end))
-                row.ended |= end is not None
+                if end is not None:  # else it stays as the client's thread may have set it
+                    row.ended = True
             # An ended row stays at its position: the next could be beyond the model's last.
             on = keep.new_tensor([[not row.ended] for row in rows])
             idx, keep = ids.unsqueeze(1), torch.cat([keep, on], dim=1)
@@ -198,7 +199,7 @@ class Handler(BaseHTTPRequestHandler):
         about = dict(id=f"chatcmpl-{id(row):x}", created=int(time.time()), model=row.model)
         about["object"] = "chat.completion" + ".chunk" * row.stream
         choice = lambda **more: about | dict(choices=[dict(index=0, finish_reason=None) | more])
-        text, row.end, row.count = "", None, 0
+        text, row.end, row.count = "", None, 0  # why it ended, and how many ids it has
         for piece in self.server.tokenizer.stream(self.ids(row)):
             text += piece
             if row.stream and (piece or not self.events):
@@ -245,8 +246,8 @@ def serve(args, read_side, load_model, from_side, forward):
         args.quant = args.quant or trained_on.get("quant")
     with Server(("127.0.0.1", args.port), Handler) as server, torch.no_grad():
         base, tokenizer = load_model(args)
-        dtype = base.embed_tokens.weight.dtype
-        sides = [from_side(base, folder).side.cast(dtype) for folder in folders]
+        sides = [from_side(base, folder).side for folder in folders]
+        sides = [side.cast(base.embed_tokens.weight.dtype) for side in sides]
         print(f"http://127.0.0.1:{server.server_port}/v1 serves {', '.join(names)}", flush=True)
         models = dict(zip(names, [None, *sides]))
         server.run(forward, base, models, tokenizer, load_template(args.base))

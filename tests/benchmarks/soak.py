@@ -48,6 +48,7 @@ def soak(minutes="60", base=None):
         server = subprocess.Popen(
             [sys.executable, ROOT / "qst.py", "serve", "--base", base, *flags, "--port", "0"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # off after `&`
         )
         found = re.match(r"http://127.0.0.1:(\d+)/", server.stdout.readline())
         if not found:
