@@ -23,7 +23,6 @@ from data.settings.flags import from_table
 
 WEIGHTS, COPY = "side.safetensors", "side.json"
 ADVICE = "give the --out_dir of a run of train.py"
-LOW_RANK = ("lora", "qlora", "adapter")  # methods with a low-rank pair in every layer
 HEX = Kind("hexadecimal digits", lambda v: type(v) is str and re.fullmatch("([0-9a-f]{4})+", v))
 BASE = {"quant": NAME, "codes": NAME, "weights": NAME, "values": HEX}
 
@@ -45,8 +44,7 @@ def digest(text, tensors):
 
 
 def read(folder, kind):
-    """Read the settings, as the dataclass `kind`, and the base's fingerprint. The tensors are not
-    read, but their shapes must fit the settings."""
+    """Read the settings, as the dataclass `kind`, and the base's fingerprint; no tensors."""
     weights = Path(folder) / WEIGHTS
     if not weights.exists():
         last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
@@ -54,7 +52,7 @@ def read(folder, kind):
         if (Path(folder) / "sweep.json").exists():
             advice = f"{folder} is of a sweep: give the folder of one of its runs"
         raise InputError(f"{weights} is missing: {advice}.")
-    entries, metadata = read_header(weights)
+    metadata = read_header(weights)[1]
     wrong = f"{weights}: its settings are no JSON"
     about = parse_json(metadata.get("side", "null"), wrong, f": {ADVICE}")
     if not TABLE.fits(about):
@@ -66,23 +64,7 @@ def read(folder, kind):
     field(where, about, "format", one_of(2))
     own, base = field(where, about, "config", TABLE), field(where, about, "base", TABLE)
     config = from_table(kind, where, own, ("heads", "layers"))  # newer ones
-    check_sizes(where, config, {name: shape for name, (_, shape, *_) in entries.items()})
     return config, {name: field(where, base, f"base.{name}", k) for name, k in BASE.items()}
-
-
-def check_sizes(where, config, shapes):
-    """Refuse settings that would make larger modules than the file has."""
-    side, up = config.method in ("qst", "lst"), shapes.get("upsample.weight")
-    if side and not up:
-        raise InputError(f"{where} lacks upsample.weight: {ADVICE}.")
-    sizes = lambda form: {s[0] for name, s in shapes.items() if s and re.fullmatch(form, name)}
-    fits = {"n_labels": sizes("classifier.weight") == {config.n_labels} - {0}}
-    if side:
-        fits["reduction"] = len(up) == 2 and 0 < up[0] == up[1] * config.reduction
-    if config.downsample in ("lora", "adapter") if side else config.method in LOW_RANK:
-        fits["rank"] = sizes(r".*\.down\.weight") == {config.rank}
-    if wrong := [name for name, fit in fits.items() if not fit]:
-        raise InputError(f"{where}: config.{wrong[0]} is not that of the tensors: {ADVICE}.")
 
 
 def load(folder, name=WEIGHTS):
