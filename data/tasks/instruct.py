@@ -188,11 +188,9 @@ def examples(conversation, tokenizer, template, sequence_len):
     return made
 
 
-def answers(model, tokenizer, template, conversations, batch_size=64):
-    """Generate greedy answers of at most 64 tokens to the last question of each conversation.
-
-    A prompt that is too long for the model loses its beginning.
-    """
+def samples(model, tokenizer, template, conversations, batch_size=64):
+    """Generate greedy answers of at most 64 tokens to the last questions: [{"prompt", "expected",
+    "answer"}, ...]. A prompt that is too long for the model loses its beginning."""
     found, positions = [], model.config.max_positions
     most = positions - min(64, positions // 4)  # ids in a prompt
     starts = distributed.split(range(0, len(conversations), batch_size))
@@ -203,15 +201,10 @@ def answers(model, tokenizer, template, conversations, batch_size=64):
         new = min(64, positions - idx.shape[1])
         out = model.generate(idx, new, eos_id=template.end_ids(tokenizer), keep=keep)
         found.append([tokenizer.decode(row[idx.shape[1] :].tolist()).strip() for row in out])
-    return list(chain.from_iterable(distributed.join(found)))
-
-
-def samples(model, tokenizer, template, conversations):
-    """Return the last questions with the expected and the generated answers."""
-    found = answers(model, tokenizer, template, conversations)
+    answers = chain.from_iterable(distributed.join(found))
     return [
         dict(prompt=with_input(one[-2]), expected=one[-1]["content"].strip(), answer=answer)
-        for one, answer in zip(conversations, found)
+        for one, answer in zip(conversations, answers)
     ]
 
 

@@ -109,9 +109,10 @@ def test_long_conversations_lose_their_beginning(tokenizer, tiny_model):
         say(*turns, "assistant: Yes."), say("user: short", "assistant: a"),
         say("user: " + "very long " * 200 + "end", "assistant: a"),
     ]
-    found = instruct.answers(model, tokenizer, PLAIN, conversations)
+    answers = lambda some: [s["answer"] for s in instruct.samples(model, tokenizer, PLAIN, some)]
+    found = answers(conversations)
     assert len(found) == 3
-    alone = [instruct.answers(model, tokenizer, PLAIN, [one])[0] for one in conversations]
+    alone = [answers([one])[0] for one in conversations]
     assert len(found[1]) > 20 and alone[1].startswith(found[1][:20])
     ids, kept = chat.prompt_that_fits(conversations[0][:-1], tokenizer, PLAIN, 96)
     assert len(ids) <= 96 and kept[0]["role"] == "user"
@@ -132,7 +133,7 @@ class Echo:
 def test_a_question_that_is_too_long_loses_its_front(tokenizer):
     """The prompt keeps its end, leaves room for an answer, and does not contain the answer."""
     model, one = Echo(), say("user: " + "Tom went to the lake. " * 9, "assistant: lake")
-    instruct.answers(model, tokenizer, PLAIN, [one])
+    instruct.samples(model, tokenizer, PLAIN, [one])
     whole, _ = PLAIN.encode(one[:-1], tokenizer)
     assert len(whole) > 40 and model.seen == (whole[-30:], 10)
 
