@@ -4,9 +4,9 @@ The paper's gate is one number a layer, the same for every token. Let each token
 to GATES in side.py, and give such a `SideNetwork` a `gates`, an nn.ModuleList with an `nn.Linear`
 from the side's width to 1 for each layer, weight and bias 0. Then in `step`
 
-    beta_i = sigmoid(gates[i](h_g_{i-1}))     (B, T, 1)
+    beta_i = sigmoid(gates[i - 1](h_g_{i-1}))     (B, T, 1)
 
-and the rest is as it was. Why does it start where the paper's gate starts?
+and the rest is as it was. i counts from 1, as in the paper. Why does it start where the paper's gate starts?
 
     python train.py --gate token
 """
@@ -44,11 +44,11 @@ def test_every_token_has_its_own():
     recomputing."""
     side = shaken(make("token")).side
     h_f, h_g = torch.randn(2, 5, 32), torch.randn(2, 5, 8)
-    for i in range(3):
-        beta = torch.sigmoid(h_g @ side.gates[i].weight.T + side.gates[i].bias)
+    for i in (1, 2, 3):
+        beta = torch.sigmoid(h_g @ side.gates[i - 1].weight.T + side.gates[i - 1].bias)
         assert beta.shape == (2, 5, 1) and beta.std() > 0.01
-        mixed = (1 - beta) * side.downsample[i + 1](h_f) + beta * h_g
-        assert torch.allclose(side.step(i, h_f, h_g), side.layers[i](mixed), atol=1e-5)
+        mixed = (1 - beta) * side.downsample[i](h_f) + beta * h_g
+        assert torch.allclose(side.step(i, h_f, h_g), side.layers[i - 1](mixed), atol=1e-5)
 
 
 def test_it_learns_and_generates(idx, tmp_path):
