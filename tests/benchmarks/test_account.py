@@ -193,7 +193,7 @@ def test_all_methods(small, tmp_path, capsys):
 
 def test_without_a_flag_it_is_the_embedded_default(tmp_path, capsys):
     """Its shape, batch and settings, on a CPU, as a run has them; --savings shows each on it. (The
-    lines of all methods are in tests/lectures/README.md.)"""
+    lines of all methods are in tests/lectures/3-memory.md.)"""
     rows = main(parse_args(["--method", "qst", "--out_dir", str(tmp_path)]))
     assert "step of the embedded default, 32 x 47 tokens" in capsys.readouterr().out
     saved = main(parse_args(["--savings", "--out_dir", str(tmp_path)]))

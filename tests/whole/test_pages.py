@@ -14,6 +14,9 @@ WORDS = {  # of a page, tables and code included
     "tests/MEMORY.md": 1500, "tests/PAPER.md": 1500, "tests/FEATURES.md": 1500,
     "tests/NEGATIVE.md": 1500, "tests/lectures/README.md": 1500, "tests/exercises/README.md": 1500,
     "tests/build/README.md": 1500, "tests/lectures/FIGURE.md": 700, "tests/AGENTS.md": 250,
+    "tests/CLAUDE.md": 10, "tests/exercises/SOLUTIONS.md": 1500,
+    "tests/lectures/1-four-bits.md": 1500, "tests/lectures/2-side-network.md": 1500,
+    "tests/lectures/3-memory.md": 1500,
 }
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("data/*.md")), *sorted(ROOT.glob("tests/**/*.md"))]
 
