@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]  # tests/, and above
 
 from data.formats.files import make_writable_folder  # noqa: E402
 from data.frozen.integers import quantize_kind  # noqa: E402
 from data.run.charts import line_chart  # noqa: E402
 from data.settings.flags import Parser, run_main  # noqa: E402
 from quant import BLOCK_SIZE, CODEBOOKS, nearest, quantize_4bit  # noqa: E402
-from tests.benchmarks.charts import histogram  # noqa: E402
+from benchmarks.charts import histogram  # noqa: E402
 
 BLOCK_SIZES = [2**i for i in range(4, 13)]  # 16 to 4096
 

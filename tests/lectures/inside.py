@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]  # tests/, and above
 
 import torch  # noqa: E402
 
@@ -23,7 +23,7 @@ from data import InputError  # noqa: E402
 from data.devices.device import loss_and_kept  # noqa: E402
 from data.formats.files import make_writable_folder  # noqa: E402
 from data.run.charts import line_chart  # noqa: E402
-from tests.benchmarks.charts import bar_chart  # noqa: E402
+from benchmarks.charts import bar_chart  # noqa: E402
 from data.run.run import Run  # noqa: E402
 from data.settings.flags import run_main  # noqa: E402
 from data.tasks import tiny  # noqa: E402
