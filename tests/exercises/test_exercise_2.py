@@ -6,7 +6,8 @@ from the side's width to 1 for each layer, weight and bias 0. Then in `step`
 
     beta_i = sigmoid(gates[i - 1](h_g_{i-1}))     (B, T, 1)
 
-and the rest is as it was. i counts from 1, as in the paper. Why does it start where the paper's gate starts?
+and the rest is as it was. Here i counts from 1, as in the paper and in `step`. Why does it start
+where the paper's gate starts?
 
     python train.py --gate token
 """
