@@ -18,7 +18,7 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"  # or "Qwen/Qwen3-0.6B", or a folde
 FILE = ""  # your instructions; "": Dolly is downloaded
 EXAMPLES, ITERATIONS = 200, 40  # of the real model
 BATCH_SIZE, SEQUENCE_LEN = 4, 256
-BUILT_IN_ITERATIONS = 150
+BUILT_IN = dict(max_iters=150)  # settings of train.py for the built-in example
 QUESTION = "Give three tips for a good night's sleep."
 OUT = "out-notebook"  # the folder of what the runs leave
 
@@ -61,7 +61,7 @@ import train
 from train import TrainConfig
 
 OUT = Path(OUT)
-built_in = train.main(TrainConfig(max_iters=BUILT_IN_ITERATIONS, out_dir=str(OUT / "built-in")))
+built_in = train.main(TrainConfig(**BUILT_IN, out_dir=str(OUT / "built-in")))
 
 # %% [markdown]
 # ## A real model

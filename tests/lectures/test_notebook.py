@@ -49,10 +49,12 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     base = TEST_DATA / "models/stories260K"
     settings = dict(
         BASE=str(base) if base.is_dir() else "", FILE=str(file), OUT=str(out), EXAMPLES=20,
-        ITERATIONS=4, BATCH_SIZE=2, SEQUENCE_LEN=96, BUILT_IN_ITERATIONS=1,
+        ITERATIONS=4, BATCH_SIZE=2, SEQUENCE_LEN=96, BUILT_IN=dict(max_iters=1, eval_examples=4),
     )
     monkeypatch.setenv("QST_NOTEBOOK", json.dumps(settings))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    no_time = lambda model, tokenizer, template, asked, *args: [""] * len(asked)
+    monkeypatch.setattr("data.tasks.instruct.answers", no_time)  # but for those to QUESTION
     printed = run_script("tests/lectures/notebook.py")
     for name in ("QST", "QLoRA"):
         assert re.search(rf"^{name} +\d\.\d+ +\d\.\d+ +[\d,]+ +[\d.]+ MB +\d+ ms$", printed, re.M)
