@@ -84,7 +84,7 @@ shared = dict(
     log_interval=1,
 )
 settings = {
-    "QST": dict(variant="fast", learning_rate=3e-3),
+    "QST": dict(variant="fast"),
     "QLoRA": dict(method="qlora", checkpoint=False, learning_rate=1e-3),
 }
 results = {
@@ -168,8 +168,6 @@ import gc
 
 from account import memory_report, parse_args
 
-from data import InputError
-
 flags = {"QST": ["--variant", "fast"], "QLoRA": ["--method", "qlora", "--checkpoint", "false"]}
 for name, words in flags.items():
     total = memory_report(parse_args([*shape, "--method", "qst", *words]))["total_bytes"]
@@ -187,7 +185,7 @@ if torch.cuda.is_available():
         try:
             train.main(TrainConfig(**shared | settings[name] | short))
             print(f"{name} fits under the cap.")
-        except InputError as error:
+        except torch.OutOfMemoryError as error:
             print(f"{name} does not fit under the cap: {error}")
     torch.cuda.set_per_process_memory_fraction(1.0)
 else:
