@@ -384,7 +384,8 @@ def main(cfg):
         torch.set_num_threads(cfg.threads)
 
     with only_run_in([cfg.out_dir, *(own.out_dir for own in settings)]):
-        folder = distributed.in_turn(lambda: find_folder(cfg.base or leaf("tiny").base_folder()))
+        make = lambda: cfg.base or leaf("tiny").base_folder(make_tiny_base)
+        folder = distributed.in_turn(lambda: find_folder(make()))
         config, tokenizer = read_config(folder, cfg.layers), load_tokenizer(folder)
         task = load_task(cfg, tokenizer, config)
         cfg, *settings = map(task.settled, (cfg, *settings))

@@ -11,12 +11,8 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-
-import torch
 
 from data import InputError
 from data.formats.files import make_writable_folder
@@ -70,23 +66,10 @@ def pretraining_examples(tokenizer):
     return [(ids[:-1], ids[1:]) for ids in texts]
 
 
-def make_in_child(folder, module="train"):
-    """Make the base in a process of its own, whose memory is not in this one's peak.
-
-    Not by multiprocessing, which would run a reader's script once more, from its top.
-    """
-    root, make = Path(__file__).resolve().parents[2], f"{module}.make_tiny_base({str(folder)!r})"
-    code = f"import {module}; from data.settings.flags import run_main; run_main(lambda: {make})"
-    own = {"PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    own |= {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if subprocess.run([sys.executable, "-c", code], env=os.environ | own).returncode:
-        raise InputError("The built-in example's base could not be made: see what is said above.")
-
-
-def base_folder(make=make_in_child):
+def base_folder(make):
     """Return the folder of the built-in example's base model; make it if it is not there yet.
 
-    make: function of the folder, which calls `train.make_tiny_base` in this process or in another
+    make: function of the folder, such as `train.make_tiny_base`
     """
     own = Path(__file__).read_bytes() + Path(__file__).with_name("tiny.json").read_bytes()
     recipe = hashlib.sha256(own).hexdigest()[:8]

@@ -27,7 +27,7 @@ from data.formats.save import save_pretrained
 from data.run.run import Run
 from data.tasks import tiny
 from model import ModelConfig, Transformer
-from train import load_tokenizer, train_step
+from train import load_tokenizer, make_tiny_base, train_step
 
 PARTS = ("base", "side", "loss", "backward", "step")  # in the trace, the inner one counts
 PRODUCTS = ("gemm", "cutlass", "nvjet", "xmma", "gemv", "splitk", "::mm", "::addmm", "::bmm")
@@ -174,7 +174,7 @@ def default(sizes):
         with patch.dict(os.environ, cache):
             start = time.time()
             # On a CPU a base that has learned nothing, which is made in a moment.
-            tiny.base_folder(make_untrained if small else tiny.make_in_child)
+            tiny.base_folder(make_untrained if small else make_tiny_base)
             yield dict(what="the base, once, on the CPU", seconds=time.time() - start)
             for dtype in ("fp32",) if small else ("bf16", "fp16"):
                 own = f"--dtype {dtype} --device {sizes.device.type} {flags}".split()

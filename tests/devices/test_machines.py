@@ -27,7 +27,7 @@ def short_recipe(monkeypatch, folder):
 
 
 def make():
-    return tiny.base_folder(train.make_tiny_base)  # in this process, which is patched
+    return tiny.base_folder(train.make_tiny_base)
 
 
 def test_two_first_runs_at_once_both_end_well(monkeypatch, tmp_path):

@@ -39,7 +39,7 @@ def start(cfg):
         raise InputError("This is of the embedded default: leave out --base and --side.")
     cfg = train.resolve(cfg)
     make_writable_folder(cfg.out_dir, "--out_dir")
-    folder = tiny.base_folder()
+    folder = tiny.base_folder(train.make_tiny_base)
     tokenizer = train.load_tokenizer(folder)
     base = train.from_pretrained(folder, cfg.quant, torch.float32)
     task = train.load_task(cfg, tokenizer, base.config)

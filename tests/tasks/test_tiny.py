@@ -1,11 +1,8 @@
 """data/tasks/tiny.py: the embedded default's language, task and base, and that it is learned."""
 
 import math
-import os
-from pathlib import Path
 
 import pytest
-import torch
 
 import train
 from data import InputError
@@ -36,7 +33,6 @@ def test_the_tiny_base_is_made_once_and_whole(tmp_path, monkeypatch):
     monkeypatch.delenv("QST_CACHE", raising=False)  # which is the user's own
     monkeypatch.setattr(tiny, "CACHE", tmp_path)
     monkeypatch.setattr(tiny, "BASE_RUN", tiny.BASE_RUN | dict(max_iters=2))
-    # Made here, and not in a process without these patches.
     make = lambda: tiny.base_folder(train.make_tiny_base)
 
     def interrupted(model, folder):
@@ -59,32 +55,6 @@ def test_the_sizes_that_are_written_down(tiny_model):
     task = tiny.load(train.resolve(TrainConfig()), tokenizer)
     assert tokenizer.vocab_size == tiny.VOCAB_SIZE
     assert max(len(ids) for ids, _ in task.train + task.held_out) == tiny.LONGEST
-
-
-STANDS_FOR_TRAIN = """
-import os, torch
-from data.tasks import tiny
-def make_tiny_base(folder):  # and says where it has run
-    with tiny.new_base(folder) as unfinished:
-        (unfinished / "made").write_text(f"{os.getpid()}, {torch.get_num_threads()} threads")
-"""
-
-
-def test_the_base_is_made_in_another_process(tmp_path, monkeypatch, capfd):
-    """So that a run's peak memory is its own, the first time too; with as many threads. A reader's
-    script is not run again for it; and what goes wrong there is a sentence here."""
-    monkeypatch.setenv("QST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "stands_for_train.py").write_text(STANDS_FOR_TRAIN)
-    torch.set_num_threads(2)
-    make = lambda folder: tiny.make_in_child(folder, "stands_for_train")
-    folder = tiny.base_folder(make)
-    process, _, threads = (folder / "made").read_text().partition(", ")
-    assert int(process) != os.getpid() and threads == "2 threads"
-    assert tiny.base_folder(None) == folder
-    with pytest.raises(InputError, match="could not be made: see what is said above"):
-        make(Path("/proc/nowhere"))
-    assert "error: /proc/nowhere" in capfd.readouterr().err
 
 
 def test_the_embedded_default_learns(tmp_path):
