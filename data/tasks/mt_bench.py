@@ -62,11 +62,6 @@ def answer(talk, question):
     return answers
 
 
-def new_answer(question_id, model_id, turns):
-    answer = dict(question_id=question_id, answer_id=uuid.uuid4().hex, model_id=model_id)
-    return answer | dict(choices=[{"index": 0, "turns": turns}], tstamp=time.time())
-
-
 def answered(path, model_id):
     """Read the answers of an earlier run, which must all be of this model."""
     answers = read_records(path, "--out") if os.path.exists(path) else []
@@ -93,8 +88,9 @@ def answer_file(args, start_talk):
     for question in tqdm(todo, "answers", unit="question"):
         if args.fastchat_temperatures:
             args.temperature = TEMPERATURES.get(question.get("category"), 0.7)
-        turns = answer(talk, question)
-        answers.append(new_answer(question["question_id"], model_id, turns))
+        choices = [{"index": 0, "turns": answer(talk, question)}]
+        about = dict(question_id=question["question_id"], answer_id=uuid.uuid4().hex)
+        answers.append(about | dict(model_id=model_id, choices=choices, tstamp=time.time()))
         lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in answers]
         write_atomically(args.out, lambda file: file.write("".join(lines).encode()))
     print(f"{args.out}: {len(todo)} new answers; all {len(questions)} questions have one")

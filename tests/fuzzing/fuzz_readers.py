@@ -121,10 +121,16 @@ def read_instructions(folder):
         instruct.with_input(one[-2]).encode()
 
 
+def answer_of(question_id, turns):
+    """A line of the answers, as qst.py answer writes it."""
+    answer = dict(question_id=question_id, answer_id="1f0c22ab", model_id="me", tstamp=1.0)
+    return answer | dict(choices=[{"index": 0, "turns": turns}])
+
+
 def read_questions(folder):
     for question in mt_bench.read_questions(folder / "data.jsonl"):
         mt_bench.TEMPERATURES.get(question.get("category"))
-        json.dumps(mt_bench.new_answer(question["question_id"], "me", question["turns"])).encode()
+        json.dumps(answer_of(question["question_id"], question["turns"])).encode()
 
 
 def read_answers(folder):
@@ -237,7 +243,7 @@ QUESTION = {"question_id": 81, "category": "writing", "turns": ["Who?", "And whe
 QUESTIONS = QUESTION, QUESTION | {"question_id": "82"}
 MMLU = {f"{split}/anatomy_{split}.csv": (MMLU_ROW.format("D") * 3).encode()
         for split in ("dev", "test")}
-ANSWERS = lines(*[mt_bench.new_answer(i, "me", ["a", "b"]) for i in (81, 82)])
+ANSWERS = lines(*[answer_of(i, ["a", "b"]) for i in (81, 82)])
 READERS = {  # name: (work folder -> seeds, each {file: bytes}; function that reads a folder)
     "safetensors": (models("llama_rope3"), read_tensors),
     "config LLaMA": (models("llama_rope3", "llama_linear_bias_tied", "mistral"), read_model),
