@@ -153,8 +153,6 @@ def write_json(path, content):
 
 def make_writable_folder(folder, flag):
     """Make a folder, unless it exists, and check that files can be written to it."""
-    if Path(folder).is_file():
-        raise InputError(f"{flag} {folder} is a file: give a folder.")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

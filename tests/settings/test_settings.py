@@ -116,7 +116,7 @@ def test_as_many_threads_as_there_are_cores():
     (["train.py", "--downsample", "sum"], "--downsample 'sum'"),
     (["train.py", "--lr_schedule", "up"], "--lr_schedule 'up'"),
     (["train.py", "--device", "gpu"], "--device 'gpu'"),
-    (["train.py", "--out_dir", str(ROOT / "LICENSE")], "LICENSE is a file: give a folder"),
+    (["train.py", "--out_dir", str(ROOT / "LICENSE")], "LICENSE cannot be written to (File exists)"),
     (["train.py", "--method", "QST"], "--method 'QST' is unknown"),
     (["train.py", "--method", ""], "--method '' is unknown"),
     (["train.py", "--out_dir", ""], "--out_dir is empty"),
