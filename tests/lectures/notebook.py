@@ -72,7 +72,7 @@ built_in = train.main(TrainConfig(**BUILT_IN, out_dir=str(OUT / "built-in")))
 # %%
 from data.tasks import tiny
 
-BASE = BASE or str(tiny.base_folder())
+BASE = BASE or str(tiny.base_folder(train.make_tiny_base))
 if not FILE:
     FILE = "dolly/databricks-dolly-15k.jsonl"
     if not Path(FILE).exists():
