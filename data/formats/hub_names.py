@@ -63,10 +63,7 @@ def model_folder(name, weights=True):
                 address = f"{site}/{model}/resolve/{commit}/{path.name}"
                 download(address, blob, blob.name, size, token, advice)
                 path.unlink(missing_ok=True)  # a link whose blob was gone
-                try:
-                    path.symlink_to(f"../../blobs/{blob.name}")
-                except OSError:  # not every system has links
-                    blob.rename(path)
+                path.symlink_to(f"../../blobs/{blob.name}")
         return found
 
     if not folder.is_dir():

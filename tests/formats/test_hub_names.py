@@ -242,15 +242,6 @@ def test_what_huggingface_hub_has_cached_is_used(hub):
     assert (blobs / sha256(hub.files[SHARDS[1]])).exists() and (folder / SHARDS[1]).is_symlink()
 
 
-def test_without_links(hub, monkeypatch):
-    """As on Windows: the files themselves are in the snapshot."""
-    monkeypatch.setattr(Path, "symlink_to", lambda *args: open("/nowhere/x"))
-    folder = find_folder("org/model")
-    assert not any(p.is_symlink() for p in folder.iterdir())
-    asked = len(hub.asked)
-    assert find_folder("org/model") == folder and len(hub.asked) == asked + 1
-
-
 def test_a_full_disk(hub, monkeypatch):
     """One sentence, at once: to ask again does not help."""
     resource = pytest.importorskip("resource")  # which Windows lacks
