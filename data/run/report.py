@@ -86,14 +86,6 @@ def start_name(cfg):
     return cfg.side or ("base" if cfg.head == "lm" and cfg.method != "lst" else "untrained")
 
 
-def show_sample(sample, who):
-    """A question, its expected answer, and the models' answers. who: names, as in result.json"""
-    lines = [sample["prompt"].strip(), f"   expected  {sample['expected']}"]
-    said = {one: sample.get(one, sample["answer"]) for one in who}  # not all were asked
-    lines += [f"   {one:10}{answer}" for one, answer in said.items() if answer is not None]
-    return "\n".join(lines)
-
-
 def compared(before, after, name):
     """The scores before and after training, as result.json has them."""
     old, new = (score.pop("samples", []) for score in (before, after))
@@ -144,7 +136,10 @@ def conclude(folder, cfg, result, example):
     for part, accuracy in result.get("accuracy_by_category" + end, {}).items():
         print(f"   {part:12} {accuracy:.1%}")
     for sample in result.get("samples", ()):
-        print("\n" + show_sample(sample, who))
+        print(f"\n{sample['prompt'].strip()}\n   expected  {sample['expected']}")
+        for one in who:
+            if (answer := sample.get(one, sample["answer"])) is not None:  # not all were asked
+                print(f"   {one:10}{answer}")
     peak = show_bytes(result["peak_memory_bytes"])
     figures = Path(cfg.out_dir) / "result.json"
     print(f"\n{result['seconds']:.0f} s in all, peak memory {peak}; all figures are in {figures}.")
