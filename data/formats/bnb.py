@@ -43,7 +43,10 @@ def read_weight(where, codes, mine, quant):
     kind = states[0].removeprefix(STATE)
     if kind != quant and kind in CODEBOOKS:
         raise InputError(f"{where} is already quantized to {kind}: give --quant {kind}.")
-    state = read_state(f"{where}, its quant_state", mine[states[0]](), NESTED if nested else PLAIN)
+    about, text = f"{where}, its quant_state", bytes(tensor_bytes(mine[states[0]]()))
+    state = {"state": parse_json(text, f"{about} is not JSON", ": download the folder again")}
+    state, table = field(about, state, "state", TABLE), NESTED if nested else PLAIN
+    state = {name: field(about, state, name, *kind) for name, kind in table.items()}
     if kind not in CODEBOOKS or state["quant_type"] not in (None, kind):
         raise refuse(f"is in {shown(kind)} or {shown(state['quant_type'])}, which cannot be read")
     tensors = {n: mine[n]() for n in needed} | {"codes": codes.reshape(-1).view(torch.uint8)}
@@ -63,14 +66,6 @@ def read_weight(where, codes, mine, quant):
             raise refuse("has another code book than ours")
     scales = tensors["absmax"], tensors.get("nested_absmax")
     return Quantized4bit(tensors["codes"], *scales, offset, shape, kind)
-
-
-def read_state(where, tensor, table):
-    """Read JSON that is stored as a tensor of bytes: {field: value} for the fields of a table."""
-    text, advice = bytes(tensor_bytes(tensor)), ": download the folder again"
-    state = {"state": parse_json(text, f"{where} is not JSON", advice)}
-    state = field(where, state, "state", TABLE)
-    return {name: field(where, state, name, *kind) for name, kind in table.items()}
 
 
 def weight_fields(name, weight, dtype):
