@@ -75,7 +75,6 @@ class TrainConfig(SideConfig):
     dtype: str = setting("auto", "fp32, bf16 or fp16; auto: bf16 on NVIDIA (T4: fp16), else fp32")
     device: str = setting("auto", "cpu, cuda, cuda:1 or mps; auto: a GPU if there is one")
     devices: str = setting("", "several devices for the base's layers, in order: cuda:0,cuda:1")
-    threads: int = setting(0, "CPU threads; 0: torch's default", at_least=0)
     side: str = setting("", "side checkpoint to start from, or to evaluate", group="side network")
     reduction: int = of_side(None, "how many times narrower the side network is", at_least=1)
     sweep: str = setting("", "train one side network for each combination of settings, with one "
@@ -380,8 +379,6 @@ def main(cfg):
     settings = list(runs.values())
     cfg = replace(settings[0], sweep=cfg.sweep, out_dir=cfg.out_dir)  # what all runs share
     make_writable_folder(cfg.out_dir, "--out_dir")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
 
     with only_run_in([cfg.out_dir, *(own.out_dir for own in settings)]):
         make = lambda: cfg.base or leaf("tiny").base_folder(make_tiny_base)

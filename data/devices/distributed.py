@@ -21,7 +21,7 @@ from data.formats.fields import shown
 
 PATIENCE = 30  # minutes, with a process that loads, or that makes the built-in base
 # These may be others on another machine; what a run reads is compared later.
-MAY_DIFFER = "base data instructions side out_dir cache_hidden device devices threads".split()
+MAY_DIFFER = "base data instructions side out_dir cache_hidden device devices".split()
 
 
 def start(device, cfg):

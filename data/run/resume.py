@@ -34,7 +34,7 @@ LOG = {  # what is neither a count nor any number in the log
 }
 SCALER = {"scale": number(1e-30, 1e30), "_growth_tracker": whole(0, 1 << 31)}  # what fp16 changes
 PARTS = dict(about=TABLE, side=table_of(TENSOR), moments=table_of(TABLE), scaler=TABLE, log=TABLE)
-MAY_DIFFER = "resume out_dir max_iters epochs device stream threads compile log_interval".split()
+MAY_DIFFER = "resume out_dir max_iters epochs device stream compile log_interval".split()
 MAY_DIFFER += ["preamble"]  # it belongs to the data
 
 

@@ -1,6 +1,5 @@
 """Combinations of train.py flags that are not allowed, each with its error message."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,6 @@ def refuse(cfg, task, on_glue):
          "--method full cannot train weights in --dtype fp16: give bf16 or fp32"),
         (cfg.stream and (not cfg.base or cfg.devices or cfg.compile),
          "--stream needs --base, and works without --devices and --compile"),
-        (cfg.threads > (os.cpu_count() or 1), f"--threads {cfg.threads} is more than the cores"),
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
          f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
          "and --head lm"),

@@ -64,7 +64,7 @@ def from_table(kind, where, table, optional=()):
     if table.get("repair") and table.get("method") != "qlora":
         do = "write one with `python model.py quantize IN OUT --calibrate FILE`, and train again"
         raise InputError(f"{where}: its base had a --repair, which there is no more: {do}.")
-    gone = "repair", "samples_interval"
+    gone = "repair", "samples_interval", "threads"
     table = {name: value for name, value in table.items() if name not in gone}
     if unknown := sorted(set(table) - set(own)):
         names = first_few(unknown)

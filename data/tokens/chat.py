@@ -16,7 +16,6 @@ import resource
 import signal
 import sys
 import threading
-from bisect import bisect_left
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import lru_cache, partial
@@ -176,15 +175,12 @@ def prompt_that_fits(messages, tokenizer, template, room):
     """
     system = messages[: messages[0]["role"] == "system"]
     rest = messages[len(system) :]
-    starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
-    last = lambda turns: system + rest[starts[-turns] :]
-    encode = lambda turns: template.encode(last(turns), tokenizer)[0]
-    top = 1  # doubled until it is too much, so that the time depends on `room` alone
-    while top < len(starts) and len(encode(top)) <= room:
-        top = min(2 * top, len(starts))
-    too_many = lambda turns: len(encode(turns)) > room
-    turns = 1 + bisect_left(range(2, top + 1), True, key=too_many)
-    return encode(turns), last(turns)
+    while True:
+        ids = template.encode(system + rest, tokenizer)[0]
+        later = [i for i, message in enumerate(rest) if message["role"] == "user"][1:]
+        if len(ids) <= room or not later:
+            return ids, system + rest
+        rest = rest[later[0] :]
 
 
 def render(path, template, renders, names):

@@ -14,6 +14,7 @@ machines, fill the table. What is not run yet is an empty cell.
 import csv
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -29,7 +30,7 @@ RUNS = Path(__file__).with_name("compare.csv")  # of HEALED (tests/NOTEBOOK.md)
 COLUMNS = ("task", "method", "learning_rate", "seed", "iterations", "loss", "score", "step_s",
            "peak_mb", "commit")
 SEEDS, TIMED = (1, 2, 3), 5
-COMMON = "--data_seed 1 --lr_schedule linear --warmup_iters 10 --threads 1"
+COMMON = "--data_seed 1 --lr_schedule linear --warmup_iters 10"
 GLUE = "--head lm --batch_size 16 --eval_interval 50"
 TASKS = {  # name: (iterations, the task's flags, few-shot examples of "fast, best")
     "dolly": (100, "--batch_size 4 --sequence_len 256 --eval_interval 20 --eval_examples 40", 0),
@@ -179,7 +180,8 @@ def run(args, task, method, iterations, cells):
     rows = []
     with tempfile.TemporaryDirectory() as out:
         words = [sys.executable, str(ROOT / "train.py"), *flags, "--out_dir", out]
-        done = subprocess.run(words, capture_output=True, text=True)
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, env=one_thread)
         for rate, seed in cells:
             path = Path(out, "" if one else f"learning_rate={rate},seed={seed}", "result.json")
             result = json.loads(path.read_text()) if path.exists() else {}

@@ -1,6 +1,5 @@
 """Settings and command lines: flags, defaults, and the user's mistakes."""
 
-import os
 import re
 from dataclasses import asdict, fields, replace
 
@@ -93,13 +92,6 @@ def test_a_variant_is_one_flag():
         train.resolve(train.parse_args(["--variant", "best"]))
 
 
-def test_as_many_threads_as_there_are_cores():
-    cores = os.cpu_count() or 1
-    assert train.resolve(TrainConfig(threads=cores)).threads == cores
-    with pytest.raises(InputError, match=f"--threads {cores + 1} is more than the cores"):
-        train.resolve(TrainConfig(threads=cores + 1))
-
-
 @pytest.mark.parametrize("args, message", [
     (["train.py", "--lerning_rate", "1"], "--lerning_rate 1 (did you mean --learning_rate?)"),
     (["train.py", "--max_iters", "many"], "--max_iters"),
@@ -110,7 +102,6 @@ def test_as_many_threads_as_there_are_cores():
     (["train.py", "--preset", "opt-125m"], "--preset"), (["train.py", "--plan"], "--plan"),
     (["train.py", "--batch_size", "0"], "--batch_size 0"),
     (["train.py", "--held_out", "1.5"], "--held_out 1.5"),
-    (["train.py", "--threads", "1000"], "--threads 1000"),
     (["train.py", "--learning_rate=-1"], "--learning_rate -1"),
     (["train.py", "--beta1", "1.5"], "--beta1 1.5"),
     (["train.py", "--downsample", "sum"], "--downsample 'sum'"),
