@@ -174,13 +174,13 @@ def prompt_that_fits(messages, tokenizer, template, room):
     The system message and the last question stay, even if they are longer.
     """
     system = messages[: messages[0]["role"] == "system"]
-    rest = messages[len(system) :]
-    while True:
-        ids = template.encode(system + rest, tokenizer)[0]
-        later = [i for i, message in enumerate(rest) if message["role"] == "user"][1:]
-        if len(ids) <= room or not later:
-            return ids, system + rest
-        rest = rest[later[0] :]
+    rest, found = messages[len(system) :], None
+    for start in reversed([i for i, one in enumerate(rest) if one["role"] == "user"]):
+        ids = template.encode(system + rest[start:], tokenizer)[0]
+        if found and len(ids) > room:
+            break
+        found = ids, system + rest[start:]
+    return found
 
 
 def render(path, template, renders, names):
