@@ -47,11 +47,7 @@ def read(folder, kind):
     """Read the settings, as the dataclass `kind`, and the base's fingerprint; no tensors."""
     weights = Path(folder) / WEIGHTS
     if not weights.exists():
-        last = Path(folder) / "last"  # of a run that was stopped before it was evaluated
-        advice = f"give {last}" if (last / WEIGHTS).exists() else ADVICE
-        if (Path(folder) / "sweep.json").exists():
-            advice = f"{folder} is of a sweep: give the folder of one of its runs"
-        raise InputError(f"{weights} is missing: {advice}.")
+        raise InputError(f"{weights} is missing: {ADVICE}, its folder last, or one run of a sweep.")
     metadata = read_header(weights)[1]
     wrong = f"{weights}: its settings are no JSON"
     about = parse_json(metadata.get("side", "null"), wrong, f": {ADVICE}")

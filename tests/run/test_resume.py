@@ -54,7 +54,7 @@ def test_a_stop_before_anything_is_kept(cfg, monkeypatch, capsys):
     assert result["interrupted"] and not result["best_iteration"] and "--resume" in printed
     assert "has not learned" not in printed and f"--side {cfg['out_dir']}/last" in printed
     assert result["loss_after"] is None and "QST\n" not in printed
-    with pytest.raises(InputError, match="missing: give .*out/last"):
+    with pytest.raises(InputError, match="missing: give .*, its folder last"):
         train.read_side(cfg["out_dir"])
     train.read_side(cfg["out_dir"] + "/last")
     for printed in ("Ask it", "continues after iteration 16. It had ended, and is scored again."):

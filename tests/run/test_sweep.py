@@ -164,7 +164,7 @@ def test_stopped_and_gone_on_with(words, at, cfg, monkeypatch, capsys):
     assert ("not evaluated" in printed, "The best is" in printed) == (not evaluated, evaluated)
     train.main(TrainConfig(**again, sweep=words))
     assert {name: left(Path(again["out_dir"]) / name) for name in names} == expected
-    with pytest.raises(InputError, match="is of a sweep: give the folder of one of its runs"):
+    with pytest.raises(InputError, match="is missing: .*or one run of a sweep"):
         read_side(again["out_dir"])
     train.main(TrainConfig(**again | dict(resume=False, max_iters=1)))  # one run in its place
     assert not list(Path(again["out_dir"]).glob("sweep.*"))
