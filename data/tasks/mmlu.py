@@ -138,7 +138,6 @@ def summary(right):
         accuracy_by_category={name: mean(by_category[name]) for name in sorted(by_category)},
         accuracy_by_subject={subject: mean(marks) for subject, marks in right.items()},
         examples=len(every),
-        subjects=len(right),
     )
 
 
