@@ -32,8 +32,7 @@ from data.run.run import Run, refuse_other_processes
 from data.run.state import only_run_in, stop_signals
 from data.settings import contradictions
 from data.settings.flags import (
-    SETTINGS_FILE, Parser, check, check_used, default_out_dir, parse_settings, refuse_if, run_main,
-    setting,
+    SETTINGS_FILE, Parser, check, check_used, parse_settings, refuse_if, run_main, setting,
 )
 from data.settings.methods import (
     METHODS, PAPER, SIDE_METHODS, VARIANTS, check_quant, of_side, settings_of_run,
@@ -143,7 +142,7 @@ def resolve(cfg):
     classifier = on_glue and (cfg.n_labels if cfg.side else not (cfg.eval_only or cfg.shots))
     defaults |= dict(
         task=task, optimizer="adamw", data_seed=cfg.seed,
-        out_dir=default_out_dir(cfg.eval_only),
+        out_dir="out-eval" if cfg.eval_only else "out",
         head="classifier" if classifier else "lm", quant=METHODS[cfg.method][0],
         checkpoint=bool(cfg.base) and cfg.method in SIDE_METHODS,
     )

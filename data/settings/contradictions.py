@@ -3,13 +3,13 @@
 import shutil
 from pathlib import Path
 
-from data.settings.flags import SETTINGS_FILE, default_out_dir, refuse_if
+from data.settings.flags import SETTINGS_FILE, refuse_if
 from data.settings.methods import SIDE_METHODS
 
 
 def refuse(cfg, task, on_glue):
     """Refuse settings before anything is loaded. cfg: as given, None where no flag was given"""
-    out_dir = cfg.out_dir or default_out_dir(cfg.eval_only)
+    out_dir = cfg.out_dir or ("out-eval" if cfg.eval_only else "out")
     beside = cfg.method in SIDE_METHODS  # a side network is trained, and not the base
     refuse_if(
         (cfg.base and not cfg.data,

@@ -49,11 +49,6 @@ def check(settings):
                 raise InputError(f"--{f.name} {value} must be {bound.replace('_', ' ')} {limit}.")
 
 
-def default_out_dir(eval_only=False):
-    """The folder of a run's files without --out_dir."""
-    return "out-eval" if eval_only else "out"
-
-
 def from_table(kind, where, table, optional=()):
     """Make the dataclass `kind` from a table in a file. Each value has its type and bounds; only
     `optional` ones may be missing."""
@@ -152,7 +147,7 @@ def parse_settings(parser, kind, argv, shown_defaults=()):
     given = parser.parse_args(argv)
     path, optional = given.config, given.config is None
     if optional and vars(given).get("resume"):
-        path = Path(given.out_dir or default_out_dir()) / SETTINGS_FILE
+        path = Path(given.out_dir or "out") / SETTINGS_FILE
     if path is not None:
         table = read_json(Path(path), optional, "give --config a JSON file, such as a result.json")
         own = {f.name: f for f in fields(kind)}
