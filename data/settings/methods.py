@@ -83,7 +83,6 @@ VARIANTS = {
 
 
 def settings_of_run(variant, task):
-    """The settings of --variant. The built-in example, 128 channels wide, needs a side network of
-    more than 16 channels, and is short, so that a larger rate is better."""
+    """The settings of --variant. The built-in base is narrow, and its run short."""
     tiny = dict(reduction=4, learning_rate=1e-2)
     return VARIANTS[variant] | (tiny if (variant, task) == ("fast", "tiny") else {})

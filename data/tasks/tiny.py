@@ -67,10 +67,7 @@ def pretraining_examples(tokenizer):
 
 
 def base_folder(make):
-    """Return the folder of the built-in example's base model; make it if it is not there yet.
-
-    make: function of the folder, such as `train.make_tiny_base`
-    """
+    """The folder of the built-in base. `make(folder)` is called if it is not there yet."""
     own = Path(__file__).read_bytes() + Path(__file__).with_name("tiny.json").read_bytes()
     recipe = hashlib.sha256(own).hexdigest()[:8]
     folder = Path(os.environ.get("QST_CACHE") or CACHE) / f"tiny-{recipe}"
