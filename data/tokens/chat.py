@@ -169,10 +169,8 @@ def keep_plain_template(folder):
 
 
 def prompt_that_fits(messages, tokenizer, template, room):
-    """Drop the oldest turns until the prompt has at most `room` ids: (ids, remaining messages).
-
-    The system message and the last question stay, even if they are longer.
-    """
+    """Drop the oldest turns that do not fit in `room` ids: (ids, remaining messages). The system
+    message and the last question stay, even if they are longer."""
     system = messages[: messages[0]["role"] == "system"]
     rest, found = messages[len(system) :], None
     for start in reversed([i for i, one in enumerate(rest) if one["role"] == "user"]):
