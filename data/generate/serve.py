@@ -232,9 +232,10 @@ def serve(args, read_side, load_model, from_side, forward):
     """Load the base and the side networks, and serve them. The functions are those of qst.py."""
     folders, args.side = args.side, None
     names = [os.path.basename(os.path.abspath(folder)) for folder in (args.base, *folders)]
+    used = 0 < args.port < 1 << 16 and not socket.socket().connect_ex(("127.0.0.1", args.port))
     refuse_if(
         (args.stream, "--stream reads all weights anew for every token: omit it to serve"),
-        (not 0 <= args.port < 1 << 16, f"--port {args.port} must be from 0 to 65535"),
+        (not 0 <= args.port < 1 << 16 or used, f"--port {args.port} is in use, or above 65535"),
         (len({*names}) < len(names), f"Of {', '.join(names)} two are equal: rename a folder"),
     )
     for folder in folders:

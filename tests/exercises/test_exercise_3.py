@@ -5,7 +5,7 @@ Spreadsheets leave files of this kind, in which a cell in quotes may hold commas
     question,answer
     "What is 2 + 2?",4
 
-Write a file in data/ with a function `load(cfg, tokenizer)` that returns a `Task`, and
+Write a file in data/tasks/ with a function `load(cfg, tokenizer)` that returns a `Task`, and
 name it "csv" in TASKS of data/__init__.py. It learns to answer as --task instruct does, for which
 `instruct.make_task` does most, and its score is `exact_match`, the fraction of held-out answers
 that are right in every letter, as of the embedded default. A file without one of the two columns is

@@ -149,12 +149,14 @@ def test_what_is_refused_at_the_start(folders, tmp_path, models, packed):
     QST(models["base"], SideConfig(reduction=4, n_labels=2)).save_side(tmp_path / "labels")
     tuned("qlora").save_side(tmp_path / "qlora")
     shared = ["--base", base, "--side", one, "--device", "cpu", "--dtype", "fp32"]
+    taken = socket.create_server(("127.0.0.1", 0))
     for flags, why in {
         ("--side", f"{one}/"): "Of base, one, one two are equal",
         ("--side", str(tmp_path / "nothing")): "side.safetensors",
         ("--side", str(tmp_path / "labels")): "labels is a classifier",
         ("--side", str(tmp_path / "qlora")): "qlora is inside the base: merge it",
-        ("--stream",): "omit it to serve", ("--port", "70000"): "from 0 to 65535",
+        ("--stream",): "omit it to serve", ("--port", "70000"): "or above 65535",
+        ("--port", str(taken.getsockname()[1])): "is in use",
         ("--port", "0", "--quant", "none"): "another base",
     }.items():
         with pytest.raises(InputError, match=why):

@@ -6,7 +6,7 @@
 # Quantized Side Tuning ([arXiv 2401.07159](https://arxiv.org/abs/2401.07159)) freezes a language
 # model in 4 bits, and trains a narrow network beside it. QLoRA trains low-rank pairs inside it.
 #
-# - With a GPU this takes minutes. On Colab choose Runtime, Change runtime type.
+# - With a GPU this should take minutes. On Colab choose Runtime, Change runtime type.
 # - Without a GPU it also runs, but slowly. It needs about 3 GB of memory.
 # - Inside a copy of the repository, `REPOSITORY` is not used.
 #
