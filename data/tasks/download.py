@@ -4,6 +4,7 @@ import argparse
 import gzip
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 from data import InputError
@@ -56,10 +57,9 @@ def unpack(path):
     """Unpack a .zip, .tar or .gz beside itself, and write to no other folder."""
     try:
         if path.suffix in (".zip", ".tar"):  # of a .zip no name outside of the folder is unpacked
-            only = {"filter": "data"} if path.suffix == ".tar" else {}
-            shutil.unpack_archive(path, path.parent, **only)
+            shutil.unpack_archive(path, path.parent, filter={".tar": "data"}.get(path.suffix))
         elif path.suffix == ".gz":
             with gzip.open(path) as source:
                 write_atomically(path.with_suffix(""), lambda out: shutil.copyfileobj(source, out))
-    except (shutil.ReadError, tarfile.TarError, EOFError) as error:
+    except (shutil.ReadError, zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise InputError(f"{path} cannot be unpacked ({error}).") from None

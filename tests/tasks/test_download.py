@@ -174,3 +174,13 @@ def test_sources():
     assert all(base.startswith("https://") and not base.endswith("/") for base, _ in files)
     sums = [sha256 for _, sha256 in files]
     assert all(re.fullmatch("[0-9a-f]{64}", s) for s in sums) and len(set(sums)) == len(sums) == 14
+
+
+def test_a_damaged_member(tmp_path):
+    """A .zip whose list is whole, but whose content is not, is one sentence too."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train.tsv", "text " * 50)
+    path.write_bytes(path.read_bytes().replace(b"text text", b"next text", 1))
+    with pytest.raises(InputError, match="a.zip cannot be unpacked"):
+        download.unpack(path)
