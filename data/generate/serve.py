@@ -31,6 +31,7 @@ FLAGS = {
     "side": dict(action="append", default=[], help="folder of a side checkpoint; may be repeated"),
     "port": dict(type=int, default=8000, help="port of 127.0.0.1; 0: any free one"),
 }
+HERE = "127.0.0.1", "localhost"
 ROWS, TOKENS = 16, 2048  # the most requests in a batch, and tokens of prompts in a pass
 FIELDS = {  # of a request: what each may be, and its default; `user` changes nothing
     "model": (TEXT,), "messages": (list_of(TABLE, 1),), "n": (one_of(1), 1), "user": (TEXT, ""),
@@ -112,10 +113,8 @@ class Server(ThreadingHTTPServer):
         row, messages = SimpleNamespace(**row, ended=False, out=queue.SimpleQueue()), []
         for i, table in enumerate(row.messages, 1):
             role = field(f"Message {i}", table, "role", one_of(*ROLES))
-            content = field(f"Message {i}", table, "content", either(TEXT, list_of(TABLE)))
-            parts = content if type(content) is list else [{"text": content}]
-            text = "".join(field(f"Message {i}", part, "text", TEXT) for part in parts)
-            messages.append(dict(role=ROLES[role], content=text))
+            content = field(f"Message {i}", table, "content", TEXT)
+            messages.append(dict(role=ROLES[role], content=content))
         unknown = [name for name, value in body.items() if value and name not in FIELDS]
         refuse_if(
             (unknown, f"The request has {first_few(unknown)}, which is not known here: omit it"),
@@ -169,10 +168,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         row, server, asked = None, self.server, (self.command, self.path)
         try:
+            if self.headers.get("Host", "localhost").partition(":")[0] not in HERE:
+                raise Failed(403, f"The Host must be {' or '.join(HERE)}.")  # and no web page's own
             if asked == ("GET", "/v1/models"):
-                about = dict(object="model", created=0, owned_by="qst")
-                models = [dict(id=name, **about) for name in server.models]
-                return self.send(dict(object="list", data=models))
+                own = dict(object="model", created=0, owned_by="qst")
+                return self.send(dict(object="list", data=[own | {"id": n} for n in server.models]))
             if asked != ("POST", "/v1/chat/completions"):
                 raise Failed(404, "There is GET /v1/models and POST /v1/chat/completions.")
             length = int(self.headers.get("Content-Length", -1))
@@ -232,7 +232,7 @@ def serve(args, read_side, load_model, from_side, forward):
     """Load the base and the side networks, and serve them. The functions are those of qst.py."""
     folders, args.side = args.side, None
     names = [os.path.basename(os.path.abspath(folder)) for folder in (args.base, *folders)]
-    used = 0 < args.port < 1 << 16 and not socket.socket().connect_ex(("127.0.0.1", args.port))
+    used = 0 < args.port < 1 << 16 and not socket.socket().connect_ex((HERE[0], args.port))
     refuse_if(
         (args.stream, "--stream reads all weights anew for every token: omit it to serve"),
         (not 0 <= args.port < 1 << 16 or used, f"--port {args.port} is in use, or above 65535"),
@@ -245,7 +245,7 @@ def serve(args, read_side, load_model, from_side, forward):
             (config.method not in SIDE_METHODS, f"--side {folder} is inside the base: merge it"),
         )
         args.quant = args.quant or trained_on.get("quant")
-    with Server(("127.0.0.1", args.port), Handler) as server, torch.no_grad():
+    with Server((HERE[0], args.port), Handler) as server, torch.no_grad():
         base, tokenizer = load_model(args)
         sides = [from_side(base, folder).side for folder in folders]
         sides = [side.cast(base.embed_tokens.weight.dtype) for side in sides]

@@ -52,7 +52,10 @@ def test_wrong_requests(server):
     check(send(server, None, "GET", "/"), 404, "/v1/models")
     check(send(server, b"{}", "PUT"), 501, "PUT")
     check(send(server, b"{}", **{"Content-Length": "x"}), 400, "x")
-    assert answer(server, text=[{"type": "text", "text": "Hi"}]) == answer(server)
+    check(send(server, None, "GET", "/v1/models", Host="evil.example:80"), 403, "localhost")
+    check(send(server, request(), Host="evil.example"), 403, "localhost")
+    local = f"localhost:{server.server_port}"
+    assert send(server, None, "GET", "/v1/models", Host=local)[0] == 200
 
 
 def check(found, status, named):
@@ -178,7 +181,7 @@ def test_the_command(folders, server):
     running.kill(signal.SIGINT)
     assert running.wait() == (1, line, "interrupted\n")
     code, out, errors = used.wait()
-    assert (code, out) == (1, "") and re.fullmatch("error: .*Address already in use\n", errors)
+    assert (code, out) == (1, "") and re.fullmatch(r"error: --port \d+ is in use, .*\n", errors)
 
 
 def read(file):
