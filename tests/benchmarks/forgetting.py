@@ -16,7 +16,7 @@ import torch
 import train
 from benchmarks.cached import without_score
 from benchmarks.common import alone, perplexity, print_row, print_table
-from data import InputError, find_folder, leaf
+from data import InputError, find_folder
 from data.settings.flags import Parser, refuse_if
 from data.tasks import text
 from data.tasks.scoring import mean_loss
@@ -85,9 +85,12 @@ def train_until(least, words, ends):
     for end in ends:
         flags = [*words, "--max_iters", str(end)]
         cfg = train.resolve(train.parse_args(flags))
-        leaf("resume").check_settings(cfg)  # refuses a run with other settings
         path = Path(cfg.out_dir) / "result.json"
         result = json.loads(path.read_text()) if path.exists() else {"iterations": 0}
+        may_differ = "max_iters", "resume", "preamble", "out_dir"
+        for name, value in result.get("config", {}).items():
+            if name not in may_differ and vars(cfg).get(name) != value:
+                raise InputError(f"{path} is of a run with another --{name}: give another --out.")
         if result["iterations"] < end:
             result = alone(train_once, [*flags, "--resume"])
             if result["interrupted"]:

@@ -121,5 +121,5 @@ def test_mistakes(made, tmp_path):
     refused(bench.main, words[:3], named="forgetting FOLDER FILE TEXT --out FOLDER [FLAGS]")
     with pytest.raises(SystemExit, match="--out"):
         bench.main(words[:4])
-    refused(bench.main, [*words, "--seed", "5"], named="was begun with another --seed")
-    refused(bench.main, [*words, "--full_rate", "3"], named="begun with another --learning_rate")
+    refused(bench.main, [*words, "--seed", "5"], named="of a run with another --seed")
+    refused(bench.main, [*words, "--full_rate", "3"], named="of a run with another --learning_rate")

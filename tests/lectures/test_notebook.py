@@ -53,8 +53,9 @@ def test_every_cell_runs(tmp_path, monkeypatch):
     )
     monkeypatch.setenv("QST_NOTEBOOK", json.dumps(settings))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    no_time = lambda model, tokenizer, template, asked, *args: [""] * len(asked)
-    monkeypatch.setattr("data.tasks.instruct.answers", no_time)  # but for those to QUESTION
+    empty = dict(prompt="", expected="a", answer="")
+    no_time = lambda model, tokenizer, template, asked, *args: [empty.copy() for one in asked]
+    monkeypatch.setattr("data.tasks.instruct.samples", no_time)  # but for QUESTION's answers
     printed = run_script("tests/lectures/notebook.py")
     for name in ("QST", "QLoRA"):
         assert re.search(rf"^{name} +\d\.\d+ +\d\.\d+ +[\d,]+ +[\d.]+ MB +\d+ ms$", printed, re.M)

@@ -96,7 +96,7 @@ def test_the_python_example_runs(place):
     assert (place / "my-side/side.safetensors").exists()
     small = 'max_iters=2, sequence_len=100, reduction=4, dtype="fp32"'
     code = before + run_of_it.replace('out_dir="from-python"', small)
-    code += 'print(*(iteration for iteration, _ in curve))\n'
+    code += 'print(*(iteration for iteration, _ in result["curves"]["held out"]))\n'
     (place / "example.py").write_text(code)
     assert "\n0 2\n" in run([str(place / "example.py")], place)
 
