@@ -2,7 +2,8 @@
 
 Each run is a row of --runs, a file. A call makes the runs that are missing there, in an order in
 which what matters most comes first, and stops after --minutes. So several calls, also on several
-machines, fill the table. What is not run yet is an empty cell.
+machines, fill the table. What is not run yet is an empty cell. Runs of another base are refused. A
+run that diverges has an infinite loss; any other error ends the call.
 
     1. rates    several learning rates with seed 1: each method's best is used from here on
     2. seeds    three seeds
@@ -23,12 +24,15 @@ import time
 from pathlib import Path
 
 from benchmarks.common import ROOT, print_row, print_table
+from data import InputError, find_folder
+from data.formats.files import locked
+from data.frozen.hidden_cache import of_files
 from data.run.report import SCORES
-from data.settings.flags import Parser
+from data.settings.flags import Parser, refuse_if
 
 RUNS = Path(__file__).with_name("compare.csv")  # of HEALED (tests/NOTEBOOK.md)
-COLUMNS = ("task", "method", "learning_rate", "seed", "iterations", "loss", "score", "step_s",
-           "peak_mb", "commit")
+NUMBERS = "learning_rate", "seed", "iterations", "loss", "score", "step_s", "peak_mb"
+COLUMNS = "task", "method", "base", *NUMBERS, "commit"
 SEEDS, TIMED = (1, 2, 3), 5
 COMMON = "--data_seed 1 --lr_schedule linear --warmup_iters 10"
 GLUE = "--head lm --batch_size 16 --eval_interval 50"
@@ -62,16 +66,39 @@ def compare(*words):
     parser.add_argument("--glue", help="folder with the folders of SST-2, RTE and CoLA")
     parser.add_argument("--dolly", help="file of Dolly's instructions")
     parser.add_argument("--minutes", type=float, default=60, help="no run starts after so many")
-    parser.add_argument("--only", nargs="+", default=[*TASKS, *METHODS], help="tasks and methods")
+    names = [*TASKS, *METHODS]
+    parser.add_argument("--only", nargs="+", default=names, choices=names)
     parser.add_argument("--time", action="store_true", help="measure steps; run nothing beside it")
     args = parser.parse_args(words)
+    if args.base:
+        with locked(args.runs.resolve().parent, f"Another call writes to {args.runs}: wait."):
+            make_runs(args)
+    for task in TASKS:
+        print_task(task, read(args.runs))
+
+
+def make_runs(args):
+    """Make what is missing in --runs until the time is over."""
+    refuse_if(
+        ("dolly" in args.only and not args.dolly, "--dolly is missing: give the file, or --only"),
+        ({*TASKS} & {*args.only} - {"dolly"} and not args.glue,
+         "--glue is missing: give its folder, or --only dolly"),
+        ("fast, best" in args.only and not args.calibrated,
+         "--calibrated is missing: give the folder, or --only without 'fast, best'"),
+    )
+    for row in read(args.runs):
+        if row["method"] in args.only and row["base"] != base_of(args, row["method"]):
+            raise InputError(f"{args.runs} has runs of another base: give another file to --runs.")
     stop = time.monotonic() + 60 * args.minutes
-    while args.base and time.monotonic() < stop and (job := next_job(read(args.runs), args)):
+    while time.monotonic() < stop and (job := next_job(read(args.runs), args)):
         task, method, iterations, cells = job
         print(f"{task}, {method}, {iterations} iterations: {cells}", file=sys.stderr, flush=True)
         append(args.runs, run(args, *job))
-    for task in TASKS:
-        print_task(task, read(args.runs))
+
+
+def base_of(args, method):
+    """A short hash of the files of a method's base."""
+    return of_files(find_folder(args.calibrated if method == "fast, best" else args.base))[:12]
 
 
 def read(path):
@@ -81,7 +108,7 @@ def read(path):
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
-        for name in COLUMNS[2:-1]:
+        for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None
     return rows
 
@@ -164,7 +191,7 @@ def flags_of(args, task, method):
 
 
 def run(args, task, method, iterations, cells):
-    """Train, and return the rows of --runs. A run that fails has an infinite loss."""
+    """Train, and return the rows of --runs."""
     flags = [*flags_of(args, task, method), "--max_iters", str(iterations)]
     one = len(cells) == 1
     if one:
@@ -185,10 +212,13 @@ def run(args, task, method, iterations, cells):
         for rate, seed in cells:
             path = Path(out, "" if one else f"learning_rate={rate},seed={seed}", "result.json")
             result = json.loads(path.read_text()) if path.exists() else {}
-            if "loss_after" not in result:
-                print((done.stderr.splitlines() or [""])[-1], file=sys.stderr)
+            sweep = Path(out, "sweep.json")  # has the errors of those that end early
+            said = done.stderr + (sweep.read_text() if sweep.exists() else "")
+            if result.get("interrupted") or not result and "is not a number" not in said:
+                raise InputError(f"train.py: {(done.stderr.splitlines() or ['no result'])[-1]}")
             score = [result[f"{name}_after"] for name in SCORES if f"{name}_after" in result]
             row = dict(task=task, method=method, learning_rate=rate, seed=seed, commit=commit)
+            row |= dict(base=base_of(args, method))
             row |= dict(iterations=iterations, loss=result.get("loss_after", math.inf))
             row |= dict(score=score[0]) if score else {}
             if args.time:
@@ -209,7 +239,8 @@ def print_task(task, rows):
         equal, more = at_rate(TASKS[task][0]), at_rate(longer) if method in IS_SIDE else []
         cells = [*results(equal), longer if more else "", *results(more)]
         timed, qlora = (find(rows, task, name, TIMED) for name in (method, "qlora"))
-        print_row(method, rate or "", *cells, *(beside(timed, qlora, x) for x in COLUMNS[7:9]))
+        measured = [beside(timed, qlora, name) for name in ("step_s", "peak_mb")]
+        print_row(method, rate or "", *cells, *measured)
 
 
 def results(rows):

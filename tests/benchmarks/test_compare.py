@@ -2,10 +2,15 @@
 
 import json
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from benchmarks import compare
-from helpers import TEST_DATA, needs_test_data
+from helpers import TEST_DATA, needs_test_data, refused
+
+from data.formats.files import locked
+from data.frozen.hidden_cache import of_files
 
 
 @pytest.fixture
@@ -17,8 +22,8 @@ def calls(monkeypatch, tmp_path):
     def run(args, task, method, iterations, cells):
         jobs.append((task, method, iterations, cells))
         row = lambda rate, seed: dict(
-            task=task, method=method, learning_rate=rate, seed=seed, iterations=iterations,
-            loss=loss.get((method, rate), 3.0) + seed / 100, score=0.5, commit="abc",
+            task=task, method=method, base="hash", learning_rate=rate, seed=seed,
+            iterations=iterations, loss=loss.get((method, rate), 3.0) + seed / 100, score=0.5, commit="abc",
             step_s=dict(qlora=4.0, fast=1.0)[method] if args.time else "",
             peak_mb=dict(qlora=400, fast=100)[method] if args.time else "")
         return [row(*cell) for cell in cells]
@@ -29,7 +34,9 @@ def calls(monkeypatch, tmp_path):
                    qlora=("", (5e-4, 1e-3), ("dolly", "sst2")))
     monkeypatch.setattr(compare, "METHODS", methods)
     monkeypatch.setattr(compare, "run", run)
-    words = "--runs", str(tmp_path / "runs.csv"), "--base", "b"
+    base_of = lambda args, method: "hash" if args.base == "b" else "other"
+    monkeypatch.setattr(compare, "base_of", base_of)
+    words = ["--runs", str(tmp_path / "runs.csv"), "--base", "b", "--dolly", "d", "--glue", "g"]
     return jobs, lambda *more: compare.compare(*words, *more)
 
 
@@ -69,24 +76,61 @@ def test_methods_in_the_base_have_the_rate_of_sst2(calls):
     assert not made
 
 
+def test_mistakes(calls, tmp_path):
+    """Runs of another base are not mixed with these, and what is missing is named at once."""
+    made, call = calls
+    call("--only", "dolly", "qlora")
+    made.clear()
+    refused(call, "--base", "c", "--only", "dolly", "qlora", named="has runs of another base")
+    refused(call, "--dolly", "", named="--dolly is missing")
+    refused(call, "--glue", "", named="--glue is missing")
+    with pytest.raises(SystemExit, match="invalid choice: 'qlorra'"):
+        call("--only", "qlorra")
+    with locked(tmp_path, "no"):
+        refused(call, named="Another call writes to")
+    assert not made
+
+
+def test_what_is_no_result(monkeypatch, tmp_path):
+    """A loss that is no number is infinite; a run that ends in another way is none."""
+    said = SimpleNamespace(stderr="error: The loss is not a number at iteration 3.", stdout="abc")
+    monkeypatch.setattr(compare.subprocess, "run", lambda *args, **more: said)
+    monkeypatch.setattr(compare, "base_of", lambda *args: "hash")
+    args = SimpleNamespace(base="b", dolly="d", time=False)
+    row, = compare.run(args, "dolly", "qlora", 10, [(1e-3, 1)])
+    assert row["loss"] == math.inf
+    said.stderr = "error: d is missing."
+    refused(compare.run, args, "dolly", "qlora", 10, [(1e-3, 1)], named="d is missing")
+
+    def stopped(words, **more):
+        (Path(words[-1]) / "result.json").write_text('{"interrupted": true, "loss_after": 2.0}')
+        return said
+
+    said.stderr = "Stopped after iteration 4: continue with --resume."
+    runs = [lambda *args, **more: said, stopped]  # of git, and of train.py
+    monkeypatch.setattr(compare.subprocess, "run", lambda *args, **more: runs.pop(0)(*args, **more))
+    refused(compare.run, args, "dolly", "qlora", 10, [(1e-3, 1)], named="Stopped after")
+
+
 @needs_test_data
-def test_real_runs(monkeypatch, tmp_path, capfd):
-    """Two side networks and a failing run of a real, tiny model, through train.py."""
+def test_real_runs(monkeypatch, tmp_path):
+    """Through train.py: two side networks, and a wrong flag, which ends the call."""
     rows = [dict(instruction=f"Say {i}", output="a dog") for i in range(40)]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     runs = tmp_path / "runs.csv"
-    flags = "--sequence_len 64 --batch_size 2 --eval_examples 4"
-    monkeypatch.setattr(compare, "TASKS", dict(dolly=(2, flags, 0)))
+    flags = "--sequence_len 64 --batch_size 2 --eval_examples 4 --eval_interval 1"
+    monkeypatch.setattr(compare, "TASKS", dict(dolly=(3, flags, 0)))
     monkeypatch.setattr(compare, "SEEDS", (1,))
     methods = dict(fast=("--variant fast", (1e-3, 1e-2), ("dolly",)),
                    paper=("--every 7", (1e-3,), ("dolly",)))
     monkeypatch.setattr(compare, "METHODS", methods)
     base = str(TEST_DATA / "models/stories260K")
-    compare.compare("--runs", str(runs), "--base", base, "--dolly", str(tmp_path / "data.json"))
+    words = ["--runs", str(runs), "--base", base, "--dolly", str(tmp_path / "data.json")]
+    refused(compare.compare, *words, named="--every 7 does not divide 5 layers")
     found = compare.read(runs)
     assert [(row["method"], row["learning_rate"], row["seed"]) for row in found] == [
-        ("fast", 1e-3, 1), ("fast", 1e-2, 1), ("paper", 1e-3, 1)]
+        ("fast", 1e-3, 1), ("fast", 1e-2, 1)]
     losses = [row["loss"] for row in found]
-    assert len(set(losses)) == 3 and math.isinf(losses.pop())
-    assert all(5 < loss < 12 for loss in losses) and not any(row["score"] for row in found)
-    assert "--every 7 does not divide 5 layers" in capfd.readouterr().err
+    assert losses[0] != losses[1] and all(5 < loss < 12 for loss in losses)
+    assert not any(row["score"] for row in found)
+    assert {row["base"] for row in found} == {of_files(TEST_DATA / "models/stories260K")[:12]}

@@ -9,10 +9,9 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, run_script
-from samples import GLUE_LINES, released_state
+from samples import GLUE_LINES
 
 from data.tasks import tiny
-from model import from_pretrained
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.S)
@@ -46,10 +45,6 @@ def place(tiny_model, tmp_path_factory):
     for split in ("dev", "test"):
         (folder / "MMLU" / split).mkdir(parents=True)
         (folder / f"MMLU/{split}/anatomy_{split}.csv").write_text("Which?,a,b,c,d,A\n" * 5)
-    (folder / "RELEASED").mkdir()
-    base = from_pretrained(tiny_model, "nf4", torch.float32)
-    for name, content in released_state(base, reduction=4, rank=2).items():
-        torch.save(content, folder / "RELEASED" / name)
     return folder
 
 
