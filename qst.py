@@ -327,12 +327,11 @@ def merge_command(args):
 
 TABLE = Path(__file__).parent / "data" / "settings" / "commands.json"
 FLAGS = json.loads(TABLE.read_text()) | sampling.FLAGS
-BASE, SAMPLE = "base quant dtype device stream", " ".join(sampling.FLAGS)
-ANSWER = "questions model_id fastchat_temperatures"
+BASE, DRAW = "base quant dtype device stream", " ".join(sampling.FLAGS)
 COMMANDS = {  # name: (function, its flags); the first is the default
-    "generate": (prompt_command, f"{BASE} side {SAMPLE} prompt batch raw"),
-    "chat": (chat_command, f"{BASE} side {SAMPLE} system"),
-    "answer": (answer_command, f"{BASE} side {SAMPLE} out {ANSWER}"),
+    "generate": (prompt_command, f"{BASE} side {DRAW} prompt batch raw"),
+    "chat": (chat_command, f"{BASE} side {DRAW} system"),
+    "answer": (answer_command, f"{BASE} side {DRAW} out questions model_id fastchat_temperatures"),
     "serve": (serve_command, f"{BASE} side port"),
     "merge": (merge_command, f"{BASE} side out"),
     "import-released": (import_command, f"{BASE} released out"),

@@ -24,7 +24,6 @@ TASKS = {  # --task
     "mmlu": "tasks.mmlu",
     **dict.fromkeys("rte mrpc stsb cola sst2 qnli qqp mnli mnli-mm".split(), "tasks.glue"),
 }
-# Modules that a plain run does not need; `leaf` imports one when it is asked for.
 rows = Path(__file__).with_name("leaves.txt").read_text().splitlines()
 LEAVES = TASKS | dict(row.split()[:2] for row in rows if not row.startswith("#"))
 

@@ -172,13 +172,15 @@ def prompt_that_fits(messages, tokenizer, template, room):
     """Drop the oldest turns that do not fit in `room` ids: (ids, remaining messages). The system
     message and the last question stay, even if they are longer."""
     system = messages[: messages[0]["role"] == "system"]
-    rest, found = messages[len(system) :], None
-    for start in reversed([i for i, one in enumerate(rest) if one["role"] == "user"]):
-        ids = template.encode(system + rest[start:], tokenizer)[0]
-        if found and len(ids) > room:
-            break
-        found = ids, system + rest[start:]
-    return found
+    rest = messages[len(system) :]
+    starts = [i for i, message in enumerate(rest) if message["role"] == "user"]
+    last = lambda turns: system + rest[starts[-turns] :]
+    encode = lambda turns: template.encode(last(turns), tokenizer)[0]
+    turns, step = 1, 1  # a step that fits is doubled, another halved: few prompts are encoded
+    while step:
+        fits = turns + step <= len(starts) and len(encode(turns + step)) <= room
+        turns, step = (turns + step, 2 * step) if fits else (turns, step // 2)
+    return encode(turns), last(turns)
 
 
 def render(path, template, renders, names):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from helpers import ROOT, run_script
 from samples import GLUE_LINES
 
