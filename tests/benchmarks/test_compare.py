@@ -23,7 +23,8 @@ def calls(monkeypatch, tmp_path):
         jobs.append((task, method, iterations, cells))
         row = lambda rate, seed: dict(
             task=task, method=method, base="hash", learning_rate=rate, seed=seed,
-            iterations=iterations, loss=loss.get((method, rate), 3.0) + seed / 100, score=0.5, commit="abc",
+            iterations=iterations, loss=loss.get((method, rate), 3.0) + seed / 100,
+            score=0.5, commit="abc",
             step_s=dict(qlora=4.0, fast=1.0)[method] if args.time else "",
             peak_mb=dict(qlora=400, fast=100)[method] if args.time else "")
         return [row(*cell) for cell in cells]
