@@ -248,14 +248,13 @@ def targets_by_ids(examples):
 
 
 def of_files(folder):
-    """A hash of a model's files: their sizes, and 16 MB of each, evenly spread."""
+    """A hash of a model's files: their sizes, and of each at most 16 MB, evenly spread."""
     found = hashlib.sha256()
     for path in sorted(Path(folder).iterdir()):
         if path.suffix in (".safetensors", ".bin", ".pt") or path.name == "config.json":
-            size = path.stat().st_size
-            found.update(f"{path.name} {size} ".encode())
+            found.update(f"{path.name} {(size := path.stat().st_size)} ".encode())
             with open(path, "rb") as file:
-                for i in range(4096):
-                    file.seek(size * i // 4096)
+                for i in range(n := min(size // 4096 + 1, 4096)):
+                    file.seek(size * i // n)
                     found.update(file.read(4096))
     return found.hexdigest()

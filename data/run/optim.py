@@ -1,6 +1,7 @@
 """The learning rate of an iteration, the optimizer, and what it keeps of each parameter."""
 
 import math
+from functools import cache
 
 import torch
 
@@ -41,8 +42,7 @@ def make_optimizer(model, cfg):
 
 
 def together(optimizer, group, size, kind=lambda p: None):
-    """Lists of a group's parameters that take a step at once: with a gradient, on one device, of
-    one `kind`, with as many steps behind them, and of about `size` values."""
+    """Lists of parameters with gradients: one device, `kind` and step, about `size` values."""
     found, n = {}, 0
     for p in group["params"]:
         if p.grad is not None:
@@ -58,17 +58,18 @@ def must_skip(optimizer, like):
     return getattr(optimizer, "found_inf", like.new_zeros(())).to(like.device) > 0
 
 
-def kept_state(optimizer, group, p):
-    """What an optimizer keeps of a parameter after a step: {name: meta tensor, or count}."""
-    twin = torch.nn.Parameter(torch.empty_like(p, device="meta"))
-    twin.grad = torch.empty_like(twin)
-    optimizer = type(optimizer)([group | dict(params=[twin], fused=False)], lr=0.0)
+@cache
+def kept_state(kind, muon, shape, dtype):
+    """What an optimizer of a kind keeps of a parameter after a step: {name: meta tensor, count}."""
+    parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    parameter.grad = torch.empty_like(parameter)
+    optimizer = kind([dict(params=[parameter], muon=muon)], lr=0.0)
     optimizer.step()
-    return optimizer.state[twin]
+    return optimizer.state[parameter]
 
 
 def optimizer_bytes(optimizer):
     """Bytes that an optimizer keeps, without the counts of steps."""
-    kept = [kept_state(optimizer, group, p).items()
+    kept = [kept_state(type(optimizer), group.get("muon"), p.shape, p.dtype).items()
             for group in optimizer.param_groups for p in group["params"]]
     return sum(value.nbytes for own in kept for name, value in own if name != "step")
