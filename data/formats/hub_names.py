@@ -43,8 +43,8 @@ def model_folder(name, weights=True):
             what = "there is no such folder, and the Hub shows no such model or revision"
             raise InputError(f"{name}: {what} ({error}): check the name{advice}.") from None
         problem = f"{url}: {error}"
-    ref = root / "refs" / revision
-    commit = field(url, about, "sha", HASH, ref.read_text() if ref.is_file() else revision)
+    old = ref.read_text(errors="replace") if (ref := root / "refs" / revision).is_file() else ""
+    commit = field(url, about, "sha", HASH, old or revision)
     folder, files = root / "snapshots" / commit, field(url, about, "siblings", list_of(TABLE), [])
     if not (about or folder.is_dir()):
         why = problem or "HF_HUB_OFFLINE is set"
@@ -74,6 +74,6 @@ def model_folder(name, weights=True):
         if weights:
             any(get(pattern) for pattern in WEIGHTS)
             hub.find_files(folder)  # refuses a folder that lacks some
-        if about and commit != revision and not (ref.is_file() and ref.read_text() == commit):
+        if about and commit not in (revision, old):
             write_atomically(ref, lambda file: file.write(commit.encode()))
     return folder

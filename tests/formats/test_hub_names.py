@@ -60,6 +60,9 @@ def test_a_model_is_downloaded_once(hub, monkeypatch, capsys):
     assert find_folder("org/model") == folder and "downloaded before" in capsys.readouterr().err
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert find_folder("org/model") == folder and capsys.readouterr().err == ""
+    (hub.root / "refs/main").write_bytes(b"\xff\0")  # which is damaged
+    with pytest.raises(InputError, match="neither a folder nor in .*: connect"):
+        find_folder("org/model")
 
 
 def test_what_is_not_whole_is_refused_without_a_connection(hub, monkeypatch, capsys):
