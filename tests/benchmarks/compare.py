@@ -44,9 +44,9 @@ TASKS = {  # name: (iterations, the task's flags, few-shot examples of "fast, be
     "cola": (300, f"{GLUE} --sequence_len 256 --eval_examples 400 --score_examples 600", 4),
 }
 SIDE_RATES, RATES = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2), (5e-4, 1e-3, 2e-3)
-METHODS = {  # name: (flags, learning rates or whose rate, the tasks on which these are tried)
+METHODS = {  # name: (flags, learning rates, the tasks on which these are tried)
     "fast": ("--variant fast", SIDE_RATES, TASKS),
-    "fast, best": ("--variant fast", "fast", ()),  # calibrated base, few-shot examples
+    "fast, best": ("--variant fast", SIDE_RATES, TASKS),  # calibrated base, few-shot examples
     "qlora": ("--method qlora", RATES, ("dolly", "sst2")),
     "qlora, checkpoint": ("--method qlora --checkpoint true", (), ()),  # qlora's losses
     "lora": ("--method lora", RATES, ("dolly", "sst2")),
@@ -131,8 +131,6 @@ def find(rows, task, method, iterations):
 def best_rate(rows, task, method):
     """The learning rate of the lowest loss with seed 1, or None before all rates are tried."""
     _, rates, tried_on = METHODS[method]
-    if isinstance(rates, str):
-        return best_rate(rows, task, rates)
     if task not in tried_on:
         task = "sst2"  # of the same kind
     done = find(rows, task, method, TASKS[task][0])

@@ -67,18 +67,6 @@ def test_rates_then_seeds_then_equal_time(calls, capsys):
     assert table.count("| fast |  |  |  |  |  |  | 1 (0.25) |") == 2  # not run: an empty cell
 
 
-def test_another_method_s_rate(calls, monkeypatch):
-    """`fast, best` takes the rate of `fast`: nothing runs before that is known."""
-    made, call = calls
-    methods = dict(compare.METHODS, best=("", "fast", ()))
-    monkeypatch.setattr(compare, "METHODS", methods)
-    monkeypatch.setattr(compare, "IS_SIDE", ("fast", "best"))
-    call("--only", "dolly", "best")
-    assert not made
-    call("--only", "dolly", "fast", "best")
-    assert made[-1] == ("dolly", "best", 10, [(1e-3, 1), (1e-3, 2), (1e-3, 3)])
-
-
 def test_methods_in_the_base_have_the_rate_of_sst2(calls):
     made, call = calls
     call("--only", "sst2", "rte", "qlora")
