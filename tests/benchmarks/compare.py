@@ -128,17 +128,17 @@ def find(rows, task, method, iterations):
     return [row for row in rows if (row["task"], row["method"], row["iterations"]) == wanted]
 
 
-def best_rate(rows, task, method):
-    """The learning rate of the lowest loss with seed 1, or None before all rates are tried."""
+def best_rate(rows, task, method, so_far=False):
+    """The learning rate of the lowest loss with seed 1, or None: before all are tried, if not
+    `so_far`, and where all diverge."""
     _, rates, tried_on = METHODS[method]
     if task not in tried_on:
         task = "sst2"  # of the same kind
     done = find(rows, task, method, TASKS[task][0])
     losses = {row["learning_rate"]: row["loss"] for row in done if row["seed"] == SEEDS[0]}
-    if not rates or not set(rates) <= set(losses):
-        return None
-    best = min(losses, key=losses.get)
-    return best if losses[best] < math.inf else None
+    best = min(losses, key=losses.get, default=None)
+    ready = so_far or set(rates) <= set(losses)
+    return best if ready and losses.get(best, math.inf) < math.inf else None
 
 
 def step_seconds(rows, task, method):
@@ -234,7 +234,8 @@ def print_task(task, rows):
                 "score, %", "in QLoRA's time: iterations", "loss", "score, %", "step, s",
                 "peak, MB")
     for method in METHODS:
-        rate, longer = best_rate(rows, task, method), iterations_in_time(rows, task, method)
+        rate = best_rate(rows, task, method, so_far=True)
+        longer = iterations_in_time(rows, task, method)
         at_rate = lambda n: [r for r in find(rows, task, method, n) if r["learning_rate"] == rate]
         equal, more = at_rate(TASKS[task][0]), at_rate(longer) if method in IS_SIDE else []
         cells = [*results(equal), longer if more else "", *results(more)]

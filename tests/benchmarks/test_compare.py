@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from benchmarks import compare
-from helpers import TEST_DATA, needs_test_data, refused
+from helpers import ROOT, TEST_DATA, needs_test_data, refused
 
 from data.formats.files import locked
 from data.frozen.hidden_cache import of_files
@@ -75,6 +75,29 @@ def test_methods_in_the_base_have_the_rate_of_sst2(calls):
     made.clear()
     call("--minutes", "0")
     assert not made
+
+
+def test_the_table_of_some_rates(calls, capsys, tmp_path):
+    """The best so far is shown; three seeds wait for the others."""
+    made, call = calls
+    call("--only", "dolly", "qlora")
+    lines = (tmp_path / "runs.csv").read_text().splitlines(keepends=True)
+    (tmp_path / "runs.csv").write_text("".join(lines[:2]))  # of 5e-4
+    capsys.readouterr()
+    call("--minutes", "0")
+    assert "| qlora | 0.0005 | 2.110 | 50.0 |" in capsys.readouterr().out
+    made.clear()
+    call("--only", "dolly", "qlora")
+    assert made[0] == ("dolly", "qlora", 10, [(1e-3, 1)])
+
+
+def test_the_page_has_the_runs():
+    """Each loss of compare.csv is in RESULTS.md."""
+    page = (ROOT / "tests/RESULTS.md").read_text()
+    page = page.partition("## Each method at its best")[2].partition("\n## ")[0]
+    assert (rows := compare.read(compare.RUNS))
+    for row in rows:
+        assert f"{row['loss']:.3f}" in page, row
 
 
 def test_mistakes(calls, tmp_path):
