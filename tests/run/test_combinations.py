@@ -31,8 +31,8 @@ def test_a_cache_of_a_base_on_several_devices(cfg, tmp_path):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
 def test_a_compiled_sweep(cfg, tmp_path, monkeypatch):
-    """Each run is what it is alone, up to rounding. (Traced only: code takes long.)"""
-    compiler = partial(torch.compile, backend="eager")
+    """Each run is what it is alone, up to rounding. (Without the C++ code, which takes long.)"""
+    compiler = partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compiler)
     layer = shutil.copytree(cfg["base"], tmp_path / "layer")  # of one layer, which takes less long
     torch.manual_seed(0)
