@@ -2,8 +2,8 @@
 
 Each run is a row of --runs, a file. A call makes the runs that are missing there, in an order in
 which what matters most comes first, and stops after --minutes. So several calls, also on several
-machines, fill the table. What is not run yet is an empty cell. Runs of another base are refused. A
-run that diverges has an infinite loss; any other error ends the call.
+machines, fill the table. What is not run yet is an empty cell. A file has runs of one base: others
+are refused. A run that diverges has an infinite loss; any other error ends the call.
 
     1. rates    several learning rates with seed 1: each method's best is used from here on
     2. seeds    three seeds
@@ -30,7 +30,7 @@ from data.frozen.hidden_cache import of_files
 from data.run.report import SCORES
 from data.settings.flags import Parser, refuse_if
 
-RUNS = Path(__file__).with_name("compare.csv")  # of HEALED (tests/NOTEBOOK.md)
+RUNS = sorted(Path(__file__).parent.glob("compare*.csv"))  # of HEALED (tests/NOTEBOOK.md)
 NUMBERS = "learning_rate", "seed", "iterations", "loss", "score", "step_s", "peak_mb"
 COLUMNS = "task", "method", "base", *NUMBERS, "commit"
 SEEDS, TIMED = (1, 2, 3), 5
@@ -60,7 +60,8 @@ IS_SIDE = ("fast", "fast, best", "paper", "lst")
 def compare(*words):
     """Print the table of all methods; with --base, first make runs that are missing in it."""
     parser = Parser("bench.py compare", description=compare.__doc__)
-    parser.add_argument("--runs", type=Path, default=RUNS, help="CSV file of the runs")
+    parser.add_argument("--runs", type=Path, nargs="+", default=RUNS,
+                        help="CSV files of runs; new ones go into the last")
     parser.add_argument("--base", help="model folder; without it, the table is only printed")
     parser.add_argument("--calibrated", help="the same from `model.py quantize --calibrate`")
     parser.add_argument("--glue", help="folder with the folders of SST-2, RTE and CoLA")
@@ -71,14 +72,15 @@ def compare(*words):
     parser.add_argument("--time", action="store_true", help="measure steps; run nothing beside it")
     args = parser.parse_args(words)
     if args.base:
-        with locked(args.runs.resolve().parent, f"Another call writes to {args.runs}: wait."):
-            make_runs(args)
+        own = args.runs[-1]
+        with locked(own.resolve().parent, f"Another call writes to {own}: wait."):
+            make_runs(args, own)
     for task in TASKS:
-        print_task(task, read(args.runs))
+        print_task(task, read(*args.runs))
 
 
-def make_runs(args):
-    """Make what is missing in --runs until the time is over."""
+def make_runs(args, own):
+    """Make what is missing in --runs until the time is over, in its last file, `own`."""
     refuse_if(
         ("dolly" in args.only and not args.dolly, "--dolly is missing: give the file, or --only"),
         ({*TASKS} & {*args.only} - {"dolly"} and not args.glue,
@@ -86,14 +88,14 @@ def make_runs(args):
         ("fast, best" in args.only and not args.calibrated,
          "--calibrated is missing: give the folder, or --only without 'fast, best'"),
     )
-    for row in read(args.runs):
+    for row in read(own):
         if row["method"] in args.only and row["base"] != base_of(args, row["method"]):
-            raise InputError(f"{args.runs} has runs of another base: give another file to --runs.")
+            raise InputError(f"{own} has runs of another base: give another file to --runs.")
     stop = time.monotonic() + 60 * args.minutes
-    while time.monotonic() < stop and (job := next_job(read(args.runs), args)):
+    while time.monotonic() < stop and (job := next_job(read(*args.runs), args)):
         task, method, iterations, cells = job
         print(f"{task}, {method}, {iterations} iterations: {cells}", file=sys.stderr, flush=True)
-        append(args.runs, run(args, *job))
+        append(own, run(args, *job))
 
 
 def base_of(args, method):
@@ -101,12 +103,12 @@ def base_of(args, method):
     return of_files(find_folder(args.calibrated if method == "fast, best" else args.base))[:12]
 
 
-def read(path):
+def read(*paths):
     """The rows of --runs: dicts of numbers and words."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = []
+    for path in filter(Path.exists, paths):
+        with open(path, newline="") as file:
+            rows += csv.DictReader(file)
     for row in rows:
         for name in NUMBERS:
             row[name] = float(row[name]) if row[name] else None

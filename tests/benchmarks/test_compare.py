@@ -92,10 +92,10 @@ def test_the_table_of_some_rates(calls, capsys, tmp_path):
 
 
 def test_the_page_has_the_runs():
-    """Each loss of compare.csv is in RESULTS.md."""
+    """Each loss of the files of runs is in RESULTS.md."""
     page = (ROOT / "tests/RESULTS.md").read_text()
     page = page.partition("## Each method at its best")[2].partition("\n## ")[0]
-    assert (rows := compare.read(compare.RUNS))
+    assert (rows := compare.read(*compare.RUNS))
     for row in rows:
         assert f"{row['loss']:.3f}" in page, row
 
@@ -105,7 +105,13 @@ def test_mistakes(calls, tmp_path):
     made, call = calls
     call("--only", "dolly", "qlora")
     made.clear()
-    refused(call, "--base", "c", "--only", "dolly", "qlora", named="has runs of another base")
+    other_base = "--base", "c", "--only", "dolly", "qlora"
+    refused(call, *other_base, named="has runs of another base")
+    runs = [str(tmp_path / name) for name in ("runs.csv", "more.csv")]
+    call("--runs", *runs, *other_base)  # counted as made, and shown
+    call("--runs", *runs, "--base", "c", "--only", "dolly", "fast")
+    assert {job[1] for job in made} == {"fast"} and len(compare.read(Path(runs[1]))) == 4
+    made.clear()
     refused(call, "--dolly", "", named="--dolly is missing")
     refused(call, "--glue", "", named="--glue is missing")
     with pytest.raises(SystemExit, match="invalid choice: 'qlorra'"):
