@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data import IGNORE_INDEX, InputError, find_folder, leaf
 from data.devices.device import model_bytes, pick_device, to_device
 from data.devices.few_kernels import is_cast, product
-from data.formats import config_json, hub
+from data.formats import config_json, files, hub
 from data.formats.safetensors import check_values
 from data.generate import sampling
 from data.generate.sampling import KVCache
@@ -374,9 +374,8 @@ class Transformer(LanguageModel):
     def states(self, idx, keep=None, cache=None, every=1):
         """Yield the hidden states h_f_0, h_f_1, ..., each (B, T, C): the embedding, the output of
         each layer (or of each `every`-th), and at last what the LM head takes as input. A state is
-        computed when it is asked for, and not kept.
-
-        keep: see `positions_and_mask`; cache: of `new_cache`, to generate
+        computed when it is asked for, and not kept. keep: see `positions_and_mask`; cache: of
+        `new_cache`, to generate
         """
         cache = cache or [None] * len(self.layers)
         past = cache[0].length if cache[0] else 0
@@ -483,14 +482,15 @@ def quantize_folder(source, target, quant="nf4", calibrate=None, device="auto"):
     source = find_folder(source)
     if any(".weight." in name for name in hub.find_files(Path(source))):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
-    texts = leaf("calibrate").read_texts(calibrate, source) if calibrate else []
-    device = pick_device(device if texts else "cpu")
+    texts = [] if calibrate is None else leaf("calibrate").read_texts(str(calibrate), source)
+    device = pick_device(device) if texts else "cpu"
+    files.make_writable_folder(target, "OUT")  # before minutes of work
     model = from_pretrained(source, quant, config_json.read_dtype(source), device)
     if texts:
         leaf("calibrate").calibrate(model, source, texts)
     leaf("save").save_pretrained(model, target)
     copy_tokenizer(source, target)
-    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB, and its tokenizer")
+    print(f"{target}: {quant}, {model_bytes(model) / 1e9:.3f} GB{', calibrated' * bool(texts)}")
 
 
 def count_weights(config):

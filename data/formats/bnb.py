@@ -42,7 +42,7 @@ def read_weight(where, codes, mine, quant):
         raise refuse(f"lacks one of its quant_state, {', '.join(needed)}, or has others")
     kind = states[0].removeprefix(STATE)
     if kind != quant and kind in CODEBOOKS:
-        raise InputError(f"{where} is already quantized to {kind}: give --quant {kind}.")
+        raise InputError(f"{where} is already {kind}: give --quant {kind} or the 16-bit folder.")
     about, text = f"{where}, its quant_state", bytes(tensor_bytes(mine[states[0]]()))
     state = {"state": parse_json(text, f"{about} is not JSON", ": download the folder again")}
     state, table = field(about, state, "state", TABLE), NESTED if nested else PLAIN

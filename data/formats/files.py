@@ -106,7 +106,7 @@ def read_json(path, optional=False, advice="give a folder in Hugging Face's layo
 
 def read_records(path, flag="--data"):
     """Read JSON or JSON lines: [(place in the file, for messages; record), ...]."""
-    advice = f"give {flag} a list in JSON, JSON lines{', or a .csv' * (flag == '--data')}"
+    advice = f"give a list in JSON, JSON lines{', or a .csv' * (flag == '--data')}"
     text = read_text(path, advice)
     parse = lambda part, where: parse_json(part, f"{path}, {where} is not JSON", f": {advice}")
     if re.match(r"\s*(\[|\{[^}\n]*\n)", text):  # a list, or an object over several lines

@@ -35,11 +35,12 @@ TOKENS = 4096  # of x in one product, so that little memory is needed
 def read_texts(file, folder, n=0, seed=0):
     """n lists of ids (0: TEXTS), or fewer: of a .txt, or of instructions (data/README.md)."""
     shape, kind = config_json.read(folder), "text" if file.lower().endswith(".txt") else "instruct"
-    length, C = min(LENGTH, shape["max_positions"]), shape["n_embd"]
+    length, C = shape["max_positions"], shape["n_embd"]
+    length = min(LENGTH, length) if kind == "text" else length  # a long question is cut below
     cfg = dict(data=file, sequence_len=length, max_examples=n or TEXTS, eval_only=True)
     unused = dict(held_out=0, data_seed=seed, sweep=False, stream=False)
     task = leaf(kind).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
-    texts = [ids for ids, _ in task.held_out][: n or TEXTS]  # a conversation may give several
+    texts = [ids[:LENGTH] for ids, _ in task.held_out][: n or TEXTS]  # some give several
     if (tokens := sum(map(len, texts))) < C:
         has = f"has only {tokens} tokens for the {C} channels of {folder}"
         raise InputError(f"--calibrate {file} {has}: give more texts.")
@@ -105,4 +106,4 @@ def calibrate(base, folder, texts):
         hooks.enter_context(base.embed_tokens.register_forward_hook(lambda m, a, x: x.to(dtype)))
         for linear in layers:
             hooks.enter_context(linear.register_forward_pre_hook(before))
-        base.hidden(idx, keep)
+        (base.project_out or torch.nn.Identity())(base.hidden(idx, keep))

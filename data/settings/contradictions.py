@@ -10,6 +10,7 @@ from data.settings.methods import SIDE_METHODS
 def refuse(cfg, task, on_glue):
     """Refuse settings before anything is loaded. cfg: as given, None where no flag was given"""
     out_dir = cfg.out_dir or ("out-eval" if cfg.eval_only else "out")
+    of_side = f" of --side {cfg.side}" if cfg.side else ""
     beside = cfg.method in SIDE_METHODS  # a side network is trained, and not the base
     refuse_if(
         (cfg.base and not cfg.data,
@@ -22,12 +23,11 @@ def refuse(cfg, task, on_glue):
         (cfg.stream and (not cfg.base or cfg.devices or cfg.compile),
          "--stream needs --base, and works without --devices and --compile"),
         (cfg.shots and (not on_glue or cfg.head == "classifier"),
-         f"--shots {cfg.shots}{f' of --side {cfg.side}' if cfg.side else ''} needs a GLUE --task "
-         "and --head lm"),
+         f"--shots {cfg.shots}{of_side} needs a GLUE --task and --head lm"),
         (cfg.layers and (not on_glue or cfg.head == "lm" or cfg.shots
                         or not cfg.side and cfg.eval_only),
-         f"--layers {cfg.layers} ends the base early, for a classifier: give a GLUE --task without "
-         "--head lm and --shots, and with --eval_only a --side"),
+         f"--layers {cfg.layers}{of_side} ends the base early, for a classifier: give a GLUE "
+         "--task without --head lm and --shots, and with --eval_only a --side"),
         (cfg.epochs and (cfg.max_iters or cfg.eval_only),
          "--epochs sets the iterations of training: leave out --max_iters and --eval_only"),
         (cfg.eval_only and cfg.resume, "--resume continues training: leave out --eval_only"),

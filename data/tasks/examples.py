@@ -117,10 +117,8 @@ def split(examples, fraction, seed, most=0):
 
 
 def collate(examples):
-    """Pad examples on the right: idx int64 and targets int64 or fp32, (B, T).
-
-    Causal attention never looks to the right: the padding needs no mask.
-    """
+    """Pad examples on the right, where causal attention never looks: idx int64 and targets int64
+    or fp32, (B, T)."""
     T = max(len(ids) for ids, _ in examples)
     pad = lambda row, value: row + [value] * (T - len(row))
     idx = torch.tensor([pad(ids, 0) for ids, _ in examples])

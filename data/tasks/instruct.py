@@ -84,7 +84,7 @@ def lacks(name, record):
         return Refused("is one message of OASST1: give its file of trees")
     if lists:
         return Refused("is an object in place of a list: keep only its list", first_few(lists))
-    return Refused('has a "text" and no question: write all texts to a file for --task text')
+    return Refused('has a "text" and no question: write all texts to a .txt for --task text')
 
 
 def checked(messages, field, system=None):
@@ -126,10 +126,8 @@ def checked(messages, field, system=None):
 
 
 def csv_rows(path, separators=",", newline=None):
-    """Yield the rows of a CSV file, (its first line, fields).
-
-    separators: of which the first line has most is the file's; newline: as for `read_text`
-    """
+    """Yield the rows of a CSV file, (its first line, fields). separators: the file's is that of
+    which its first line has most; newline: as for `read_text`"""
     text, line = read_text(path, newline=newline), 1
     separator = max(separators, key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)

@@ -17,7 +17,7 @@ def read(path, tokenizer, sequence_len, max_examples=0):
     """Read UTF-8 text: [(ids, targets), ...], the first `max_examples` windows (0: all)."""
     if sequence_len < 2:
         raise InputError(f"--sequence_len {sequence_len}: a window needs at least 2 tokens.")
-    ids = tokenizer.encode(read_text(path, "give --data a file of UTF-8 text"))
+    ids = tokenizer.encode(read_text(path))
     windows = [ids[i : i + sequence_len] for i in range(0, len(ids) - 1, sequence_len)]
     if not windows:
         raise InputError(f"{path} has less than two tokens: nothing can be predicted.")

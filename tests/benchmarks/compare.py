@@ -25,10 +25,11 @@ from pathlib import Path
 
 from benchmarks.common import ROOT, print_row, print_table
 from data import InputError, find_folder
-from data.formats.files import locked
+from data.formats.files import locked, make_writable_folder, read_text
 from data.frozen.hidden_cache import of_files
 from data.run.report import SCORES
 from data.settings.flags import Parser, refuse_if
+from data.tasks.instruct import csv_rows
 
 RUNS = sorted(Path(__file__).parent.glob("compare*.csv"))  # of HEALED (tests/NOTEBOOK.md)
 NUMBERS = "learning_rate", "seed", "iterations", "loss", "score", "step_s", "peak_mb"
@@ -48,6 +49,7 @@ METHODS = {  # name: (flags, learning rates, the tasks on which these are tried)
     "fast": ("--variant fast", SIDE_RATES, TASKS),
     "fast, best": ("--variant fast", SIDE_RATES, TASKS),  # calibrated base, few-shot examples
     "qlora": ("--method qlora", RATES, ("dolly", "sst2")),
+    "qlora, calibrated": ("--method qlora", (2e-3,), ("dolly",)),  # with qlora's rate
     "qlora, checkpoint": ("--method qlora --checkpoint true", (), ()),  # qlora's losses
     "lora": ("--method lora", RATES, ("dolly", "sst2")),
     "paper": ("", SIDE_RATES, TASKS),
@@ -55,6 +57,7 @@ METHODS = {  # name: (flags, learning rates, the tasks on which these are tried)
     "full": ("--method full", (3e-5, 1e-4, 3e-4), ("dolly", "sst2")),
 }
 IS_SIDE = ("fast", "fast, best", "paper", "lst")
+CALIBRATED = ("fast, best", "qlora, calibrated")
 
 
 def compare(*words):
@@ -71,8 +74,13 @@ def compare(*words):
     parser.add_argument("--only", nargs="+", default=names, choices=names)
     parser.add_argument("--time", action="store_true", help="measure steps; run nothing beside it")
     args = parser.parse_args(words)
+    args.only += [name for part in (TASKS, METHODS) for name in part if not {*part} & {*args.only}]
+    own = args.runs[-1]
+    refuse_if((not args.minutes >= 0, f"--minutes {args.minutes}: give 0 or more"),
+              *((not path.exists() and (path != own or not args.base),
+                 f"--runs {path} is missing") for path in args.runs))
     if args.base:
-        own = args.runs[-1]
+        make_writable_folder(own.resolve().parent, "--runs: the folder")
         with locked(own.resolve().parent, f"Another call writes to {own}: wait."):
             make_runs(args, own)
     for task in TASKS:
@@ -85,8 +93,8 @@ def make_runs(args, own):
         ("dolly" in args.only and not args.dolly, "--dolly is missing: give the file, or --only"),
         ({*TASKS} & {*args.only} - {"dolly"} and not args.glue,
          "--glue is missing: give its folder, or --only dolly"),
-        ("fast, best" in args.only and not args.calibrated,
-         "--calibrated is missing: give the folder, or --only without 'fast, best'"),
+        ({*CALIBRATED} & {*args.only} and not args.calibrated,
+         f"--calibrated is missing: give the folder, or --only without {CALIBRATED}"),
     )
     for row in read(own):
         if row["method"] in args.only and row["base"] != base_of(args, row["method"]):
@@ -100,19 +108,38 @@ def make_runs(args, own):
 
 def base_of(args, method):
     """A short hash of the files of a method's base."""
-    return of_files(find_folder(args.calibrated if method == "fast, best" else args.base))[:12]
+    return of_files(find_folder(args.calibrated if method in CALIBRATED else args.base))[:12]
 
 
 def read(*paths):
-    """The rows of --runs: dicts of numbers and words."""
-    rows = []
-    for path in filter(Path.exists, paths):
-        with open(path, newline="") as file:
-            rows += csv.DictReader(file)
-    for row in rows:
-        for name in NUMBERS:
-            row[name] = float(row[name]) if row[name] else None
+    """The rows of --runs: dicts of numbers and words, each with the mark of its file."""
+    rows, seen = [], {}
+    for number, path in enumerate(filter(Path.exists, paths)):
+        if not read_text(path).endswith("\n"):
+            raise InputError(f"{path}: its last line is cut off: remove it.")
+        for line, fields in csv_rows(path):
+            where = f"{path}, line {line}"
+            if line > 1:
+                rows.append(numbers(fields, where) | dict(mark="'" * number))
+                run = tuple(rows[-1][name] for name in COLUMNS[:2] + NUMBERS[:3])
+                if run[-1] != TIMED and run in seen:
+                    raise InputError(f"{where} and {seen[run]} are the same run: remove one.")
+                seen[run] = where
+            elif fields != [*COLUMNS]:
+                raise InputError(f"{where} must be {','.join(COLUMNS)}.")
     return rows
+
+
+def numbers(fields, where):
+    """A row, checked."""
+    try:
+        row = dict(zip(COLUMNS, fields, strict=True))
+        row |= {name: float(row[name]) for name in NUMBERS[:4]}
+        row |= {name: float(row[name]) if row[name] else None for name in NUMBERS[4:]}
+        TASKS[row["task"]], METHODS[row["method"]]
+    except (ValueError, KeyError):
+        raise InputError(f"{where} is not a run: correct or remove it.") from None
+    return row
 
 
 def append(path, rows):
@@ -124,17 +151,18 @@ def append(path, rows):
         writer.writerows(rows)
 
 
-def find(rows, task, method, iterations):
-    """The rows of a method on a task."""
+def find(rows, task, method, iterations, seeds=(0, *SEEDS)):
+    """The rows of a method on a task; seed 0 is of --time."""
     wanted = task, method, iterations
-    return [row for row in rows if (row["task"], row["method"], row["iterations"]) == wanted]
+    rows = [row for row in rows if (row["task"], row["method"], row["iterations"]) == wanted]
+    return [row for row in rows if row["seed"] in seeds]
 
 
 def best_rate(rows, task, method, so_far=False):
     """The learning rate of the lowest loss with seed 1, or None: before all are tried, if not
     `so_far`, and where all diverge."""
     _, rates, tried_on = METHODS[method]
-    if task not in tried_on:
+    if task not in tried_on and "sst2" in tried_on:
         task = "sst2"  # of the same kind
     done = find(rows, task, method, TASKS[task][0])
     losses = {row["learning_rate"]: row["loss"] for row in done if row["seed"] == SEEDS[0]}
@@ -189,7 +217,8 @@ def flags_of(args, task, method):
     data = [args.dolly] if task == "dolly" else [str(Path(args.glue, names[task])), "--task", task]
     own = [*COMMON.split(), *TASKS[task][1].split(), *METHODS[method][0].split()]
     own += ["--shots", str(shots)] if best and shots else []
-    return ["--base", args.calibrated if best else args.base, "--data", *data, *own]
+    base = args.calibrated if method in CALIBRATED else args.base
+    return ["--base", base, "--data", *data, *own]
 
 
 def run(args, task, method, iterations, cells):
@@ -231,26 +260,36 @@ def run(args, task, method, iterations, cells):
 
 
 def print_task(task, rows):
-    """A row a method: its best learning rate, losses and scores one a seed, memory and time."""
-    print_table(f"{task}, {TASKS[task][0]} iterations", "method", "rate", "held-out loss",
-                "score, %", "in QLoRA's time: iterations", "loss", "score, %", "step, s",
-                "peak, MB")
+    """A row a method: losses of the learning rates; then those of the best, and memory and time."""
+    iterations = TASKS[task][0]
+    first = {m: find(rows, task, m, iterations, SEEDS[:1]) for m in METHODS}
+    tried = sorted({row["learning_rate"] for method in METHODS for row in first[method]})
+    print_table(f"{task}, {iterations} iterations, seed 1: learning rate, held-out loss",
+                "method", *(f"{rate:g}" for rate in tried))
+    for method in filter(first.get, METHODS):
+        losses = {row["learning_rate"]: results([row])[0] for row in first[method]}
+        best = best_rate(first[method], task, method, so_far=True)
+        print_row(method, *(f"**{losses[r]}**" if r == best else losses.get(r, "") for r in tried))
+    print_table(f"{task}, at the best rate", "method", "held-out loss", "score, %",
+                "in QLoRA's time: iterations", "loss", "score, %", "step, s", "peak, MB")
     for method in METHODS:
         rate = best_rate(rows, task, method, so_far=True)
         longer = iterations_in_time(rows, task, method)
         at_rate = lambda n: [r for r in find(rows, task, method, n) if r["learning_rate"] == rate]
-        equal, more = at_rate(TASKS[task][0]), at_rate(longer) if method in IS_SIDE else []
+        equal, more = at_rate(iterations), at_rate(longer) if method in IS_SIDE else []
         cells = [*results(equal), longer if more else "", *results(more)]
+        if method == "qlora, checkpoint":
+            cells[0] = "as qlora"
         timed, qlora = (find(rows, task, name, TIMED) for name in (method, "qlora"))
         measured = [beside(timed, qlora, name) for name in ("step_s", "peak_mb")]
-        print_row(method, rate or "", *cells, *measured)
+        print_row(method, *cells, *measured)
 
 
 def results(rows):
-    """The losses and the scores, one a seed."""
+    """The losses, marked by their file, and the scores, one a seed."""
     rows = sorted(rows, key=lambda row: row["seed"])
     scores = [f"{row['score']:.1%}".rstrip("%") for row in rows if row["score"] is not None]
-    return ", ".join(f"{row['loss']:.3f}" for row in rows), ", ".join(scores)
+    return ", ".join(f"{row['loss']:.3f}{row['mark']}" for row in rows), ", ".join(scores)
 
 
 def beside(rows, others, name):

@@ -61,10 +61,12 @@ def test_rates_then_seeds_then_equal_time(calls, capsys):
     call("--only", "dolly", "fast", "qlora")
     assert not made  # nothing is missing
     table = capsys.readouterr().out
-    assert ("| fast | 0.001 | 2.410, 2.420, 2.430 | 50.0, 50.0, 50.0 | 40 | 2.410, 2.420, 2.430 | "
+    assert ("| method | 0.0005 | 0.001 | 0.003 |\n|---|---|---|---|\n"
+            "| fast |  | **2.410** | 2.510 |\n| qlora | 2.110 | **2.010** |  |\n") in table
+    assert ("| fast | 2.410, 2.420, 2.430 | 50.0, 50.0, 50.0 | 40 | 2.410, 2.420, 2.430 | "
             "50.0, 50.0, 50.0 | 1 (0.25) | 100 (0.25) |") in table
-    assert "| qlora | 0.001 | 2.010, 2.020, 2.030 | 50.0, 50.0, 50.0 |  |  |  | 4 (1.00) |" in table
-    assert table.count("| fast |  |  |  |  |  |  | 1 (0.25) |") == 2  # not run: an empty cell
+    assert "| qlora | 2.010, 2.020, 2.030 | 50.0, 50.0, 50.0 |  |  |  | 4 (1.00) |" in table
+    assert table.count("| fast |  |  |  |  |  | 1 (0.25) |") == 2  # not run: an empty cell
 
 
 def test_methods_in_the_base_have_the_rate_of_sst2(calls):
@@ -85,22 +87,22 @@ def test_the_table_of_some_rates(calls, capsys, tmp_path):
     (tmp_path / "runs.csv").write_text("".join(lines[:2]))  # of 5e-4
     capsys.readouterr()
     call("--minutes", "0")
-    assert "| qlora | 0.0005 | 2.110 | 50.0 |" in capsys.readouterr().out
+    assert "| qlora | **2.110** |\n" in (table := capsys.readouterr().out)
+    assert "| qlora | 2.110 | 50.0 |" in table
     made.clear()
     call("--only", "dolly", "qlora")
     assert made[0] == ("dolly", "qlora", 10, [(1e-3, 1)])
 
 
-def test_the_page_has_the_runs():
-    """Each loss of the files of runs is in RESULTS.md."""
-    page = (ROOT / "tests/RESULTS.md").read_text()
-    page = page.partition("## Each method at its best")[2].partition("\n## ")[0]
-    assert (rows := compare.read(*compare.RUNS))
-    for row in rows:
-        assert f"{row['loss']:.3f}" in page, row
+def test_the_page_has_the_tables(capsys):
+    """COMPARISON.md ends with what the command prints."""
+    compare.compare()
+    page = (ROOT / "tests/COMPARISON.md").read_text()
+    assert "| fast | 2.476" in (tables := capsys.readouterr().out)
+    assert page.endswith(tables)
 
 
-def test_mistakes(calls, tmp_path):
+def test_mistakes(calls, capsys, tmp_path):
     """Runs of another base are not mixed with these, and what is missing is named at once."""
     made, call = calls
     call("--only", "dolly", "qlora")
@@ -111,11 +113,27 @@ def test_mistakes(calls, tmp_path):
     call("--runs", *runs, *other_base)  # counted as made, and shown
     call("--runs", *runs, "--base", "c", "--only", "dolly", "fast")
     assert {job[1] for job in made} == {"fast"} and len(compare.read(Path(runs[1]))) == 4
+    assert "| fast | 2.410', 2.420', 2.430' |" in capsys.readouterr().out  # of the second base
     made.clear()
     refused(call, "--dolly", "", named="--dolly is missing")
     refused(call, "--glue", "", named="--glue is missing")
+    for words, named in ((["--minutes", "nan"], "--minutes nan: give 0 or more"),
+                         (["--runs", f"{tmp_path}/runs.csv/x.csv"], "runs.csv cannot be written"),
+                         (["--runs", f"{tmp_path}/none.csv", runs[0]], "none.csv is missing"),
+                         (["--runs", runs[0], runs[0]], "are the same run"),
+                         (["--runs", str(tmp_path)], "is a folder")):
+        refused(call, *words, named=named)
     with pytest.raises(SystemExit, match="invalid choice: 'qlorra'"):
         call("--only", "qlorra")
+    whole = Path(runs[0]).read_text()
+    for damaged, named in ((whole[:-9], "its last line is cut off"),
+                           (whole.replace("0.001", "fast", 1), "line 3 is not a run"),
+                           (whole.replace("dolly", "doly", 1), "line 2 is not a run"),
+                           (whole.replace(",abc", "", 1), "line 2 is not a run"),
+                           (whole.replace("task,", ""), "line 1 must be task,method")):
+        Path(runs[0]).write_text(damaged)
+        refused(call, named=named)
+    Path(runs[0]).write_text(whole)
     with locked(tmp_path, "no"):
         refused(call, named="Another call writes to")
     assert not made

@@ -88,7 +88,7 @@ def test_prompts_of_a_file(packed, tmp_path, capsys):
     (dict(devices="cpu,cpu"), "without --devices"),
     (dict(compile=True), "without .* --compile"),
     (dict(base="", data=""), "--stream needs --base"),
-    (dict(quant="fp4"), "is already quantized to nf4: give --quant nf4"),
+    (dict(quant="fp4"), "is already nf4: give --quant nf4"),
 ])
 def test_what_cannot_be_streamed(changes, message, cfg):
     with pytest.raises(InputError, match=message):

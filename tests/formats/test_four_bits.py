@@ -48,7 +48,7 @@ def test_folders_of_bitsandbytes(name, kind):
     if wanted:
         codes = read_safetensors(folder / "model.safetensors")[wanted]()
         assert torch.equal(layer.self_attn.q_proj.weight.codes, codes.view(-1))
-    with pytest.raises(InputError, match=f"already quantized to {kind}: give --quant {kind}"):
+    with pytest.raises(InputError, match=f"is already {kind}: give --quant {kind}"):
         from_pretrained(folder, "none")
 
 

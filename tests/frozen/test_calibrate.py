@@ -203,6 +203,29 @@ def test_what_is_read(folders, file, tmp_path, capsys):
     assert upper == lower
 
 
+def test_a_long_question_is_cut(folders, tmp_path, monkeypatch):
+    """It counts as a text, though its answer comes after the first LENGTH tokens."""
+    monkeypatch.setattr(leaf, "LENGTH", 20)
+    rows = [{"instruction": " ".join(WORDS * 3), "output": "yes"}] * 9
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    texts = leaf.read_texts(str(tmp_path / "long.json"), folders["llama"])
+    assert [len(ids) for ids in texts] == [20] * 9
+
+
+def test_every_matrix_is_calibrated(folders, file, tmp_path):
+    """Also the projections around the layers of OPT-350m."""
+    torch.manual_seed(0)
+    vocab = load_tokenizer(folders["opt"]).vocab_size
+    model = Transformer(small_config("opt", vocab_size=vocab, max_positions=128, embed_dim=16))
+    shutil.copytree(folders["opt"], tmp_path / "base")
+    save_pretrained(model, tmp_path / "base")
+    quantize_folder(tmp_path / "base", tmp_path / "plain")
+    quantize_folder(tmp_path / "base", tmp_path / "chosen", calibrate=file)
+    plain, chosen = (tensors_of(tmp_path / name) for name in ("plain", "chosen"))
+    same = {n for n, t in plain.items() if t.dtype == torch.uint8 and torch.equal(t, chosen[n])}
+    assert not [n for n in same if n.endswith(".weight")]
+
+
 def test_on_the_command_line(folders, file, tmp_path):
     """Instructions and plain text; what cannot be used is refused before the model is loaded."""
     base, out = str(folders["llama"]), tmp_path / "out"
@@ -218,12 +241,16 @@ def test_on_the_command_line(folders, file, tmp_path):
         (["--calibrate", str(tmp_path / "short.txt")], "only .* tokens .* give more texts"),
         (["--calibrate", str(tmp_path / "empty.json")], "empty.json holds no instructions"),
         (["--calibrate", str(tmp_path / "none.txt")], "none.txt is missing"),
+        (["--calibrate", ""], "is missing: give a list"),
         (["--calibrate", str(file), "--device", "gpu"], "--device 'gpu' is unknown"),
         (["--calibrte", str(file)], "did you mean --calibrate"),
     ):
         with pytest.raises(SystemExit, match=message):
             run_script("model.py", "quantize", base, str(out), *words)
         assert not out.exists()
+    out.touch()  # seen before the texts pass through the model
+    with pytest.raises(SystemExit, match="OUT .*out cannot be written to .File exists"):
+        run_script("model.py", "quantize", base, str(out), "--calibrate", str(file))
     with pytest.raises(SystemExit, match="is in 4 bits already: there is nothing to do"):
         run_script("model.py", "quantize", f"{out}-rows.json", str(out), "--calibrate", str(file))
 

@@ -162,7 +162,7 @@ MISTAKES = [  # what a file holds, and how it is refused
     ('{"instruction": 7, "output": "b"}', r'has no text in "instruction" \(line 1: instruction,'),
     ('{\n"version": 1, "data": [' + GOOD + "]}", r"keep only its list \(entry 1: data\)"),
     ('{"a": 1,\n"b": 2,}', "as a whole is not JSON .*line 2 column 8"),
-    ("question,answer", "line 1 is not JSON .*: give --data a list in JSON, JSON lines, or a .csv"),
+    ("question,answer", "line 1 is not JSON .*: give a list in JSON, JSON lines, or a .csv"),
     ('{"instruction": "a", "output": "  "}', r"has an empty answer \(line 1\)"),
     ('{"instruction": "a", "output": "b", "input": 3}', r"context that is not text \(line 1: 3\)"),
     ('{"instruction": "a", "response": 7}', 'no text in "response"'),

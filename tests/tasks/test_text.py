@@ -37,7 +37,7 @@ def test_a_text_that_cannot_be_read(tokenizer, tmp_path):
         text.read(path, tokenizer, 15)
     with pytest.raises(InputError, match="--sequence_len 1"):
         text.read(path, tokenizer, 1)
-    with pytest.raises(InputError, match="is a folder: give --data a file of UTF-8 text"):
+    with pytest.raises(InputError, match="is a folder: give a file of UTF-8 text"):
         text.read(tmp_path, tokenizer, 15)
 
 

@@ -11,8 +11,9 @@ from train import TrainConfig
 
 WORDS = {  # of a page, tables and code included
     "README.md": 1900, "data/README.md": 1500, "tests/README.md": 1500, "tests/RESULTS.md": 1500,
-    "tests/MEMORY.md": 1500, "tests/PAPER.md": 1500, "tests/FEATURES.md": 1500,
-    "tests/NEGATIVE.md": 1500, "tests/lectures/README.md": 1500, "tests/exercises/README.md": 1500,
+    "tests/COMPARISON.md": 1500, "tests/MEMORY.md": 1500, "tests/PAPER.md": 1500,
+    "tests/FEATURES.md": 1500, "tests/NEGATIVE.md": 1500, "tests/lectures/README.md": 1500,
+    "tests/exercises/README.md": 1500,
     "tests/build/README.md": 1500, "tests/lectures/FIGURE.md": 700, "tests/AGENTS.md": 250,
     "tests/CLAUDE.md": 10, "tests/exercises/SOLUTIONS.md": 1500,
     "tests/lectures/1-four-bits.md": 1500, "tests/lectures/2-side-network.md": 1500,
