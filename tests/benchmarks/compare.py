@@ -278,11 +278,9 @@ def print_task(task, rows):
         at_rate = lambda n: [r for r in find(rows, task, method, n) if r["learning_rate"] == rate]
         equal, more = at_rate(iterations), at_rate(longer) if method in IS_SIDE else []
         cells = [*results(equal), longer if more else "", *results(more)]
-        if method == "qlora, checkpoint":
-            cells[0] = "as qlora"
+        cells[0] = "as qlora" if method == "qlora, checkpoint" else cells[0]
         timed, qlora = (find(rows, task, name, TIMED) for name in (method, "qlora"))
-        measured = [beside(timed, qlora, name) for name in ("step_s", "peak_mb")]
-        print_row(method, *cells, *measured)
+        print_row(method, *cells, *(beside(timed, qlora, name) for name in NUMBERS[-2:]))
 
 
 def results(rows):
@@ -297,4 +295,6 @@ def beside(rows, others, name):
     if not rows:
         return ""
     median = lambda rows: statistics.median(row[name] for row in rows)
-    return f"{median(rows):.3g}" + (f" ({median(rows) / median(others):.2f})" if others else "")
+    form = ",.0f" if median(rows) > 100 else ".3g"
+    ratio = f" ({median(rows) / median(others):.2f})" if others else ""
+    return f"{median(rows):{form}}{ratio}"
