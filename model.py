@@ -476,14 +476,14 @@ def read_config(folder, layers=0):
 
 def quantize_folder(source, target, quant="nf4", calibrate=None, device="auto"):
     """Write a folder's model in 4 bits, with its tokenizer, into a new folder. calibrate: a file of
-    texts (data/frozen/calibrate.py); device: where they pass through the model"""
+    texts (data/frozen/calibrate.py); device: auto is the CPU, but for texts a GPU"""
     if any(Path(target).resolve().glob("*")):  # for example the source itself
         raise InputError(f"{target} is not empty: give a new folder for the 4-bit model.")
     source = find_folder(source)
     if any(".weight." in name for name in hub.find_files(Path(source))):
         raise InputError(f"{source} is in 4 bits already: there is nothing to do.")
     texts = [] if calibrate is None else leaf("calibrate").read_texts(str(calibrate), source)
-    device = pick_device(device) if texts else "cpu"
+    device = "cpu" if device == "auto" and not texts else pick_device(device)
     files.make_writable_folder(target, "OUT")  # before minutes of work
     model = from_pretrained(source, quant, config_json.read_dtype(source), device)
     if texts:
@@ -505,7 +505,7 @@ def main(argv):
         parser.add_argument("source", help="model folder, or ORG/MODEL of huggingface.co")
         parser.add_argument("target", help="new folder")
         parser.add_argument("--calibrate", help="file with texts to choose codes for; 128 are used")
-        parser.add_argument("--device", default="auto", help="where --calibrate computes")
+        parser.add_argument("--device", default="auto", help="auto: the CPU, for --calibrate a GPU")
         return quantize_folder(**vars(parser.parse_args(argv[1:])))
     refuse_if((argv, "Usage: `python model.py`, or `python model.py quantize IN OUT`"))
     print("preset             weights   16-bit GB   4-bit GB (linear layers; the rest in bf16)")

@@ -40,7 +40,7 @@ def read_texts(file, folder, n=0, seed=0):
     cfg = dict(data=file, sequence_len=length, max_examples=n or TEXTS, eval_only=True)
     unused = dict(held_out=0, data_seed=seed, sweep=False, stream=False)
     task = leaf(kind).load(SimpleNamespace(**cfg, **unused), load_tokenizer(folder))
-    texts = [ids[:LENGTH] for ids, _ in task.held_out][: n or TEXTS]  # some give several
+    texts = [ids[:LENGTH] for ids, _ in task.held_out][: n or TEXTS]  # a record may give several
     if (tokens := sum(map(len, texts))) < C:
         has = f"has only {tokens} tokens for the {C} channels of {folder}"
         raise InputError(f"--calibrate {file} {has}: give more texts.")
@@ -106,4 +106,4 @@ def calibrate(base, folder, texts):
         hooks.enter_context(base.embed_tokens.register_forward_hook(lambda m, a, x: x.to(dtype)))
         for linear in layers:
             hooks.enter_context(linear.register_forward_pre_hook(before))
-        (base.project_out or torch.nn.Identity())(base.hidden(idx, keep))
+        (base.project_out or torch.nn.Identity())(base.hidden(idx, keep))  # OPT-350m has one

@@ -184,6 +184,6 @@ def copy_tokenizer(source, target):
     """Copy a folder's tokenizer and its other settings, without weights and config.json."""
     for path in Path(source).iterdir():
         kept = path.suffix in (".json", ".model", ".txt", ".jinja") and path.name != "config.json"
-        if kept and "index" not in path.name and path.is_file():
+        if kept and "index" not in path.name and not path.is_dir():
             content = read_bytes(path, "remove it")
             write_atomically(Path(target) / path.name, lambda file: file.write(content))

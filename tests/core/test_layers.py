@@ -175,6 +175,9 @@ def test_it_combines(tiny_model, packed, glue_folder, tmp_path):
     for layers in (0, 1):
         with pytest.raises(InputError, match="is of another --layers: give another folder"):
             run("other", layers=layers, **cache)
+    with pytest.raises(InputError, match="--layers 2 of --side .*plain ends the base early"):
+        how = dict(task="text", side=str(tmp_path / "plain"), eval_only=True)
+        glue_run(tiny_model, glue_folder, tmp_path / "text", **how)
 
 
 @pytest.mark.parametrize("method", ["qst", "qlora"])

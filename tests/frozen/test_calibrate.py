@@ -222,8 +222,8 @@ def test_every_matrix_is_calibrated(folders, file, tmp_path):
     quantize_folder(tmp_path / "base", tmp_path / "plain")
     quantize_folder(tmp_path / "base", tmp_path / "chosen", calibrate=file)
     plain, chosen = (tensors_of(tmp_path / name) for name in ("plain", "chosen"))
-    same = {n for n, t in plain.items() if t.dtype == torch.uint8 and torch.equal(t, chosen[n])}
-    assert not [n for n in same if n.endswith(".weight")]
+    codes = {n for n, t in plain.items() if t.dtype == torch.uint8 and n.endswith(".weight")}
+    assert len(codes) == 20 and not any(torch.equal(plain[n], chosen[n]) for n in codes)
 
 
 def test_on_the_command_line(folders, file, tmp_path):
@@ -234,7 +234,7 @@ def test_on_the_command_line(folders, file, tmp_path):
     for name in ("rows.json", "texts.txt"):
         printed = run_script("model.py", "quantize", base, f"{out}-{name}", "--calibrate",
                              str(tmp_path / name), "--device", "cpu")
-        assert "texts with" in printed and "nf4" in printed
+        assert "texts with" in printed and "nf4" in printed and "calibrated" in printed
     (tmp_path / "short.txt").write_text("the cat sat")
     (tmp_path / "empty.json").write_text("[]")
     for words, message in (
@@ -243,6 +243,7 @@ def test_on_the_command_line(folders, file, tmp_path):
         (["--calibrate", str(tmp_path / "none.txt")], "none.txt is missing"),
         (["--calibrate", ""], "is missing: give a list"),
         (["--calibrate", str(file), "--device", "gpu"], "--device 'gpu' is unknown"),
+        (["--device", "gpu"], "--device 'gpu' is unknown"),
         (["--calibrte", str(file)], "did you mean --calibrate"),
     ):
         with pytest.raises(SystemExit, match=message):

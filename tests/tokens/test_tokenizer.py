@@ -15,7 +15,7 @@ from samples import NASTY_TEXT, put
 
 from data import InputError
 from data.tokens import bpe
-from data.tokens.tokenizer import load_tokenizer
+from data.tokens.tokenizer import copy_tokenizer, load_tokenizer
 
 HERE = FIXTURES / "tokenizers"
 NAMES = ["smollm2", "opt", "llama3", "qwen2"]
@@ -199,3 +199,14 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, named, change):
     """Every unknown setting is refused in one sentence that names the file and the field."""
     sentence = broken(tmp_path, change)
     assert named.replace(r"\\\\", r"\\") in sentence and "\n" not in sentence, sentence
+
+
+def test_what_is_copied(tiny_model, tmp_path):
+    """Files, and not folders; a link that leads nowhere is not passed over without a word."""
+    folder = copy(tiny_model, tmp_path / "from")
+    (folder / "more.json").mkdir()
+    copy_tokenizer(folder, tmp_path / "to")
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["tokenizer.model"]
+    (folder / "tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(InputError, match="tokenizer.json is missing"):
+        copy_tokenizer(folder, tmp_path / "to")
